@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an adapter says of a model: where blocks, keys, grids and decoder layers are. No method logic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a module call."""
+
+
+@dataclass
+class BlockSites:
+    """One encoder block ``x + f(attn(norm1(x)))``, then ``x + g(mlp(norm2(x)))``.
+
+    Attributes:
+        module: the block; its output is the new (B, T, C) hidden state (bare, or first of a tuple).
+        attn, norm2, mlp: its attention, second norm and MLP.
+        heads, scale: number of heads and the factor on q k^T.
+        key_source: the module whose output holds the keys, captured for free; None if there is none.
+        split: turns that module's output into (B, H, T, d).
+        query, key: (norm1 output (B, T, C), rows) -> (B, H, rows, d), recomputed from the weights.
+        key_mean: norm1 output (B, T, C) -> (B, T, d) head-averaged keys, when the projections are
+            linear up to the key and nothing captures them.
+        bias: adds a key bias (B, T), fp32, to a call of ``attn``.
+        gather: shortens per-token arguments of a block call, such as rotary tables, to survivors
+            (B, T') of the original T tokens; None when a block takes none.
+    """
+
+    module: nn.Module
+    attn: nn.Module
+    norm2: nn.Module
+    mlp: nn.Module
+    heads: int
+    scale: float
+    query: Callable[[Tensor, slice], Tensor]
+    key: Callable[[Tensor, slice], Tensor]
+    bias: Callable[[Call, Tensor], Call]
+    key_source: nn.Module | None = None
+    split: Callable[[Tensor], Tensor] | None = None
+    key_mean: Callable[[Tensor], Tensor] | None = None
+    gather: Callable[[Call, Tensor], Call] | None = None
+
+
+@dataclass
+class VisionSites:
+    """A vision encoder.
+
+    Attributes:
+        tower: the module whose forward takes the pixels.
+        blocks: its blocks in order.
+        prefix: tokens in front of the patches; has_cls: the first of them is a class token.
+        patch: patch edge in pixels.
+        pool: how the encoder's own head reads the tokens: "cls", "mean", "map" (attention pooling)
+            or "none".
+        resize: adapts a call of ``tower`` to pixels of another size (position table interpolation);
+            None when the encoder cannot take them.
+        width, mlp_width: C and the hidden width of the MLP, for the cost model.
+    """
+
+    tower: nn.Module
+    blocks: list[BlockSites]
+    prefix: int
+    has_cls: bool
+    patch: int
+    pool: str
+    width: int
+    mlp_width: int
+    resize: Callable[[Call], Call] | None = None
+
+
+@dataclass
+class DecoderSites:
+    """The language model behind a projector.
+
+    Attributes:
+        base: the module whose forward sees ``input_ids`` and merges image features.
+        decoder: the language model with ``layers``, inside ``base``.
+        projector: maps encoder features (B, N, C) to (B, N, D), token by token.
+        token_ids: ids of the image placeholders.
+        feature_block: index of the last encoder block whose output the projector reads.
+        hidden, mlp_width, heads, kv_heads, head_dim, vocab: for the cost model.
+    """
+
+    base: nn.Module
+    decoder: nn.Module
+    projector: nn.Module
+    token_ids: tuple[int, ...]
+    feature_block: int
+    hidden: int
+    mlp_width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+
+@dataclass
+class Sites:
+    """A model as vtc sees it; ``decoder`` is None for an encoder alone."""
+
+    family: str
+    vision: VisionSites
+    decoder: DecoderSites | None = None
+    notes: list[str] = field(default_factory=list)

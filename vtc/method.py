@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a compression method is: a frozen dataclass with one hook for each stage it acts in."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+from torch import Tensor
+
+from .errors import UnsupportedError
+from .reduction import Reduction
+
+if TYPE_CHECKING:
+    from .views import CacheView, DecoderView, FeaturesView, VisionView
+
+Stage = Literal["pixels", "vision", "features", "decoder", "cache"]
+
+STAGE_HOOKS: dict[Stage, str] = {
+    "pixels": "on_pixels",
+    "vision": "on_vision_layer",
+    "features": "on_features",
+    "decoder": "on_decoder_layer",
+    "cache": "on_cache",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to choose visual tokens. Subclasses add hyper-parameters and override hooks.
+
+    A hook gets a read-only view of one place in the model and returns a `Reduction`, or None to
+    leave the tokens alone. Methods hold no state: what must be remembered between hooks goes into
+    ``view.scratch``.
+
+    Args:
+        keep_ratio: fraction in (0, 1] of the original visual tokens that remain at the end.
+        keep_tokens: the same as a count per image. Give one of the two or neither; with neither,
+            the method's published default is used.
+        positions: "original" keeps the RoPE position of every survivor; "compact" renumbers the
+            sequence after each reduction, as some papers do.
+
+    Raises:
+        ValueError: both budgets given, or one out of range.
+    """
+
+    keep_ratio: float | None = None
+    keep_tokens: int | None = None
+    positions: Literal["original", "compact"] = "original"
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    """One line for the method table: what it does, where, and the paper."""
+    default_ratio: ClassVar[float] = 0.25
+    """keep_ratio when no budget is given."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What the model must have, beyond the stages: "cls" (a class token), "grid"."""
+    merges: ClassVar[bool] = False
+    """True when tokens are averaged into survivors rather than dropped."""
+    vision_site: ClassVar[Literal["middle", "output"]] = "middle"
+    """Where `on_vision_layer` runs: between attention and MLP, or on the block's output."""
+    presets: ClassVar[dict[tuple[str, int], dict[str, Any]]] = {}
+    """Published settings: (model, tokens) -> hyper-parameters."""
+
+    def __post_init__(self) -> None:
+        if self.keep_ratio is not None and self.keep_tokens is not None:
+            raise ValueError("give keep_ratio or keep_tokens, not both")
+        if self.keep_ratio is not None and not 0.0 < self.keep_ratio <= 1.0:
+            raise ValueError(
+                f"keep_ratio is the fraction of tokens kept, in (0, 1]; got {self.keep_ratio}"
+            )
+        if self.keep_tokens is not None and (
+            isinstance(self.keep_tokens, bool)
+            or not isinstance(self.keep_tokens, int)
+            or self.keep_tokens < 1
+        ):
+            raise ValueError(
+                f"keep_tokens is a count of tokens per image, at least 1; got {self.keep_tokens!r}"
+            )
+        if self.positions not in ("original", "compact"):
+            raise ValueError(f'positions is "original" or "compact"; got {self.positions!r}')
+
+    # ---- hooks, one for each stage -------------------------------------------------------------
+
+    def on_pixels(self, grid: tuple[int, int]) -> tuple[int, int] | None:
+        """Before the encoder: the patch grid (rows, columns) to resize the image to, or None."""
+        return None
+
+    def on_vision_layer(self, v: VisionView) -> Reduction | None:
+        """Inside the vision encoder, once for each block."""
+        return None
+
+    def on_features(self, v: FeaturesView) -> Reduction | None:
+        """After the encoder, before the LLM."""
+        return None
+
+    def on_decoder_layer(self, v: DecoderView) -> Reduction | None:
+        """Between LLM layers at prefill; ``v.layer`` is the layer that has just run."""
+        return None
+
+    def on_cache(self, v: CacheView) -> Reduction | None:
+        """On one layer of the KV cache, after prefill and after every decode step."""
+        return None
+
+    # ---- budget --------------------------------------------------------------------------------
+
+    def budget(self, n: int, grid: tuple[int, int] | None = None) -> int:
+        """Tokens to keep of the n visual tokens of one image."""
+        if self.keep_tokens is not None:
+            return min(self.keep_tokens, n)
+        ratio = self.default_ratio if self.keep_ratio is None else self.keep_ratio
+        return max(1, min(n, round(n * ratio)))
+
+    @classmethod
+    def paper(cls, model: str, tokens: int) -> Method:
+        """The published setting for a model, such as ``VisionZip.paper("llava-1.5", tokens=192)``.
+
+        Raises:
+            UnsupportedError: nothing was published for that pair; the message lists what was.
+        """
+        if (model, tokens) not in cls.presets:
+            known = ", ".join(f'("{m}", tokens={t})' for m, t in cls.presets) or "none"
+            raise UnsupportedError(
+                f'{cls.name}: no published setting for "{model}" at {tokens} tokens; known: {known}'
+            )
+        return cls(**cls.presets[model, tokens])
+
+    # ---- facts the engine reads ----------------------------------------------------------------
+
+    @property
+    def stages(self) -> frozenset[Stage]:
+        """The stages whose hook this class overrides."""
+        return frozenset(
+            stage
+            for stage, hook in STAGE_HOOKS.items()
+            if getattr(type(self), hook) is not getattr(Method, hook)
+        )
+
+    def captures(self, depth: int) -> tuple[int, ...]:
+        """Encoder blocks whose queries and keys `on_features` reads, of a tower with depth blocks."""
+        return ()
+
+    def __str__(self) -> str:
+        shown = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return f"{self.name}({', '.join(shown)})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer(Method):
+    """A method that is one function: `score` ranks the tokens, the best of them stay.
+
+    ``stage`` says where: "features" ranks (B, N) image features, "decoder" ranks the visual tokens
+    of the LLM sequence after layer ``after_layer``.
+    """
+
+    stage: ClassVar[Stage] = "features"
+
+    def score(self, v: Any) -> Tensor:
+        """Importance (B, N) of each visual token, higher is better."""
+        raise NotImplementedError(f"{type(self).__name__} must define score(view)")
+
+    @property
+    def after_layer(self) -> int:
+        """The 0-based LLM layer after which a "decoder" scorer prunes."""
+        raise NotImplementedError(f"{type(self).__name__} must define after_layer")
+
+    @property
+    def stages(self) -> frozenset[Stage]:
+        return frozenset({self.stage})
+
+    def on_features(self, v: FeaturesView) -> Reduction | None:
+        k = min(self.budget(v.total, v.grid), v.count)
+        return None if k == v.count else Reduction.from_scores(self.score(v), k)
+
+    def on_decoder_layer(self, v: DecoderView) -> Reduction | None:
+        if v.layer != self.after_layer or v.within_budget(self):
+            return None
+        return Reduction.from_scores(self.score(v), v.budget(self), v.valid)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Several methods on one model, applied in order at every stage."""
+
+    methods: tuple[Method, ...]
+
+    def __post_init__(self) -> None:
+        if len({m.positions for m in self.methods}) > 1:
+            raise ValueError('chained methods must agree on positions ("original" or "compact")')
+
+    def __str__(self) -> str:
+        return " + ".join(map(str, self.methods))
+
+
+def chain(*methods: str | Method) -> Chain:
+    """Combine methods of different stages: ``vtc.chain(PiToMe(keep_ratio=0.5), FastV())``."""
+    if not methods:
+        raise ValueError("chain needs at least one method")
+    return Chain(tuple(resolve(m)[0] for m in methods))
+
+
+# ---- registry ----------------------------------------------------------------------------------
+
+_REGISTRY: dict[str, Callable[..., Method]] = {}
+M = TypeVar("M", bound=type[Method])
+
+
+def register(cls: M) -> M:
+    """Class decorator: make a method available under its ``name``."""
+    if not cls.name:
+        raise ValueError(f"{cls.__name__} needs a name")
+    if cls.name in _REGISTRY:
+        raise ValueError(f'a method called "{cls.name}" is already registered')
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def known_methods() -> dict[str, type[Method]]:
+    """All registered methods by name."""
+    from . import methods as package
+
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    return dict(sorted(_REGISTRY.items()))  # type: ignore[arg-type]
+
+
+def resolve(method: str | Method | Chain, **kwargs: Any) -> tuple[Method, ...]:
+    """A name, a method or a chain as a tuple of methods.
+
+    Raises:
+        ValueError: unknown name (the message gives the nearest ones), or hyper-parameters beside a
+            method that already has them.
+    """
+    if isinstance(method, str):
+        known = known_methods()
+        if method not in known:
+            near = difflib.get_close_matches(method.lower().replace("_", "-"), known, n=3, cutoff=0.4)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f'unknown method "{method}"; {hint}')
+        try:
+            return (known[method](**kwargs),)
+        except TypeError as error:
+            names = ", ".join(f.name for f in fields(known[method]))
+            raise ValueError(f"{method}: {error}; its parameters are {names}") from None
+    if kwargs:
+        raise ValueError(f"{method} already has its parameters; give {', '.join(kwargs)} to it")
+    if isinstance(method, Chain):
+        return method.methods
+    if isinstance(method, Method):
+        return (method,)
+    raise ValueError(f"expected a method name, a Method or vtc.chain(...), got {method!r}")
+
+
+def geometric_counts(n: int, k: int, steps: int, floor: float = 0.5) -> list[int]:
+    """Token counts after each of ``steps`` layers, from n to exactly k by a near-constant ratio.
+
+    Args:
+        floor: the smallest fraction of its input that one step may keep.
+
+    Raises:
+        ValueError: k cannot be reached without a step below the floor.
+    """
+    counts, current = [], n
+    for step in range(steps):
+        left = steps - step
+        target = k if left == 1 else round(current * (k / current) ** (1 / left))
+        least = -int(-current * floor // 1)  # ceiling: what one step can leave
+        if left == 1 and target < least:
+            raise ValueError(f"{n} -> {k} tokens needs a layer that keeps less than {floor:.0%}")
+        current = max(target, least, k)
+        counts.append(current)
+    return counts
+
+

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Reduction`: which tokens survive, and where did the others go?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of x (B, N, ...) at index (B, K): a tensor (B, K, ...)."""
+    index = index.to(x.device)
+    if x.dim() == 2:
+        return x.gather(1, index)
+    if x.dim() == 3:
+        return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Ascending indices (B, k) of the k highest of scores (B, N).
+
+    Ranked in fp32; ties go to the lower index, whatever the device.
+    """
+    order = scores.float().argsort(dim=1, descending=True, stable=True)
+    return order[:, :k].sort(dim=1).values
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A map from N source tokens to K surviving slots, for each row of a batch.
+
+    Attributes:
+        keep: (B, K) int64, the source index that each slot stands at, ascending over the valid slots.
+        group: (B, N) int64, the slot each source token was folded into; -1 where it was dropped.
+        valid: (B, K) bool, False on the padding slots of a ragged batch; None when every row keeps K.
+    """
+
+    keep: Tensor
+    group: Tensor
+    valid: Tensor | None = None
+
+    # ---- constructors -------------------------------------------------------------------------
+
+    @classmethod
+    def identity(cls, batch: int, n: int, device: torch.device | str | None = None) -> Reduction:
+        """Every token survives."""
+        index = torch.arange(n, device=device).expand(batch, n)
+        return cls(index, index)
+
+    @classmethod
+    def from_keep(cls, keep: Tensor, n: int, valid: Tensor | None = None) -> Reduction:
+        """Prune: the tokens at keep (B, K), ascending, survive; the other of the n are dropped."""
+        slots = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+        group = keep.new_full((keep.shape[0], n + 1), -1)
+        target = keep if valid is None else keep.where(valid, n)  # column n takes the padding slots
+        group = group.scatter(1, target, slots)[:, :n]
+        return cls(keep, group, valid)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> Reduction:
+        """Prune: the True tokens of mask (B, N) survive. Rows may keep different numbers."""
+        counts = mask.sum(1)
+        k = int(counts.max()) if mask.numel() else 0
+        # True entries first, in source order, then whatever fills a short row.
+        keep = mask.long().argsort(dim=1, descending=True, stable=True)[:, :k]
+        valid = torch.arange(k, device=mask.device) < counts[:, None]
+        return cls.from_keep(keep, mask.shape[1], None if bool(valid.all()) else valid)
+
+    @classmethod
+    def from_scores(cls, scores: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Reduction:
+        """Prune: the k highest of scores (B, N) survive, ties to the lower index.
+
+        Args:
+            scores: (B, N), ranked in fp32.
+            k: one count for all rows, or a tensor (B,) of counts.
+            valid: (B, N) bool, False on entries that are not tokens and must never survive.
+        """
+        if isinstance(k, int) and valid is None:
+            return cls.from_keep(top_k(scores, k), scores.shape[1])
+        valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
+        k = torch.as_tensor(k, device=scores.device).expand(scores.shape[0])
+        order = scores.float().masked_fill(~valid, -torch.inf)
+        order = order.argsort(dim=1, descending=True, stable=True)
+        rank = torch.empty_like(order).scatter_(
+            1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+        )
+        return cls.from_mask((rank < k[:, None]) & valid)
+
+    @classmethod
+    def from_merge(cls, target: Tensor) -> Reduction:
+        """Merge: each token folds into the token at target (B, N); -1 drops it.
+
+        A token with ``target[i] == i`` survives and stands for its group. Every row must have the
+        same number of survivors, and every target must itself survive.
+        """
+        batch, n = target.shape
+        own = target == torch.arange(n, device=target.device)
+        k = int(own[0].sum()) if batch else 0
+        keep = top_k(own, k)
+        slot = own.long().cumsum(1) - 1
+        group = slot.gather(1, target.clamp(min=0)).where(target >= 0, -1)
+        return cls(keep, group)
+
+    # ---- facts --------------------------------------------------------------------------------
+
+    @property
+    def batch(self) -> int:
+        return self.keep.shape[0]
+
+    @property
+    def source_count(self) -> int:
+        """N, the number of tokens before."""
+        return self.group.shape[1]
+
+    @property
+    def count(self) -> int:
+        """K, the number of slots after, padding slots included."""
+        return self.keep.shape[1]
+
+    @property
+    def counts(self) -> Tensor:
+        """(B,) survivors of each row."""
+        if self.valid is None:
+            return torch.full((self.batch,), self.count, device=self.keep.device)
+        return self.valid.sum(1)
+
+    # ---- algebra ------------------------------------------------------------------------------
+
+    def then(self, second: Reduction) -> Reduction:
+        """This reduction followed by one of its K slots: one map from the N source tokens."""
+        if second.source_count != self.count:
+            raise ValueError(
+                f"cannot compose: the first reduction leaves {self.count} tokens, the second takes "
+                f"{second.source_count}"
+            )
+        keep = self.keep.gather(1, second.keep)
+        group = second.group.gather(1, self.group.clamp(min=0)).where(self.group >= 0, -1)
+        valid = second.valid
+        if self.valid is not None:
+            inherited = self.valid.gather(1, second.keep)
+            valid = inherited if valid is None else valid & inherited
+        return Reduction(keep, group, valid)
+
+    def select(self, x: Tensor) -> Tensor:
+        """Survivors of an aligned tensor: (B, N, ...) -> (B, K, ...)."""
+        return gather_tokens(x, self.keep)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum of every group: (B, N, ...) -> (B, K, ...); padding slots hold zeros."""
+        flat = x.reshape(*x.shape[:2], -1)
+        slot = self.group.to(x.device).where(self.group.to(x.device) >= 0, self.count)
+        out = flat.new_zeros(flat.shape[0], self.count + 1, flat.shape[2])
+        out.scatter_add_(1, slot.unsqueeze(-1).expand_as(flat), flat)
+        return out[:, : self.count].reshape(x.shape[0], self.count, *x.shape[2:])
+
+    def merge(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Size-weighted mean of every group.
+
+        Args:
+            x: (B, N, C).
+            size: (B, N) number of patches behind each token; ones when None.
+
+        Returns:
+            The merged tokens (B, K, C) and their sizes (B, K); padding slots hold zeros.
+        """
+        size = x.new_ones(x.shape[:2]) if size is None else size
+        new_size = self.sum(size)
+        weight = size.unsqueeze(-1).to(x.dtype)
+        total = self.sum(x * weight)
+        return total / new_size.clamp(min=1e-12).unsqueeze(-1).to(x.dtype), new_size
+
+    def expand(self, x: Tensor) -> Tensor:
+        """The way back: every source token gets the value of its slot, (B, K, C) -> (B, N, C).
+
+        Dropped tokens get zeros.
+        """
+        rows = gather_tokens(x, self.group.clamp(min=0))
+        alive = (self.group >= 0).to(x.device)
+        return rows * alive.reshape(*alive.shape, *[1] * (x.dim() - 2)).to(x.dtype)
+
+    def to(self, device: torch.device | str) -> Reduction:
+        valid = None if self.valid is None else self.valid.to(device)
+        return Reduction(self.keep.to(device), self.group.to(device), valid)

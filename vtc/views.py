@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The read-only views that methods get: one class for each stage of the model.
+
+Everything expensive is lazy: what a method does not ask for is not computed, and no view ever
+holds attention for the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from .errors import UnsupportedError
+from .reduction import Reduction, gather_tokens
+
+if TYPE_CHECKING:
+    from .method import Method
+
+
+@dataclass
+class Projections:
+    """Queries and keys of one encoder block, captured or recomputed on demand.
+
+    Attributes:
+        query: gives (B, H, T, d) for the token rows asked for (a slice of T).
+        key: gives (B, H, T, d).
+        scale: the factor on q k^T.
+        bias: (B, T) additive bias on the keys in this block (proportional attention), or None.
+        later: the reduction applied to this block's tokens after its attention, or None.
+    """
+
+    query: Callable[[slice], Tensor]
+    key: Callable[[], Tensor]
+    scale: float
+    bias: Tensor | None = None
+    later: Reduction | None = None
+
+    def logits(self, rows: slice) -> Tensor:
+        """q k^T * scale in fp32 for the query rows, (B, H, rows, T)."""
+        scores = self.query(rows).float() @ self.key().float().transpose(-1, -2) * self.scale
+        return scores if self.bias is None else scores + self.bias[:, None, None, :].float()
+
+    def attention(self, rows: slice) -> Tensor:
+        """Attention probabilities in fp32 for the query rows, (B, H, rows, T)."""
+        return self.logits(rows).softmax(-1)
+
+
+@dataclass
+class VisionView:
+    """Inside one encoder block. T counts prefix tokens ([CLS], distillation, registers) too.
+
+    Attributes:
+        x: (B, T, C) hidden states, after the attention residual or at the block's output.
+        layer: 0-based block index; depth: number of blocks whose output matters to the model.
+        prefix: tokens in front that must survive; has_cls: the first of them is a class token.
+        size: (B, T) patches behind each token.
+        total: patches of the full grid; grid: (rows, columns).
+        scratch: this method's named tensors (B, T, ...), gathered with the survivors.
+    """
+
+    x: Tensor
+    layer: int
+    depth: int
+    prefix: int
+    has_cls: bool
+    size: Tensor
+    total: int
+    grid: tuple[int, int]
+    projections: Projections
+    scratch: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """Patch tokens now, without the prefix."""
+        return self.x.shape[1] - self.prefix
+
+    @cached_property
+    def key(self) -> Tensor:
+        """(B, H, T, d) keys of this block."""
+        return self.projections.key()
+
+    @cached_property
+    def key_mean(self) -> Tensor:
+        """(B, T, d) keys averaged over heads."""
+        return self.key.mean(1)
+
+    @cached_property
+    def attention(self) -> Tensor:
+        """(B, H, T, T) attention of this block, fp32."""
+        return self.projections.attention(slice(None))
+
+    @cached_property
+    def cls_attention(self) -> Tensor:
+        """(B, H, T) attention row of the class token, fp32, prefix columns included."""
+        if not self.has_cls:
+            raise UnsupportedError("this encoder has no [CLS] token")
+        return self.projections.attention(slice(0, 1))[:, :, 0]
+
+
+@dataclass
+class FeaturesView:
+    """Between encoder and LLM; B counts images, N the patch tokens that reach this point.
+
+    Attributes:
+        features: (B, N, C) encoder features, no prefix tokens.
+        size: (B, N) patches behind each; index: (B, N) patch each stands at in the full grid.
+        total: patches of the full grid; grid: (rows, columns).
+        scratch: this method's named tensors (B, N, ...).
+    """
+
+    features: Tensor
+    size: Tensor
+    index: Tensor
+    total: int
+    grid: tuple[int, int]
+    prefix: int
+    has_cls: bool
+    projector: Callable[[Tensor], Tensor]
+    layers: dict[int, Projections]
+    depth: int
+    scratch: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """N, the patch tokens now."""
+        return self.features.shape[1]
+
+    @cached_property
+    def projected(self) -> Tensor:
+        """(B, N, D) features in the space of the LLM."""
+        return self.projector(self.features)
+
+    def _layer(self, layer: int) -> Projections:
+        return self.layers[layer % self.depth]
+
+    def _patches(self, x: Tensor, layer: int, how: Literal["sum", "mean"]) -> Tensor:
+        """Patch columns of x (B, T, ...), folded like the tokens themselves since that layer."""
+        later = self._layer(layer).later
+        if later is not None:
+            total = later.sum(x)
+            x = total if how == "sum" else total / later.sum(torch.ones_like(x)).clamp(min=1)
+        return x[:, self.prefix :]
+
+    def cls_attention(self, layer: int) -> Tensor:
+        """(B, H, N) attention of [CLS] to the patches in block ``layer`` (softmax over all keys)."""
+        if not self.has_cls:
+            raise UnsupportedError("this encoder has no [CLS] token")
+        row = self._layer(layer).attention(slice(0, 1))[:, :, 0]
+        return self._patches(row.transpose(1, 2), layer, "sum").transpose(1, 2)
+
+    def cls_logits(self, layer: int) -> Tensor:
+        """(B, H, N) scores q_cls k / sqrt(d) before the softmax in block ``layer``."""
+        if not self.has_cls:
+            raise UnsupportedError("this encoder has no [CLS] token")
+        row = self._layer(layer).logits(slice(0, 1))[:, :, 0]
+        return self._patches(row.transpose(1, 2), layer, "mean").transpose(1, 2)
+
+    def attention_received(self, layer: int, chunk: int = 256) -> Tensor:
+        """(B, N) attention a patch receives in block ``layer``, mean over heads and query rows.
+
+        The published substitute for [CLS] attention on towers without one (VisionZip, VisPruner).
+        """
+        projections = self._layer(layer)
+        rows = projections.key().shape[2]
+        total = sum(
+            projections.attention(slice(i, i + chunk)).sum(2).mean(1) for i in range(0, rows, chunk)
+        )
+        return self._patches(total / rows, layer, "sum")
+
+    def key(self, layer: int) -> Tensor:
+        """(B, N, H, d) keys of block ``layer``."""
+        return self._patches(self._layer(layer).key().transpose(1, 2), layer, "mean")
+
+
+@dataclass
+class DecoderView:
+    """Between two LLM layers at prefill; N counts the visual tokens of a row, padded to the longest.
+
+    Attributes:
+        hidden: (B, T, D) hidden states of the current sequence, the input of layer ``layer + 1``.
+        layer: 0-based index of the layer that has just run, -1 before the first; depth: all layers.
+        visual: (B, T) bool, visual tokens; text: (B, T) bool, other tokens that are not padding.
+        visual_index: (B, N) columns of the visual tokens; valid: (B, N) bool, None if rectangular.
+        image: (B, N) ordinal of the image in its row; position: (B, N) patch index in that image.
+        images: number of images of each row, a list of per-image visual token counts.
+        scratch: this method's named tensors (B, N, ...).
+    """
+
+    hidden: Tensor
+    layer: int
+    depth: int
+    visual: Tensor
+    text: Tensor
+    visual_index: Tensor
+    valid: Tensor | None
+    image: Tensor
+    position: Tensor
+    images: list[list[int]]
+    tap: Any
+    scratch: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """N, visual tokens now (of the longest row)."""
+        return self.visual_index.shape[1]
+
+    def budget(self, method: Method) -> int | Tensor:
+        """Visual tokens each row keeps: one int when all rows agree, else (B,) int64."""
+        per_row = [sum(method.budget(n) for n in row) for row in self.images]
+        if len(set(per_row)) == 1 and self.valid is None:
+            return min(per_row[0], self.count)
+        return torch.tensor(per_row, device=self.hidden.device)
+
+    def within_budget(self, method: Method) -> bool:
+        """True when no row has more visual tokens than the method would keep."""
+        now = [self.count] * len(self.images) if self.valid is None else self.valid.sum(1).tolist()
+        return all(
+            n <= sum(method.budget(i) for i in row) for n, row in zip(now, self.images, strict=True)
+        )
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """(B, N, D) hidden states of the visual tokens."""
+        return gather_tokens(self.hidden, self.visual_index)
+
+    @cached_property
+    def last_row(self) -> Tensor:
+        """(B,) column of the last token of each row that is not padding."""
+        columns = torch.arange(self.text.shape[1], device=self.text.device)
+        return (columns * (self.text | self.visual)).amax(1)
+
+    @cached_property
+    def prompt(self) -> Tensor:
+        """(B, T) bool, text behind the last image; the last token where there is none."""
+        columns = torch.arange(self.text.shape[1], device=self.text.device).expand_as(self.text)
+        last_visual = columns.where(self.visual, -1).amax(1, keepdim=True)
+        rows = self.text & (columns > last_visual)
+        return rows.where(rows.any(1, keepdim=True), columns == self.last_row[:, None])
+
+    def attention(self, rows: Literal["last", "prompt"] = "last") -> Tensor:
+        """Attention of chosen query rows to the visual tokens in the layer that has just run.
+
+        Softmax in fp32 over all keys the row may see, then the visual columns.
+
+        Returns:
+            (B, H, R, N); R is 1 for "last", the longest prompt for "prompt" (short rows and
+            padded columns hold zeros).
+        """
+        if rows == "last":
+            index, alive = self.last_row[:, None], None
+        else:
+            counts = self.prompt.sum(1)
+            r = int(counts.max())
+            index = self.prompt.long().argsort(dim=1, descending=True, stable=True)[:, :r]
+            alive = torch.arange(r, device=counts.device) < counts[:, None]
+        weights = self.tap.attention(index)
+        offset = weights.shape[-1] - self.hidden.shape[1]
+        columns = (self.visual_index + offset)[:, None, None, :]
+        out = weights.gather(3, columns.expand(*weights.shape[:3], -1))
+        if alive is not None:
+            out = out * alive[:, None, :, None]
+        return out if self.valid is None else out * self.valid[:, None, None, :]
+
+    @property
+    def attention_input(self) -> Tensor:
+        """(B, T, D) normed input of the attention of the layer just run (needs "sublayers")."""
+        return self.tap.sublayers["attention"][0]
+
+    @property
+    def attention_output(self) -> Tensor:
+        """(B, T, D) output of the attention of the layer just run, before the residual add."""
+        return self.tap.sublayers["attention"][1]
+
+    @property
+    def mlp_input(self) -> Tensor:
+        """(B, T, D) normed input of the MLP of the layer just run (needs "sublayers")."""
+        return self.tap.sublayers["mlp"][0]
+
+    @property
+    def mlp_output(self) -> Tensor:
+        """(B, T, D) output of the MLP of the layer just run, before the residual add."""
+        return self.tap.sublayers["mlp"][1]
+
+
+@dataclass
+class CacheView:
+    """One layer of the KV cache after a forward.
+
+    Attributes:
+        keys, values: (B, H_kv, P, d) of the P physical slots.
+        visual: (B, P) bool; valid: (B, P) bool, None when no slot is padding.
+        layer: 0-based; depth: number of layers; step: 0 after prefill, then decoded tokens so far.
+        budget: visual slots that the method would keep in each row, (B,) int64.
+        scratch: this method's named tensors (B, P, ...), kept on the cache layer.
+    """
+
+    keys: Tensor
+    values: Tensor
+    visual: Tensor
+    valid: Tensor | None
+    layer: int
+    depth: int
+    step: int
+    budget: Tensor
+    scratch: dict[str, Tensor] = field(default_factory=dict)
