@@ -1,0 +1,51 @@
+# make run    benchmark of the embedded model: table, plots and pictures in results/
+# make test   the whole test suite
+# make lint   ruff and mypy
+# PYTHON=python3.12 make ...   another interpreter (3.10 or newer)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-fast lint format clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	@echo "Creating $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+
+# A stamp for each set of extras: nothing is installed again until pyproject.toml changes.
+$(VENV)/.run: pyproject.toml | $(BIN)/python
+	@echo "Installing the package and its dependencies (PyTorch is large: this may take minutes) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	@echo "Installing the package with everything its tests need (may take minutes) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev]'
+	@touch $@ $(VENV)/.run
+
+run: $(VENV)/.run
+	@$(BIN)/vtc bench
+
+test: $(VENV)/.dev
+	@$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.dev
+	@$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/.dev
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
