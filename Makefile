@@ -21,12 +21,12 @@ $(BIN)/python:
 # A stamp for each set of extras: nothing is installed again until pyproject.toml changes.
 $(VENV)/.run: pyproject.toml | $(BIN)/python
 	@echo "Installing the package and its dependencies (PyTorch is large: this may take minutes) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[bench]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@echo "Installing the package with everything its tests need (may take minutes) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[all,dev]'
 	@touch $@ $(VENV)/.run
 
 run: $(VENV)/.run
