@@ -82,7 +82,8 @@ def kept_overlay(
     """The image with its kept patches clear and all others dimmed.
 
     Args:
-        image: of any size; grid: (rows, columns) of its patches; kept: patch indices in raster order.
+        image: of any size; grid: (rows, columns) of its patches.
+        kept: indices of the kept patches in raster order.
         fit: how the processor fits the image to the grid. What a crop cuts off is dimmed too.
         size: longer side of the result in pixels; the size of the image when None.
         dim: how far dropped patches fade to white, 0 (not at all) to 1 (gone).
