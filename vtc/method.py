@@ -63,6 +63,10 @@ class Method:
     """True when tokens are averaged into survivors rather than dropped."""
     vision_site: ClassVar[Literal["middle", "output"]] = "middle"
     """Where `on_vision_layer` runs: between attention and MLP, or on the block's output."""
+    proportional_attention: ClassVar[bool] = False
+    """Encoder blocks add the log of the token sizes to the attention scores of their keys."""
+    track_size: ClassVar[bool] = True
+    """Merge by size-weighted mean; else each merge takes the plain mean of its tokens."""
     presets: ClassVar[dict[tuple[str, int], dict[str, Any]]] = {}
     """Published settings: (model, tokens) -> hyper-parameters."""
 

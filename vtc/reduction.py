@@ -11,12 +11,8 @@ from torch import Tensor
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Rows of x (B, N, ...) at index (B, K): a tensor (B, K, ...)."""
-    index = index.to(x.device)
-    if x.dim() == 2:
-        return x.gather(1, index)
-    if x.dim() == 3:
-        return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
+    rows = torch.arange(x.shape[0], device=x.device)[:, None]
+    return x[rows, index.to(x.device)]
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
@@ -28,14 +24,18 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     return order[:, :k].sort(dim=1).values
 
 
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
+
+
 @dataclass(frozen=True)
 class Reduction:
     """A map from N source tokens to K surviving slots, for each row of a batch.
 
     Attributes:
-        keep: (B, K) int64, the source index that each slot stands at, ascending over the valid slots.
+        keep: (B, K) int64, the source index that each slot stands at, ascending over valid slots.
         group: (B, N) int64, the slot each source token was folded into; -1 where it was dropped.
-        valid: (B, K) bool, False on the padding slots of a ragged batch; None when every row keeps K.
+        valid: (B, K) bool, False on padding slots of a ragged batch; None when every row keeps K.
     """
 
     keep: Tensor
@@ -82,7 +82,8 @@ class Reduction:
             return cls.from_keep(top_k(scores, k), scores.shape[1])
         valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
         k = torch.as_tensor(k, device=scores.device).expand(scores.shape[0])
-        order = scores.float().masked_fill(~valid, -torch.inf)
+        order = scores.float().clamp(min=torch.finfo(torch.float32).min)
+        order = order.masked_fill(~valid, -torch.inf)  # behind every token, whatever its score
         order = order.argsort(dim=1, descending=True, stable=True)
         rank = torch.empty_like(order).scatter_(
             1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
@@ -90,17 +91,24 @@ class Reduction:
         return cls.from_mask((rank < k[:, None]) & valid)
 
     @classmethod
-    def from_merge(cls, target: Tensor) -> Reduction:
+    def from_merge(cls, target: Tensor, k: int | None = None) -> Reduction:
         """Merge: each token folds into the token at target (B, N); -1 drops it.
 
         A token with ``target[i] == i`` survives and stands for its group. Every row must have the
         same number of survivors, and every target must itself survive.
+
+        Args:
+            target: (B, N) int64.
+            k: the number of survivors; counted, which waits for the device, when None.
         """
         batch, n = target.shape
-        own = target == torch.arange(n, device=target.device)
-        k = int(own[0].sum()) if batch else 0
-        keep = top_k(own, k)
+        index = torch.arange(n, device=target.device).expand(batch, n)
+        own = target == index
+        if k is None:
+            k = int(own[0].sum()) if batch else 0
         slot = own.long().cumsum(1) - 1
+        keep = target.new_zeros(batch, k + 1)  # column k takes the tokens that do not survive
+        keep = keep.scatter(1, slot.where(own, k), index)[:, :k]
         group = slot.gather(1, target.clamp(min=0)).where(target >= 0, -1)
         return cls(keep, group)
 
@@ -149,12 +157,18 @@ class Reduction:
         return gather_tokens(x, self.keep)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum of every group: (B, N, ...) -> (B, K, ...); padding slots hold zeros."""
-        flat = x.reshape(*x.shape[:2], -1)
-        slot = self.group.to(x.device).where(self.group.to(x.device) >= 0, self.count)
-        out = flat.new_zeros(flat.shape[0], self.count + 1, flat.shape[2])
-        out.scatter_add_(1, slot.unsqueeze(-1).expand_as(flat), flat)
-        return out[:, : self.count].reshape(x.shape[0], self.count, *x.shape[2:])
+        """Sum of every group: (B, N, ...) -> (B, K, ...); padding slots hold zeros.
+
+        Half precision is accumulated in fp32.
+        """
+        batch, n = x.shape[:2]
+        rows = torch.arange(batch, device=x.device)[:, None] * (self.count + 1)
+        group = self.group.to(x.device)
+        slot = rows + group.where(group >= 0, self.count)  # the last slot takes what is dropped
+        flat = x.reshape(batch * n, -1).to(_at_least_fp32(x.dtype))
+        out = flat.new_zeros(batch * (self.count + 1), flat.shape[1])
+        out = out.index_add_(0, slot.flatten(), flat).to(x.dtype)
+        return out.reshape(batch, self.count + 1, *x.shape[2:])[:, : self.count]
 
     def merge(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Size-weighted mean of every group.
@@ -164,13 +178,17 @@ class Reduction:
             size: (B, N) number of patches behind each token; ones when None.
 
         Returns:
-            The merged tokens (B, K, C) and their sizes (B, K); padding slots hold zeros.
+            The merged tokens (B, K, C), accumulated in fp32 or better and returned in the dtype of
+            x, and their sizes (B, K) in fp32 or better; padding slots hold zeros.
         """
-        size = x.new_ones(x.shape[:2]) if size is None else size
-        new_size = self.sum(size)
-        weight = size.unsqueeze(-1).to(x.dtype)
-        total = self.sum(x * weight)
-        return total / new_size.clamp(min=1e-12).unsqueeze(-1).to(x.dtype), new_size
+        dtype = _at_least_fp32(x.dtype)
+        wide = x.to(dtype)
+        if size is None:
+            total, new_size = self.sum(wide), self.sum(wide.new_ones(x.shape[:2]))
+        else:
+            size = size.to(dtype)
+            total, new_size = self.sum(wide * size.unsqueeze(-1)), self.sum(size)
+        return (total / new_size.clamp(min=1e-12).unsqueeze(-1)).to(x.dtype), new_size
 
     def expand(self, x: Tensor) -> Tensor:
         """The way back: every source token gets the value of its slot, (B, K, C) -> (B, N, C).
@@ -178,8 +196,8 @@ class Reduction:
         Dropped tokens get zeros.
         """
         rows = gather_tokens(x, self.group.clamp(min=0))
-        alive = (self.group >= 0).to(x.device)
-        return rows * alive.reshape(*alive.shape, *[1] * (x.dim() - 2)).to(x.dtype)
+        dropped = (self.group < 0).to(x.device)
+        return rows.masked_fill_(dropped.reshape(*dropped.shape, *[1] * (x.dim() - 2)), 0)
 
     def to(self, device: torch.device | str) -> Reduction:
         valid = None if self.valid is None else self.valid.to(device)

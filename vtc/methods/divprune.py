@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DivPrune: the subset of visual tokens with the largest minimum distance.
+
+Alvar et al., DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models,
+CVPR 2025, arXiv 2503.02175. With d_ij = 1 - cos(x_i, x_j) of the projected features:
+
+    first = argmax_i min_{j != i} d_ij
+    next  = argmax over the others of the distance to the nearest chosen token, until k are chosen
+
+Departures: each image is a pool of its own, without newline tokens; the paper pools the whole row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..method import Method, register
+from ..reduction import Reduction
+from ..views import FeaturesView
+from .tome import unit
+
+
+def greedy_order(x: Tensor, k: int) -> Tensor:
+    """The k tokens of x (B, N, C) in the order they are chosen, (B, k) int64; ties to the first."""
+    x = unit(x)
+    distance = 1 - x @ x.transpose(1, 2)
+    distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    chosen = [distance.amin(2).argmax(1, keepdim=True)]
+    nearest = torch.full_like(distance[:, 0], torch.inf)
+    for _ in range(k - 1):
+        row = distance.gather(1, chosen[-1][:, :, None].expand(-1, -1, x.shape[1]))[:, 0]
+        nearest = torch.minimum(nearest, row).scatter(1, chosen[-1], -torch.inf)
+        chosen.append(nearest.argmax(1, keepdim=True))
+    return torch.cat(chosen, 1)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class DivPrune(Method):
+    """Keep the visual tokens that are farthest from each other."""
+
+    name = "divprune"
+    summary = "Keeps the visual tokens farthest from each other (DivPrune, CVPR 2025)"
+    default_ratio = 0.098
+
+    def on_features(self, v: FeaturesView) -> Reduction | None:
+        k = self.budget(v.total, v.grid)
+        if k >= v.count:
+            return None
+        return Reduction.from_keep(greedy_order(v.projected, k).sort(1).values, v.count)

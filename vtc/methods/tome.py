@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ToMe: bipartite soft matching between attention and MLP of every encoder block.
+
+Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023, arXiv 2210.09461.
+
+    k     = mean over heads of the keys of this block, scaled to unit length
+    A, B  = tokens at even and at odd places of the sequence, prefix tokens included
+    edges = every a in A proposes argmax_b cos(k_a, k_b); the r best edges stay
+    x_b   = (m_b x_b + sum m_a x_a) / (m_b + sum m_a),  m_b = m_b + sum m_a
+
+The next block adds log m to the attention scores of its keys (proportional attention).
+
+Departures: survivors keep raster order instead of [rest of A, B], which changes the split of the
+next block; with a budget r is spread evenly over the blocks so that exactly the asked number of
+patches remains, and late blocks hand part of their r to earlier ones where half of their tokens
+would not suffice; the inflected schedules of the published code are not offered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..method import Method, register
+from ..reduction import Reduction
+from ..views import VisionView
+
+
+def unit(x: Tensor) -> Tensor:
+    """x (..., C) in fp32, scaled to unit length."""
+    x = x.float()
+    return x / x.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+
+
+def match(x: Tensor, a: Tensor, b: Tensor, r: int, barred: Tensor | None = None) -> Tensor:
+    """Fold the r tokens of A with the best edges into their most similar tokens of B.
+
+    Args:
+        x: (B, T, C), of unit length.
+        a, b: (B, Na), (B, Nb) indices of the two sides.
+        r: edges to keep, at most Na; equal edges go to the first of A.
+        barred: (T,) bool, tokens that neither fold nor absorb.
+
+    Returns:
+        (B, T) int64, the token that each one folds into (itself where it stays).
+    """
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    similarity = x[rows, a] @ x[rows, b].transpose(1, 2)
+    if barred is not None:
+        similarity.masked_fill_(barred[b][:, None, :], -torch.inf)
+    edge, partner = similarity.max(2)
+    if r < a.shape[1]:
+        if barred is not None:
+            edge.masked_fill_(barred[a], -torch.inf)
+        best = edge.argsort(dim=1, descending=True, stable=True)[:, :r]
+        a, partner = a.gather(1, best), partner.gather(1, best)
+    target = torch.arange(x.shape[1], device=x.device).repeat(len(x), 1)
+    return target.scatter_(1, a, b.gather(1, partner))
+
+
+def match_parity(x: Tensor, r: int, prefix: int) -> Tensor:
+    """`match` with the tokens at even places as A, those at odd places as B; see there."""
+    index = torch.arange(x.shape[1], device=x.device)
+    a, b = index[0::2].expand(len(x), -1), index[1::2].expand(len(x), -1)
+    return match(x, a, b, r, index < prefix if prefix else None)
+
+
+def even_counts(n: int, k: int, steps: int) -> list[int]:
+    """Token counts after each of ``steps`` blocks, from n to exactly k, no block folding over half.
+
+    Raises:
+        ValueError: k is out of reach, because each block at best halves its tokens.
+    """
+    if n > k << steps:
+        raise ValueError(
+            f"{n} -> {k} tokens is out of reach: each of the {steps} blocks can merge at most half "
+            f"of its tokens; keep at least {-(-n >> steps)}"
+        )
+    counts, current = [], n
+    for left in range(steps, 0, -1):
+        target = min(current - round((current - k) / left), k << (left - 1))
+        current = max(target, current - current // 2)
+        counts.append(current)
+    return counts
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class ToMe(Method):
+    """Merge the r most similar pairs of tokens in every encoder block.
+
+    Args:
+        r: tokens merged in each block, as published; instead of a budget. Never more than half.
+        proportional_attention: add the log of the token sizes to the attention scores.
+    """
+
+    r: int | None = None
+    proportional_attention: bool = True  # type: ignore[misc]
+
+    name = "tome"
+    summary = "Merges the most similar keys in every encoder block (ToMe, arXiv 2210.09461)"
+    merges = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r is None:
+            return
+        if self.keep_ratio is not None or self.keep_tokens is not None:
+            raise ValueError("give r or a budget (keep_ratio, keep_tokens), not both")
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 0:
+            raise ValueError(f"r is a count of tokens to merge in each block; got {self.r!r}")
+
+    def schedule(self, n: int, depth: int) -> list[int]:
+        """Patch tokens left after each block, from n."""
+        if self.r is None:
+            return even_counts(n, self.budget(n), depth)
+        counts = []
+        for _ in range(depth):
+            n -= min(self.r, n // 2)
+            counts.append(n)
+        return counts
+
+    def on_vision_layer(self, v: VisionView) -> Reduction | None:
+        target = self.schedule(v.total, v.depth)[v.layer]
+        r = min(v.count - target, v.count // 2)
+        if r <= 0:
+            return None
+        into = match_parity(unit(v.key_mean), r, v.prefix)
+        return Reduction.from_merge(into, v.x.shape[1] - r)
