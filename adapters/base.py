@@ -82,6 +82,7 @@ class DecoderSites:
         decoder: the language model with ``layers``, inside ``base``.
         projector: maps encoder features (B, N, C) to (B, N, D), token by token.
         token_ids: ids of the image placeholders.
+        tokens_per_image: placeholders of one image where that is fixed, else None.
         feature_block: index of the last encoder block whose output the projector reads.
         hidden, mlp_width, heads, kv_heads, head_dim, vocab: for the cost model.
     """
@@ -90,6 +91,7 @@ class DecoderSites:
     decoder: nn.Module
     projector: nn.Module
     token_ids: tuple[int, ...]
+    tokens_per_image: int | None
     feature_block: int
     hidden: int
     mlp_width: int

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the adapter of a model: one line here for each family."""
+
+from __future__ import annotations
+
+import importlib
+
+from torch import nn
+
+from ..errors import UnsupportedError
+from .base import Sites, VisionSites
+
+LANGUAGE_MODELS = ("llava",)
+"""Adapter files whose ``locate(model)`` gives `Sites` with a language model."""
+
+ENCODERS = ("hf_vision", "timm_vit", "open_clip_vit")
+"""Adapter files whose ``locate(model)`` gives `VisionSites`."""
+
+SUPPORTED = (
+    "timm ViTs (vit, deit, eva, dinov2, siglip); open_clip ViTs; Hugging Face CLIP, SigLIP, DINOv2 and "
+    "ViT encoders; LLaVA-1.5 (LlavaForConditionalGeneration)"
+)
+
+
+def _try(names: tuple[str, ...], model: nn.Module):
+    for name in names:
+        sites = importlib.import_module(f"{__package__}.{name}").locate(model)
+        if sites is not None:
+            return sites
+    return None
+
+
+def locate_vision(model: nn.Module) -> VisionSites:
+    """Sites of a vision encoder.
+
+    Raises:
+        UnsupportedError: no adapter knows this encoder.
+    """
+    sites = _try(ENCODERS, model)
+    if sites is None:
+        raise UnsupportedError(
+            f"no adapter for the encoder {type(model).__name__}; supported: {SUPPORTED}"
+        )
+    return sites
+
+
+def locate(model: nn.Module) -> Sites:
+    """Sites of a whole model: a multimodal LLM or an encoder alone.
+
+    Raises:
+        UnsupportedError: no adapter knows this model, or it has no images to compress.
+    """
+    sites = _try(LANGUAGE_MODELS, model)
+    if sites is not None:
+        return sites
+    vision = _try(ENCODERS, model)
+    if vision is not None:
+        return Sites(type(model).__name__, vision)
+    what = "is a text-only language model, so it has no visual tokens to compress"
+    if not _text_only(model):
+        what = "has no adapter"
+    raise UnsupportedError(f"{type(model).__name__} {what}; supported: {SUPPORTED}")
+
+
+def _text_only(model: nn.Module) -> bool:
+    modalities = getattr(model, "input_modalities", None)
+    text = "text" if isinstance(modalities, str) else None
+    return modalities is not None and set([text] if text else modalities) == {"text"}

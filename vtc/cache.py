@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KV cache layers that are physically short and logically full length.
+
+Hugging Face sizes masks and positions by ``get_seq_length()``. A pruned layer reports the length the
+sequence would have without pruning and remembers which logical column each physical slot holds, so
+padding, beams, further turns and manual decoding loops need no special case.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from .errors import UnsupportedError
+from .reduction import gather_tokens
+
+
+class PrunedMixin:
+    """Mixed in front of a dynamic cache layer class.
+
+    Attributes:
+        kept: (B, P) logical column of each slot that existed at the last reduction.
+        visual: (B, P) bool, visual tokens among them.
+        filler: (B, P) bool, slots that only make a ragged batch rectangular; None if there are none.
+        dropped: logical minus physical length.
+        shift: (B,) positions by which "compact" renumbering moved later tokens; None if "original".
+        scratch: per method, named tensors aligned with the slots.
+        budgets: per method, (B,) visual slots it would keep.
+    """
+
+    kept: Tensor | None = None
+    visual: Tensor
+    filler: Tensor | None = None
+    dropped: int = 0
+    shift: Tensor | None = None
+    scratch: dict[int, dict[str, Tensor]]
+    budgets: dict[int, Tensor]
+
+    def physical_length(self) -> int:
+        return super().get_seq_length()  # type: ignore[misc]
+
+    def get_seq_length(self) -> int:
+        """Logical length: the tokens seen, dropped ones included."""
+        n = self.physical_length()
+        return n + self.dropped if n else 0
+
+    def columns(self, device: torch.device) -> Tensor:
+        """(B, P) logical column of every physical slot."""
+        n, kept = self.physical_length(), self.kept.to(device)
+        tail = torch.arange(kept.shape[1], n, device=device) + self.dropped
+        return torch.cat([kept, tail.expand(kept.shape[0], -1)], 1)
+
+    def padded(self, name: str, device: torch.device) -> Tensor:
+        """(B, P) the named flag for every physical slot, False on slots decoded since."""
+        flag, n = getattr(self, name), self.physical_length()
+        flag = self.kept.new_zeros(self.kept.shape, dtype=torch.bool) if flag is None else flag
+        return torch.nn.functional.pad(flag, (0, n - flag.shape[1])).to(device)
+
+    def append(
+        self, columns: Tensor, visual: Tensor, filler: Tensor | None, logical: int
+    ) -> None:
+        """Announce tokens (B, T) that the next update brings, and the logical length after it."""
+        device = columns.device
+        if filler is not None or self.filler is not None:
+            new = torch.zeros_like(visual) if filler is None else filler
+            self.filler = torch.cat([self.padded("filler", device), new], 1)
+        self.visual = torch.cat([self.padded("visual", device), visual], 1)
+        self.kept = torch.cat([self.columns(device), columns], 1)
+        self.dropped = logical - self.kept.shape[1]
+
+    def evict(self, keep: Tensor, valid: Tensor | None) -> None:
+        """Remove every slot but keep (B, K), ascending, from keys and values."""
+        device = self.keys.device
+        keep = keep.to(device)
+        logical, columns = self.get_seq_length(), self.columns(device)
+        if self.filler is not None or valid is not None:
+            filler = self.padded("filler", device).gather(1, keep)
+            self.filler = filler if valid is None else filler | ~valid.to(device)
+        self.visual = self.padded("visual", device).gather(1, keep)
+        self.kept = columns.gather(1, keep)
+        index = keep[:, None, :, None]
+        for name in ("keys", "values"):
+            x = getattr(self, name)
+            setattr(self, name, x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])))
+        self.dropped = logical - keep.shape[1]
+
+    # ---- operations of the stock layer that must move the map too -------------------------------
+
+    def _map(self, change: Any) -> None:
+        for name in ("kept", "visual", "filler", "shift"):
+            value = getattr(self, name, None)
+            if value is not None:
+                setattr(self, name, change(value))
+        self.scratch = {
+            method: {name: change(x) for name, x in named.items()}
+            for method, named in self.scratch.items()
+        }
+        self.budgets = {method: change(x) for method, x in self.budgets.items()}
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._map(lambda x: x[indices.to(x.device)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.physical_length() - abs(tokens_to_remove) < self.kept.shape[1]:
+            raise UnsupportedError(
+                f"cannot crop {abs(tokens_to_remove)} tokens: this layer was compressed and only the "
+                f"{self.physical_length() - self.kept.shape[1]} tokens after that can be removed"
+            )
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.kept = self.filler = self.shift = None
+        self.dropped, self.scratch, self.budgets = 0, {}, {}
+
+
+@lru_cache(maxsize=None)
+def _pruned_class(base: type) -> type:
+    return type("Pruned" + base.__name__, (PrunedMixin, base), {"__module__": __name__})
+
+
+def pruned_layer(cache: Cache, i: int, batch: int, device: torch.device) -> PrunedMixin:
+    """Layer i of the cache as a pruned layer, converted in place at the first call."""
+    while len(cache.layers) <= i:  # DynamicCache() makes its layers on the first update
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[i]
+    if isinstance(layer, PrunedMixin) and layer.kept is not None:
+        return layer
+    if not isinstance(layer, PrunedMixin):
+        new = object.__new__(_pruned_class(type(layer)))
+        new.__dict__.update(layer.__dict__)  # `layer.__class__ = ...` raises on differing layouts
+        cache.layers[i] = layer = new
+    n = layer.physical_length()
+    layer.kept = torch.arange(n, device=device).expand(batch, n)
+    layer.visual = torch.zeros(batch, n, dtype=torch.bool, device=device)
+    layer.scratch, layer.budgets = {}, {}
+    return layer
+
+
+def existing_pruned(cache: Cache | None, i: int) -> PrunedMixin | None:
+    """Layer i if it was compressed before, else None."""
+    if cache is None or i >= len(cache.layers):
+        return None
+    layer = cache.layers[i]
+    return layer if isinstance(layer, PrunedMixin) and layer.kept is not None else None
+
+
+def check_cache(cache: Any, evicts: bool) -> None:
+    """Refuse, before anything is computed, a cache that cannot hold layers of different lengths.
+
+    Raises:
+        UnsupportedError: static, sliding-window, linear or unknown cache layers.
+    """
+    if cache is None:
+        return
+    if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
+        raise UnsupportedError(
+            f"{type(cache).__name__} cannot be compressed; use the default DynamicCache"
+        )
+    for i, layer in enumerate(cache.layers):
+        if getattr(layer, "is_sliding", False):
+            raise UnsupportedError(
+                f"cache layer {i} is a sliding window ({type(layer).__name__}): its window would count "
+                "kept tokens instead of positions; set config.sliding_window=None, or use an encoder-"
+                "side method and a model without sliding-window layers"
+            )
+        if not isinstance(layer, DynamicLayer):
+            raise UnsupportedError(
+                f"cache layer {i} is a {type(layer).__name__}, whose slots are fixed; use the default "
+                "DynamicCache (drop cache_implementation=...)"
+            )
+        if evicts and type(layer).__name__.replace("Pruned", "", 1) != "DynamicLayer":
+            raise UnsupportedError(
+                f"evicting from a {type(layer).__name__} would need to dequantize it; use the default "
+                "DynamicCache, or a method that drops tokens before they reach the cache"
+            )
+
+
+def cache_bytes(cache: Cache | None) -> tuple[int, int]:
+    """Bytes of all keys and values held, and the bytes the same tokens take without compression."""
+    held = full = 0
+    for layer in getattr(cache, "layers", []):
+        tensors = [t for t in vars(layer).values() if isinstance(t, Tensor) and t.dim() == 4]
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        held += size
+        n = layer.physical_length() if isinstance(layer, PrunedMixin) else layer.get_seq_length()
+        full += size * layer.get_seq_length() // max(int(n), 1)
+    return held, full
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of a rotary table (..., T, d) at index (B, T'): batch on dim -3, tokens on dim -2."""
+    index = index.to(x.device)
+    if x.dim() == 2:
+        x = x.unsqueeze(0)
+    if x.dim() == 3:
+        return gather_tokens(x.expand(index.shape[0], -1, -1), index)
+    return torch.stack([take_rows(part, index) for part in x])

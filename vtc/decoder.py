@@ -1,0 +1,520 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine of everything inside the LLM: one pre-hook on every decoder layer.
+
+Layer 0 is the projector boundary: rows of image features that the vision side marked with NaN are
+dropped there; methods of the "decoder" stage drop more between layers. Hugging Face computes mask,
+positions and rotary tables once at full size; the hooks gather their rows and columns for the
+tokens that are left. State of one forward sits on one `_Forward` object, state that outlives it only
+on the cache layers (vtc.cache).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from . import cache as kv
+from . import tap
+from .adapters.base import DecoderSites
+from .errors import UnsupportedError
+from .method import Method
+from .reduction import Reduction, gather_tokens
+from .report import Record
+from .views import CacheView, DecoderView
+
+
+@dataclass
+class _Forward:
+    """One forward through the LLM. L logical tokens came in, T of them are still there."""
+
+    base: int  # logical tokens in the cache before this forward
+    length: int  # L
+    real: Tensor  # (B, T) not padding
+    visual: Tensor  # (B, T)
+    image: Tensor  # (B, T) ordinal of the image in its row
+    position: Tensor  # (B, T) patch index inside that image
+    images: list[list[int]]  # visual tokens of each image of each row
+    local: Tensor | None = None  # (B, T) logical index in this forward; None until something is dropped
+    filler: Tensor | None = None  # (B, T) dropped tokens that only keep the batch rectangular
+    shift: Tensor | None = None  # (B, T) positions lost before each token ("compact")
+    scratch: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # (B, N, ...) by method
+
+
+def split_images(visual: Tensor, tokens_per_image: int | None) -> tuple[list[list[int]], Tensor, Tensor]:
+    """Image by image, the placeholder runs of a batch of prompts.
+
+    Args:
+        visual: (B, L) bool.
+        tokens_per_image: placeholders of one image where that is fixed, to split adjacent images.
+
+    Returns:
+        For each row the visual tokens of each image; (B, L) image ordinal; (B, L) index in its image.
+
+    Raises:
+        UnsupportedError: a run holds only part of an image (chunked prefill).
+    """
+    starts = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
+    run = starts.long().cumsum(1) - 1
+    columns = torch.arange(visual.shape[1], device=visual.device).expand_as(visual)
+    first = columns.where(starts, -1).cummax(1).values
+    index = columns - first
+    images: list[list[int]] = []
+    runs = run.where(visual, -1).tolist()
+    for row in runs:
+        lengths: dict[int, int] = {}
+        for r in row:
+            if r >= 0:
+                lengths[r] = lengths.get(r, 0) + 1
+        counts: list[int] = []
+        for n in lengths.values():
+            if tokens_per_image is None:
+                counts.append(n)
+            elif n % tokens_per_image:
+                raise UnsupportedError(
+                    f"found a run of {n} image tokens, not a multiple of {tokens_per_image}: part of an "
+                    "image in one forward (chunked prefill) cannot be compressed; prefill in one piece"
+                )
+            else:
+                counts += [tokens_per_image] * (n // tokens_per_image)
+        images.append(counts)
+    if tokens_per_image is None:
+        return images, run.where(visual, -1), index
+    order = (visual.long().cumsum(1) - 1).where(visual, -1)
+    return images, order.div(tokens_per_image, rounding_mode="floor"), index % tokens_per_image
+
+
+class DecoderEngine:
+    """Installs the hooks on a language model and runs the methods' decoder and cache stages."""
+
+    def __init__(
+        self, sites: DecoderSites, methods: tuple[Method, ...], sentinel: bool, record: Record
+    ) -> None:
+        """
+        Args:
+            sites: where things are.
+            methods: in the order they are applied.
+            sentinel: whether dropped feature rows may arrive as NaN at layer 0.
+            record: what the report reads; a new forward replaces its contents.
+        """
+        self.sites, self.methods, self.sentinel, self.record = sites, methods, sentinel, record
+        self.layers: list[nn.Module] = list(sites.decoder.layers)
+        self.on_decoder = [(i, m) for i, m in enumerate(methods) if "decoder" in m.stages]
+        self.on_cache = [(i, m) for i, m in enumerate(methods) if "cache" in m.stages]
+        self.compact = any(m.positions == "compact" for m in methods)
+        self.pending: tuple[Tensor, Tensor | None] | None = None
+        self.forward: _Forward | None = None
+        self.real: Tensor | None = None
+        self.handles: list[Any] = []
+        self.taps: list[tap.Tap] = []
+        self.stock: str | None = None
+        self._check_model()
+
+    def _check_model(self) -> None:
+        config = self.sites.decoder.config
+        if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+            types = getattr(config, "layer_types", None)
+            if types is None or any("sliding" in t for t in types):
+                raise UnsupportedError(
+                    f"the language model uses a sliding window of {config.sliding_window} tokens, which "
+                    "would count kept tokens instead of positions; set config.sliding_window=None"
+                )
+        implementation = config._attn_implementation
+        if "flex" in implementation or "paged" in implementation:
+            raise UnsupportedError(
+                f'attention "{implementation}" builds masks that cannot be gathered; use "sdpa", '
+                '"flash_attention_2" or "eager"'
+            )
+
+    # ---- lifetime --------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        sites, handles = self.sites, self.handles
+        handles.append(sites.base.register_forward_pre_hook(self._base_pre, with_kwargs=True))
+        handles.append(sites.base.register_forward_hook(self._base_post, always_call=True))
+        handles.append(sites.decoder.register_forward_pre_hook(self._lm_pre, with_kwargs=True))
+        handles.append(
+            sites.decoder.register_forward_hook(self._lm_post, with_kwargs=True, prepend=True)
+        )
+        if not self.methods:
+            return
+        for i, layer in enumerate(self.layers):
+            hook = partial(self._layer_pre, i)
+            handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+            if self.on_cache:
+                hook = partial(self._layer_post, i)
+                handles.append(layer.register_forward_hook(hook, with_kwargs=True, prepend=True))
+        if self.on_decoder:
+            attentions = [layer.self_attn for layer in self.layers]
+            self.stock, self.taps = tap.install(sites.decoder, attentions)
+            if any("sublayers" in m.needs for _, m in self.on_decoder):
+                for layer, t in zip(self.layers, self.taps, strict=True):
+                    for name, module in (("attention", layer.self_attn), ("mlp", layer.mlp)):
+                        hook = partial(self._sublayer_post, t, name)
+                        handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        if self.stock is not None:
+            tap.remove(self.sites.decoder, [layer.self_attn for layer in self.layers], self.stock)
+        self.stock, self.taps, self.forward, self.pending = None, [], None, None
+
+    # ---- the base model: which tokens are visual -------------------------------------------------
+
+    def _base_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is not None:
+            visual = torch.zeros_like(ids, dtype=torch.bool)
+            for token in self.sites.token_ids:
+                visual |= ids == token
+        else:
+            embeds = kwargs["inputs_embeds"]
+            table = module.get_input_embeddings()
+            visual = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+            for token in self.sites.token_ids:
+                row = table(torch.tensor(token, device=embeds.device)).to(embeds.dtype)
+                visual |= (embeds == row).all(-1)
+        mask = kwargs.get("attention_mask")
+        self.pending = (visual, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+        self.record.clock.start("model", module)
+
+    def _base_post(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.record.clock.stop("model")
+        self.pending = self.forward = None
+        for t in self.taps:
+            t.clear()
+
+    # ---- the language model: phase, checks, aligned output ----------------------------------------
+
+    def _lm_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
+        visual, mask = self.pending if self.pending else (None, kwargs.get("attention_mask"))
+        self.pending = self.forward = None
+        if visual is not None and embeds.shape[1] > 1 and bool(visual.any()):
+            if self.methods:
+                kv.check_cache(cache, evicts=bool(self.on_cache))
+            real = torch.ones_like(visual)
+            if mask is not None and mask.dim() == 2:
+                real = mask[:, -embeds.shape[1] :].bool().to(visual.device)
+            images, image, position = split_images(visual, self.sites.tokens_per_image)
+            base = int(cache.get_seq_length()) if cache is not None else 0
+            self.forward = _Forward(base, embeds.shape[1], real, visual, image, position, images)
+            self.record.begin(visual, real, images)
+            self.record.clock.start("prefill", module)
+        else:
+            self.record.clock.start("decode" if embeds.shape[1] == 1 else "text", module)
+
+    def _lm_post(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        st = self.forward
+        self.record.clock.stop("decode")
+        self.record.clock.stop("text")
+        self.record.clock.stop("prefill")
+        if st is None:
+            return None
+        named = isinstance(output, ModelOutput)
+        cache = output.get("past_key_values") if named else kwargs.get("past_key_values")
+        self.record.end(st.visual, st.image, st.position, kv.cache_bytes(cache))
+        if st.local is None:
+            return None
+        # Callers index logits by the positions of the prompt they passed, so the output is laid out
+        # like the input; rows of dropped tokens are zeros.
+        short = output[0]
+        if st.filler is not None:
+            short = short.masked_fill(st.filler.to(short.device).unsqueeze(-1), 0)
+        full = short.new_zeros(short.shape[0], st.length, short.shape[2])
+        index = st.local.to(short.device).unsqueeze(-1).expand_as(short)
+        full = full.scatter(1, index, short)
+        if named:
+            output.last_hidden_state = full
+            return output
+        return (full, *output[1:])
+
+    # ---- decoder layers ----------------------------------------------------------------------------
+
+    def _layer_pre(self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        st, cache = self.forward, kwargs.get("past_key_values")
+        layer = kv.existing_pruned(cache, i)
+        if st is None and layer is None:
+            return None
+        if st is None and layer.filler is None and layer.shift is None:
+            if kwargs.get("attention_mask") is None:  # plain decoding: every key is seen
+                return None
+        hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        if st is not None:
+            with self.record.clock.measure("method"):
+                hidden = self._reduce(i, st, hidden, cache)
+            self.record.layer(i, st.visual)
+            if st.local is not None and cache is not None:
+                layer = kv.pruned_layer(cache, i, hidden.shape[0], hidden.device)
+        if layer is not None or (st is not None and st.local is not None):
+            kwargs = self._gathered(st, hidden, layer, cache, kwargs)
+            if st is not None and layer is not None:
+                local = st.local if st.local is not None else _arange(hidden)
+                layer.append(
+                    (st.base + local).to(hidden.device),
+                    st.visual.to(hidden.device),
+                    None if st.filler is None else st.filler.to(hidden.device),
+                    st.base + st.length,
+                )
+        return (hidden, *rest), kwargs
+
+    def _reduce(self, i: int, st: _Forward, hidden: Tensor, cache: Any) -> Tensor:
+        """Drop sentinel rows before layer 0, then what the methods ask for after layer i - 1."""
+        if i == 0 and self.sentinel:
+            dropped = hidden[..., 0].isnan() & st.visual.to(hidden.device)
+            view = self._view(-1, st, hidden, {})
+            alive = ~gather_tokens(dropped, view.visual_index)
+            if view.valid is not None:
+                alive &= view.valid
+            reduction = Reduction.from_mask(alive)
+            if reduction.valid is not None or view.valid is not None or reduction.count < view.count:
+                hidden = self._apply(st, hidden, view, reduction, merge=False)
+        for index, method in self.on_decoder:
+            view = self._view(i - 1, st, hidden, st.scratch.setdefault(index, {}))
+            reduction = method.on_decoder_layer(view)
+            if reduction is not None:
+                hidden = self._apply(st, hidden, view, reduction, method.merges)
+        if i > 0 and self.taps:
+            self.taps[i - 1].clear()
+        return hidden
+
+    def _view(self, layer: int, st: _Forward, hidden: Tensor, scratch: dict[str, Tensor]) -> DecoderView:
+        visual = st.visual.to(hidden.device)
+        counts = visual.sum(1)
+        n = int(counts.max())
+        index = visual.long().argsort(dim=1, descending=True, stable=True)[:, :n]
+        valid = torch.arange(n, device=hidden.device) < counts[:, None]
+        return DecoderView(
+            hidden=hidden,
+            layer=layer,
+            depth=len(self.layers),
+            visual=visual,
+            text=st.real.to(hidden.device) & ~visual,
+            visual_index=index,
+            valid=None if bool(valid.all()) else valid,
+            image=st.image.to(hidden.device).gather(1, index),
+            position=st.position.to(hidden.device).gather(1, index),
+            images=st.images,
+            tap=self.taps[layer] if self.taps and layer >= 0 else None,
+            scratch=scratch,
+        )
+
+    def _apply(
+        self, st: _Forward, hidden: Tensor, view: DecoderView, reduction: Reduction, merge: bool
+    ) -> Tensor:
+        """Carry out a reduction of the N visual tokens on the sequence and all that is aligned."""
+        if merge:
+            merged, _ = reduction.merge(view.tokens)
+            target = view.visual_index.gather(1, reduction.keep)
+            if reduction.valid is not None:  # padding slots write what is there already
+                merged = merged.where(reduction.valid[..., None], gather_tokens(hidden, target))
+            hidden = hidden.scatter(1, target.unsqueeze(-1).expand_as(merged), merged)
+        for named in st.scratch.values():
+            for name, x in named.items():
+                named[name] = reduction.select(x)
+        n, keep = reduction.source_count, reduction.keep
+        if reduction.valid is not None:
+            keep = keep.where(reduction.valid, n)  # column n takes the padding slots
+        alive = torch.zeros(keep.shape[0], n + 1, dtype=torch.bool, device=keep.device)
+        alive = alive.scatter(1, keep, True)[:, :n]
+        real, visual = st.real.to(hidden.device), view.visual
+        # Where a row is short, visual_index points at other tokens behind the visual ones.
+        kept = torch.zeros_like(visual).scatter(1, view.visual_index, alive) & visual
+        if view.valid is None and reduction.valid is None:
+            keep = ~visual | kept
+            length = hidden.shape[1] - reduction.source_count + reduction.count
+            order = keep.long().argsort(dim=1, descending=True, stable=True)
+            index, filler = order[:, :length], None
+        else:
+            # Rows differ: as long as the longest row without its padding, padding first to fill.
+            needed = real & (~visual | kept)
+            length = int(needed.sum(1).max())
+            rank = (~needed).long() + (~needed & visual).long()
+            index = rank.argsort(dim=1, stable=True)[:, :length].sort(dim=1).values
+            filler = gather_tokens(visual & ~kept, index)
+        if st.filler is not None:
+            old = gather_tokens(st.filler.to(hidden.device), index)
+            filler = old if filler is None else filler | old
+        if filler is not None and not bool(filler.any()):
+            filler = None
+        local = _arange(hidden) if st.local is None else st.local.to(hidden.device)
+        if self.compact:
+            lost = (visual & ~kept).long()
+            shift = lost.cumsum(1) - lost
+            if st.shift is not None:
+                shift = shift + st.shift.to(hidden.device)
+            st.shift = gather_tokens(shift, index)
+        st.local = gather_tokens(local, index)
+        st.visual = gather_tokens(visual & kept, index)
+        st.real = gather_tokens(real & (~visual | kept), index)
+        st.image = gather_tokens(st.image.to(hidden.device), index)
+        st.position = gather_tokens(st.position.to(hidden.device), index)
+        st.filler = filler
+        hidden = gather_tokens(hidden, index)
+        return hidden if filler is None else hidden.masked_fill(filler.unsqueeze(-1), 0)
+
+    # ---- what Hugging Face hands to every layer, for the tokens that are left -----------------------
+
+    def _gathered(
+        self, st: _Forward | None, hidden: Tensor, layer: Any, cache: Any, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        kwargs = dict(kwargs)
+        device, q_len = hidden.device, hidden.shape[1]
+        local = None if st is None or st.local is None else st.local.to(device)
+        if local is not None:
+            kwargs["position_embeddings"] = tuple(
+                kv.take_rows(t, local) for t in kwargs["position_embeddings"]
+            )
+        positions = kwargs.get("position_ids")
+        if positions is not None and local is not None:
+            positions = positions.expand(*positions.shape[:-2], local.shape[0], -1)
+            index = local.expand(*positions.shape[:-1], -1) if positions.dim() > 2 else local
+            positions = positions.to(device).gather(-1, index)
+            kwargs["position_ids"] = positions
+        shift = self._shift(st, layer, device)
+        if shift is not None:
+            kwargs["position_ids"] = positions = positions - shift
+            kwargs["position_embeddings"] = self.sites.decoder.rotary_emb(hidden, positions)
+        flash = "flash" in self.sites.decoder.config._attn_implementation
+        if flash:  # gaps would be read as packed sequences
+            kwargs["position_ids"] = None
+
+        # Logical columns of all keys this layer will attend to: its slots, then the new tokens.
+        base = st.base if st is not None else (int(layer.get_seq_length()) if layer else 0)
+        rows = _arange(hidden) if local is None else local
+        columns, filler = base + rows, None if st is None else st.filler
+        filler = None if filler is None else filler.to(device)
+        if layer is not None and layer.physical_length():
+            past = layer.columns(device)
+            if filler is not None or layer.filler is not None:
+                new = torch.zeros_like(rows, dtype=torch.bool) if filler is None else filler
+                filler = torch.cat([layer.padded("filler", device), new], 1)
+            columns = torch.cat([past, columns], 1)
+        kwargs["attention_mask"] = _gather_mask(
+            kwargs.get("attention_mask"), rows, local is not None, base, columns, filler, flash
+        )
+        return kwargs
+
+    def _shift(self, st: _Forward | None, layer: Any, device: torch.device) -> Tensor | None:
+        """(B, T) positions to subtract under "compact", or None."""
+        if not self.compact:
+            return None
+        past = None if layer is None else layer.shift
+        now = None if st is None else st.shift
+        if layer is not None and st is not None and now is not None:
+            total = now.amax(1) if past is None else now.amax(1) + past.to(device)
+            layer.shift = total
+        if now is None and past is None:
+            return None
+        shift = torch.zeros((), dtype=torch.long, device=device)
+        if past is not None:
+            shift = shift + past.to(device)[:, None]
+        return shift if now is None else shift + now.to(device)
+
+    # ---- KV cache stage ----------------------------------------------------------------------------
+
+    def _layer_post(
+        self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
+    ) -> None:
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            return
+        st, layer = self.forward, kv.existing_pruned(cache, i)
+        if st is None and layer is None:
+            return
+        with self.record.clock.measure("method"):
+            stock = cache.layers[i]
+            device = stock.keys.device
+            if layer is None:
+                batch, n = stock.keys.shape[0], stock.keys.shape[2]
+                layer = kv.pruned_layer(cache, i, batch, device)
+                layer.visual[:, n - st.visual.shape[1] :] = st.visual.to(device)
+            for index, method in self.on_cache:
+                if st is not None:
+                    asked = [sum(method.budget(n) for n in row) for row in st.images]
+                    layer.budgets[index] = layer.budgets.get(index, 0) + torch.tensor(
+                        asked, device=device
+                    )
+                filler = None if layer.filler is None else ~layer.padded("filler", device)
+                view = CacheView(
+                    keys=layer.keys,
+                    values=layer.values,
+                    visual=layer.padded("visual", device),
+                    valid=filler,
+                    layer=i,
+                    depth=len(self.layers),
+                    step=layer.physical_length() - layer.kept.shape[1],
+                    budget=layer.budgets[index],
+                    scratch=layer.scratch.setdefault(index, {}),
+                )
+                reduction = method.on_cache(view)
+                if reduction is not None:
+                    layer.scratch = {
+                        m: {name: reduction.select(x) for name, x in named.items()}
+                        for m, named in layer.scratch.items()
+                    }
+                    layer.evict(reduction.keep, reduction.valid)
+            if st is not None:
+                self.record.layer(i, layer.padded("visual", device))
+
+    def _sublayer_post(
+        self, t: tap.Tap, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any
+    ) -> None:
+        given = args[0] if args else kwargs["hidden_states"]
+        t.sublayers[name] = (given, output[0] if isinstance(output, tuple) else output)
+
+
+def _arange(hidden: Tensor) -> Tensor:
+    return torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[0], -1)
+
+
+def _gather_mask(
+    mask: Any,
+    rows: Tensor,
+    shorter: bool,
+    base: int,
+    columns: Tensor,
+    filler: Tensor | None,
+    flash: bool,
+) -> Tensor | None:
+    """The mask Hugging Face built at logical size, for the rows and columns that are left.
+
+    Args:
+        mask: None, (B, kv) for flash attention, or (B, 1, q, kv), bool or additive.
+        rows: (B, q) logical index in this forward of the query rows.
+        shorter: whether rows of the mask must be gathered too.
+        base: logical tokens before this forward.
+        columns: (B, kv) logical column of each key.
+        filler: (B, kv) keys that must not be seen, or None.
+    """
+    if mask is not None and not isinstance(mask, Tensor):
+        raise UnsupportedError(f"masks of type {type(mask).__name__} cannot be compressed; use sdpa")
+    if mask is None:
+        if filler is None:
+            return None  # causal by order, or one query row that sees every key
+        if flash:
+            return ~filler
+        seen = columns[:, None, :] <= (base + rows)[:, :, None]
+        return (seen & ~filler[:, None, :])[:, None]
+    mask = mask.to(columns.device)
+    if mask.dim() == 2:
+        mask = mask.gather(1, columns)
+        return mask if filler is None else mask & ~filler
+    mask = mask.expand(columns.shape[0], -1, -1, -1)
+    if shorter:
+        mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    mask = mask.gather(3, columns[:, None, None, :].expand(*mask.shape[:3], -1))
+    if filler is None:
+        return mask
+    hide = filler[:, None, None, :]
+    if mask.dtype == torch.bool:
+        return mask & ~hide
+    return mask.masked_fill(hide, torch.finfo(mask.dtype).min)

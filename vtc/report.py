@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ran: tokens of every layer, FLOPs, KV bytes and milliseconds of the last forward."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .cost import decoder_flops, encoder_flops, llm_flops
+from .reduction import Reduction
+
+if TYPE_CHECKING:
+    from .adapters.base import Sites
+    from .method import Method
+
+
+class Clock:
+    """Wall time by name. On a GPU, times are those of the launches unless ``synchronize`` is set."""
+
+    def __init__(self) -> None:
+        self.synchronize = False
+        self.seconds: dict[str, float] = {}
+        self.calls: dict[str, int] = {}
+        self.started: dict[str, float] = {}
+
+    def now(self) -> float:
+        if self.synchronize and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def reset(self, *names: str) -> None:
+        for name in names:
+            self.seconds.pop(name, None)
+            self.calls.pop(name, None)
+
+    def start(self, name: str, module: nn.Module | None = None) -> None:
+        self.started[name] = self.now()
+
+    def stop(self, name: str) -> None:
+        if name in self.started:
+            self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - self.started.pop(name)
+            self.calls[name] = self.calls.get(name, 0) + 1
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        start = self.now()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
+
+    def ms(self, name: str) -> float | None:
+        return 1e3 * self.seconds[name] if name in self.seconds else None
+
+
+class Record:
+    """Raw facts of the last prefill, as the engines write them; nothing is synchronized here."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.grid: tuple[int, int] | None = None  # patches of the last images encoded
+        self.images: list[list[int]] = []  # visual tokens of each image of each row
+        self.text = torch.empty(0)  # (B,) other tokens that are not padding
+        self.visual: dict[int, Tensor] = {}  # layer -> (B,) visual tokens it processed
+        self.final: tuple[Tensor, Tensor, Tensor] | None = None
+        self.kv: tuple[int, int] = (0, 0)
+
+    def begin(self, visual: Tensor, real: Tensor, images: list[list[int]]) -> None:
+        self.images, self.text, self.final = images, (real & ~visual).sum(1), None
+        self.visual = {0: visual.sum(1)}
+        self.clock.reset("prefill", "decode")
+
+    def layer(self, i: int, visual: Tensor) -> None:
+        self.visual[i] = visual.sum(1)
+
+    def end(self, visual: Tensor, image: Tensor, position: Tensor, kv: tuple[int, int]) -> None:
+        self.final, self.kv = (visual, image, position), kv
+
+
+@dataclass
+class Report:
+    """The last forward of a compressed model; token counts are means over the rows of the batch.
+
+    Attributes:
+        method: what was applied, with its parameters.
+        asked: visual tokens asked for; visual_tokens: those of the prompt; final_tokens: those that
+            the last layer processed; average_tokens: mean over the LLM layers.
+        tokens_per_layer: visual tokens each LLM layer processed (encoder alone: tokens after each
+            block, prefix included).
+        flops, flops_full: the literature's formula for one row, with and without compression.
+        flops_all, flops_all_full: all tokens, encoder and projector included.
+        kv_bytes, kv_bytes_full: bytes of the KV cache after prefill as held in memory, and of the
+            same cache without compression.
+        vision_ms, method_ms, prefill_ms, decode_ms: wall time of encoder and projector, of choosing
+            and moving tokens (part of the others), of the LLM prefill, and per decoded token. None
+            where nothing was measured.
+        kept: for each image, the patch indices of the full grid that are left at the end.
+        reduction: patches to the tokens that left the encoder side, (images, N); None if untouched.
+        grid: rows and columns of patches.
+    """
+
+    method: str
+    asked: float
+    visual_tokens: float
+    final_tokens: float
+    average_tokens: float
+    tokens_per_layer: list[float]
+    flops: float | None
+    flops_full: float | None
+    flops_all: float
+    flops_all_full: float
+    kv_bytes: int | None
+    kv_bytes_full: int | None
+    vision_ms: float | None
+    method_ms: float | None
+    prefill_ms: float | None
+    decode_ms: float | None
+    kept: list[Tensor]
+    reduction: Reduction | None
+    grid: tuple[int, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the tensors, ready for JSON; kept patches as lists."""
+        out = {k: v for k, v in asdict(self).items() if k not in ("kept", "reduction")}
+        out["kept"] = [k.tolist() for k in self.kept]
+        return out
+
+    def __str__(self) -> str:
+        lines = [
+            self.method,
+            f"  visual tokens  {self.visual_tokens:g} -> {self.final_tokens:g} at the end, "
+            f"{self.average_tokens:.1f} on average over the layers (asked for {self.asked:g})",
+        ]
+        if self.flops is not None and self.flops_full:
+            share = self.flops / self.flops_full
+            lines.append(f"  LLM FLOPs      {self.flops / 1e9:.2f} G, {share:.1%} (visual tokens)")
+        share = self.flops_all / self.flops_all_full
+        lines.append(f"  all FLOPs      {self.flops_all / 1e9:.2f} G, {share:.1%}")
+        if self.kv_bytes is not None and self.kv_bytes_full:
+            share = self.kv_bytes / self.kv_bytes_full
+            lines.append(f"  KV cache       {self.kv_bytes / 1e6:.2f} MB, {share:.1%}")
+        times = {
+            "vision": self.vision_ms,
+            "method": self.method_ms,
+            "prefill": self.prefill_ms,
+            "decode": self.decode_ms,
+        }
+        shown = [f"{name} {ms:.1f} ms" for name, ms in times.items() if ms is not None]
+        lines.append(f"  time           {', '.join(shown)}")
+        return "\n".join(lines)
+
+
+def build_report(
+    method: str, methods: tuple[Method, ...], sites: Sites, record: Record, vision: Any
+) -> Report:
+    """Put a `Report` together from what the engines recorded.
+
+    Args:
+        vision: state of the last tower forward (`vtc.vision.VisionState`), or None when nothing acts
+            on the encoder side.
+
+    Raises:
+        RuntimeError: nothing was recorded yet.
+    """
+    grid = record.grid
+    if grid is None:
+        raise RuntimeError("nothing to report: run the model on an image first")
+    clock, tower = record.clock, sites.vision
+    total = grid[0] * grid[1]
+    entered = [total + tower.prefix] * len(tower.blocks)
+    counts = entered if vision is None else list(vision.counts)
+    attended = entered if vision is None else [vision.entered, *counts[:-1]]
+
+    def encoder_cost(first: int, into: list[int], behind: list[int]) -> float:
+        patches = (first - tower.prefix) * 3 * tower.patch**2 * tower.width
+        return patches + encoder_flops(into, behind, tower.width, tower.mlp_width)
+
+    encoder = encoder_cost(attended[0], attended, counts)
+    encoder_full = encoder_cost(entered[0], entered, entered)
+    reduction = None if vision is None else vision.reduction
+    asked_of_image = min([m.budget(total, grid) for m in methods], default=total)
+    decode_calls = clock.calls.get("decode", 0)
+    common: dict[str, Any] = {
+        "method": method,
+        "vision_ms": clock.ms("vision"),
+        "method_ms": clock.ms("method") if methods else None,
+        "prefill_ms": clock.ms("prefill"),
+        "decode_ms": clock.seconds["decode"] * 1e3 / decode_calls if decode_calls else None,
+        "reduction": reduction,
+        "grid": grid,
+    }
+    if sites.decoder is None:
+        final = total if reduction is None else reduction.counts.float().mean().item()
+        return Report(
+            asked=asked_of_image,
+            visual_tokens=total,
+            final_tokens=final,
+            average_tokens=sum(counts) / len(counts) - tower.prefix,
+            tokens_per_layer=[float(c) for c in counts],
+            flops=None,
+            flops_full=None,
+            flops_all=encoder,
+            flops_all_full=encoder_full,
+            kv_bytes=None,
+            kv_bytes_full=None,
+            kept=[] if reduction is None else _kept_by_encoder(reduction),
+            **common,
+        )
+
+    if record.final is None:
+        raise RuntimeError("nothing to report: run the language model on a prompt with an image first")
+    llm = sites.decoder
+    depth = len(llm.decoder.layers)
+    layers: list[Tensor] = []  # (B,) visual tokens of each layer
+    for i in range(depth):
+        layers.append(record.visual[i].cpu() if i in record.visual else layers[-1])
+    rows = [r for r, images in enumerate(record.images) if images]
+    table = torch.stack(layers)[:, rows].tolist()  # depth x rows
+    per_row = list(zip(*table, strict=True))
+    full_rows = [sum(record.images[r]) for r in rows]
+    text = [float(record.text[r]) for r in rows]
+
+    def mean(values: Any) -> float:
+        values = list(values)
+        return sum(values) / len(values)
+
+    def whole(tokens: Any, n_text: float, images: int, cost: float, projected: float) -> float:
+        decoder = decoder_flops(
+            [n + n_text for n in tokens],
+            llm.hidden,
+            llm.mlp_width,
+            llm.heads,
+            llm.kv_heads,
+            llm.head_dim,
+        )
+        projector = projected * (tower.width * llm.hidden + llm.hidden**2)
+        return decoder + images * cost + projector + llm.hidden * llm.vocab
+
+    images = [len(record.images[r]) for r in rows]
+    flat = [[full] * depth for full in full_rows]
+    projected = [total if reduction is None else reduction.count] * len(rows)
+    asked = [
+        min([sum(m.budget(n, grid) for n in record.images[r]) for m in methods], default=full)
+        for r, full in zip(rows, full_rows, strict=True)
+    ]
+    return Report(
+        asked=mean(asked),
+        visual_tokens=mean(full_rows),
+        final_tokens=mean(table[-1]),
+        average_tokens=mean(mean(layer) for layer in table),
+        tokens_per_layer=[mean(layer) for layer in table],
+        flops=mean(llm_flops(t, llm.hidden, llm.mlp_width) for t in per_row),
+        flops_full=mean(llm_flops(t, llm.hidden, llm.mlp_width) for t in flat),
+        flops_all=mean(
+            whole(t, n, i, encoder, p * i)
+            for t, n, i, p in zip(per_row, text, images, projected, strict=True)
+        ),
+        flops_all_full=mean(
+            whole(t, n, i, encoder_full, total * i)
+            for t, n, i in zip(flat, text, images, strict=True)
+        ),
+        kv_bytes=record.kv[0] or None,
+        kv_bytes_full=record.kv[1] or None,
+        kept=_kept_by_llm(record),
+        **common,
+    )
+
+
+def _kept_by_encoder(reduction: Reduction) -> list[Tensor]:
+    valid = reduction.valid
+    return [
+        keep if valid is None else keep[valid[i]] for i, keep in enumerate(reduction.keep.cpu())
+    ]
+
+
+def _kept_by_llm(record: Record) -> list[Tensor]:
+    visual, image, position = (t.cpu() for t in record.final)
+    return [
+        position[r][visual[r] & (image[r] == i)]
+        for r, images in enumerate(record.images)
+        for i in range(len(images))
+    ]

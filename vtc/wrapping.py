@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`wrap`, `unwrap`, `compressing`: put compression into a stock model and take it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from .adapters.base import Sites
+from .adapters.locate import locate
+from .errors import UnsupportedError
+from .method import Chain, Method, known_methods, resolve
+from .report import Record, Report, build_report
+
+ATTRIBUTE = "vtc"
+
+
+class Session:
+    """Compression installed on one model; reached as ``model.vtc``."""
+
+    def __init__(self, model: nn.Module, methods: tuple[Method, ...]) -> None:
+        self.model = model
+        self.methods = methods
+        self.sites: Sites = locate(model)
+        self.record = Record()
+        self.handles: list[Any] = []
+        self._check()
+        self.vision: Any = None
+        self.decoder: Any = None
+        llm, vision_stages = self.sites.decoder, {"pixels", "vision", "features"}
+        on_vision = any(m.stages & vision_stages for m in methods)
+        if on_vision:
+            from .vision import VisionEngine
+
+            last = len(self.sites.vision.blocks) - 1
+            self.vision = VisionEngine(
+                self.sites.vision,
+                methods,
+                last if llm is None else llm.feature_block,
+                None if llm is None else llm.projector,
+                self.record.clock,
+            )
+        if llm is not None:
+            from .decoder import DecoderEngine
+
+            self.decoder = DecoderEngine(llm, methods, sentinel=on_vision, record=self.record)
+
+    def _check(self) -> None:
+        """Refuse what cannot work, before anything is computed."""
+        available = {"pixels", "vision", "features"}
+        if self.sites.decoder is not None:
+            available |= {"decoder", "cache"}
+        for method in self.methods:
+            missing = method.stages - available
+            if missing:
+                usable = [n for n, m in known_methods().items() if _stages(m) <= available]
+                raise UnsupportedError(
+                    f'"{method.name}" acts in the language model ({", ".join(sorted(missing))} stage) and '
+                    f"{type(self.model).__name__} is an encoder alone; methods for encoders: "
+                    f"{', '.join(usable)}"
+                )
+
+    def install(self) -> None:
+        """Register all hooks."""
+        clock, sites = self.record.clock, self.sites
+
+        def encode(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            pixels = args[0] if args else kwargs.get("pixel_values", kwargs.get("x"))
+            patch = sites.vision.patch
+            self.record.grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+            clock.reset("vision", "method")
+            clock.start("vision", module)
+
+        def encoded(module: nn.Module, args: tuple, output: Any) -> None:
+            clock.stop("vision")
+
+        tower = sites.vision.tower
+        self.handles.append(tower.register_forward_pre_hook(encode, with_kwargs=True))
+        end = tower if sites.decoder is None else sites.decoder.projector
+        if self.vision is not None:
+            self.vision.install()
+        self.handles.append(end.register_forward_hook(encoded))
+        if self.decoder is not None:
+            self.decoder.install()
+
+    def remove(self) -> None:
+        """Remove all hooks; the model is exactly what it was."""
+        for engine in (self.decoder, self.vision):
+            if engine is not None:
+                engine.remove()
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def synchronize(self, on: bool = True) -> None:
+        """Wait for the GPU at every time stamp, so that the report's milliseconds are exact there."""
+        self.record.clock.synchronize = on
+
+    def report(self) -> Report:
+        """Tokens, FLOPs, KV bytes and milliseconds of the last forward.
+
+        Raises:
+            RuntimeError: the model has not seen an image since it was wrapped.
+        """
+        state = None if self.vision is None else self.vision.state
+        name = " + ".join(map(str, self.methods)) or "uncompressed"
+        return build_report(name, self.methods, self.sites, self.record, state)
+
+    def __repr__(self) -> str:
+        return f"<vtc: {' + '.join(map(str, self.methods))} on {self.sites.family}>"
+
+
+def _stages(cls: type[Method]) -> frozenset[str]:
+    return cls().stages
+
+
+def _install(model: nn.Module, methods: tuple[Method, ...]) -> Session:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if ATTRIBUTE in model.__dict__:
+        raise ValueError(
+            f"the model is already wrapped ({model.vtc!r}); call vtc.unwrap(model) first, or combine "
+            "methods with vtc.chain(...)"
+        )
+    session = Session(model, methods)
+    try:
+        session.install()
+    except BaseException:
+        session.remove()
+        raise
+    model.__dict__[ATTRIBUTE] = session
+    return session
+
+
+def wrap(model: nn.Module, method: str | Method | Chain, **parameters: Any) -> nn.Module:
+    """Compress the visual tokens of a stock model, in place.
+
+    Args:
+        model: a supported Hugging Face, timm or open_clip model.
+        method: a registered name, a `Method`, or `vtc.chain(...)`.
+        parameters: hyper-parameters of a method given by name, such as ``keep_ratio=0.25``.
+
+    Returns:
+        The same model object; ``model.vtc.report()`` tells what ran.
+
+    Raises:
+        ValueError: unknown method or parameter, or a model that is wrapped already.
+        UnsupportedError: this method cannot work on this model; the message says what is missing.
+    """
+    _install(model, resolve(method, **parameters))
+    return model
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Remove compression: the model is exactly what it was before `wrap`.
+
+    Raises:
+        ValueError: the model is not wrapped.
+    """
+    session = model.__dict__.pop(ATTRIBUTE, None) if isinstance(model, nn.Module) else None
+    if session is None:
+        raise ValueError("the model is not wrapped")
+    session.remove()
+    return model
+
+
+@contextmanager
+def compressing(
+    model: nn.Module, method: str | Method | Chain, **parameters: Any
+) -> Iterator[Session]:
+    """`wrap` for the length of a ``with`` block; gives the session, whose ``report()`` tells what ran."""
+    session = _install(model, resolve(method, **parameters))
+    try:
+        yield session
+    finally:
+        unwrap(model)
+
+
+@contextmanager
+def observe(model: nn.Module) -> Iterator[Session]:
+    """Report on the stock model, uncompressed: the baseline of every comparison."""
+    session = _install(model, ())
+    try:
+        yield session
+    finally:
+        unwrap(model)
