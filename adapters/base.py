@@ -21,12 +21,13 @@ class BlockSites:
         module: the block; its output is the new (B, T, C) hidden state (bare, or first of a tuple).
         attn, norm2, mlp: its attention, second norm and MLP.
         heads, scale: number of heads and the factor on q k^T.
+        query, key: (call of ``attn``, token rows) -> (B, H, rows, d), recomputed from the weights, as
+            attention sees them (norms and rotary embedding included).
+        bias: adds a key bias (B, T), fp32, to a call of ``attn``; None if its kernel takes no mask.
         key_source: the module whose output holds the keys, captured for free; None if there is none.
-        split: turns that module's output into (B, H, T, d).
-        query, key: (norm1 output (B, T, C), rows) -> (B, H, rows, d), recomputed from the weights.
-        key_mean: norm1 output (B, T, C) -> (B, T, d) head-averaged keys, when the projections are
-            linear up to the key and nothing captures them.
-        bias: adds a key bias (B, T), fp32, to a call of ``attn``.
+        split: (that module's output, call of ``attn``) -> (B, H, T, d).
+        key_mean: call of ``attn`` -> (B, T, d) head-averaged keys, where nothing captures them and
+            averaging the weights first is cheaper.
         gather: shortens per-token arguments of a block call, such as rotary tables, to survivors
             (B, T') of the original T tokens; None when a block takes none.
     """
@@ -37,12 +38,12 @@ class BlockSites:
     mlp: nn.Module
     heads: int
     scale: float
-    query: Callable[[Tensor, slice], Tensor]
-    key: Callable[[Tensor, slice], Tensor]
-    bias: Callable[[Call, Tensor], Call]
+    query: Callable[[Call, slice], Tensor]
+    key: Callable[[Call, slice], Tensor]
+    bias: Callable[[Call, Tensor], Call] | None
     key_source: nn.Module | None = None
-    split: Callable[[Tensor], Tensor] | None = None
-    key_mean: Callable[[Tensor], Tensor] | None = None
+    split: Callable[[Tensor, Call], Tensor] | None = None
+    key_mean: Callable[[Call], Tensor] | None = None
     gather: Callable[[Call, Tensor], Call] | None = None
 
 
@@ -57,9 +58,11 @@ class VisionSites:
         patch: patch edge in pixels.
         pool: how the encoder's own head reads the tokens: "cls", "mean", "map" (attention pooling)
             or "none".
-        resize: adapts a call of ``tower`` to pixels of another size (position table interpolation);
-            None when the encoder cannot take them.
         width, mlp_width: C and the hidden width of the MLP, for the cost model.
+        resize: adapts a call of ``entry`` to pixels of another size (position table interpolation);
+            None when the encoder cannot take them.
+        entry: the module that first gets the pixels, where methods other than ``tower.forward`` lead
+            to it as well (``forward_features``); the tower itself when None.
     """
 
     tower: nn.Module
@@ -71,6 +74,7 @@ class VisionSites:
     width: int
     mlp_width: int
     resize: Callable[[Call], Call] | None = None
+    entry: nn.Module | None = None
 
 
 @dataclass

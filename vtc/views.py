@@ -32,6 +32,7 @@ class Projections:
         scale: the factor on q k^T.
         bias: (B, T) additive bias on the keys in this block (proportional attention), or None.
         later: the reduction applied to this block's tokens after its attention, or None.
+        mean: gives (B, T, d) head-averaged keys where that is cheaper than averaging ``key()``.
     """
 
     query: Callable[[slice], Tensor]
@@ -39,6 +40,18 @@ class Projections:
     scale: float
     bias: Tensor | None = None
     later: Reduction | None = None
+    mean: Callable[[], Tensor] | None = None
+
+    def key_mean(self) -> Tensor:
+        """(B, T, d) keys averaged over heads."""
+        return self.key().mean(1) if self.mean is None else self.mean()
+
+    def fold(self, x: Tensor, how: Literal["sum", "mean"]) -> Tensor:
+        """x (B, T, ...) of this block's tokens, reduced like the tokens have been since."""
+        if self.later is None:
+            return x
+        total = self.later.sum(x)
+        return total if how == "sum" else total / self.later.sum(torch.ones_like(x)).clamp(min=1)
 
     def logits(self, rows: slice) -> Tensor:
         """q k^T * scale in fp32 for the query rows, (B, H, rows, T)."""
@@ -81,25 +94,30 @@ class VisionView:
 
     @cached_property
     def key(self) -> Tensor:
-        """(B, H, T, d) keys of this block."""
-        return self.projections.key()
+        """(B, H, T, d) keys of this block, as attention sees them."""
+        return self.projections.fold(self.projections.key().transpose(1, 2), "mean").transpose(1, 2)
 
     @cached_property
     def key_mean(self) -> Tensor:
         """(B, T, d) keys averaged over heads."""
-        return self.key.mean(1)
+        return self.projections.fold(self.projections.key_mean(), "mean")
 
     @cached_property
     def attention(self) -> Tensor:
         """(B, H, T, T) attention of this block, fp32."""
-        return self.projections.attention(slice(None))
+        rows = self.projections.attention(slice(None))
+        if self.projections.later is None:
+            return rows
+        rows = self.projections.fold(rows.permute(0, 3, 1, 2), "sum")  # keys first, then queries
+        return self.projections.fold(rows.transpose(1, 3), "mean").permute(0, 2, 1, 3)
 
     @cached_property
     def cls_attention(self) -> Tensor:
         """(B, H, T) attention row of the class token, fp32, prefix columns included."""
         if not self.has_cls:
             raise UnsupportedError("this encoder has no [CLS] token")
-        return self.projections.attention(slice(0, 1))[:, :, 0]
+        row = self.projections.attention(slice(0, 1))[:, :, 0]
+        return self.projections.fold(row.transpose(1, 2), "sum").transpose(1, 2)
 
 
 @dataclass
@@ -140,11 +158,7 @@ class FeaturesView:
 
     def _patches(self, x: Tensor, layer: int, how: Literal["sum", "mean"]) -> Tensor:
         """Patch columns of x (B, T, ...), folded like the tokens themselves since that layer."""
-        later = self._layer(layer).later
-        if later is not None:
-            total = later.sum(x)
-            x = total if how == "sum" else total / later.sum(torch.ones_like(x)).clamp(min=1)
-        return x[:, self.prefix :]
+        return self._layer(layer).fold(x, how)[:, self.prefix :]
 
     def cls_attention(self, layer: int) -> Tensor:
         """(B, H, N) attention of [CLS] to the patches in block ``layer`` (softmax over all keys)."""
