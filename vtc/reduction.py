@@ -145,7 +145,9 @@ class Reduction:
                 f"{second.source_count}"
             )
         keep = self.keep.gather(1, second.keep)
-        group = second.group.gather(1, self.group.clamp(min=0)).where(self.group >= 0, -1)
+        dropped = second.group.new_full((self.batch, 1), -1)
+        onward = torch.cat([second.group, dropped], 1)
+        group = onward.gather(1, self.group.where(self.group >= 0, self.count))
         valid = second.valid
         if self.valid is not None:
             inherited = self.valid.gather(1, second.keep)
@@ -195,6 +197,8 @@ class Reduction:
 
         Dropped tokens get zeros.
         """
+        if self.count == 0:
+            return x.new_zeros(self.batch, self.source_count, *x.shape[2:])
         rows = gather_tokens(x, self.group.clamp(min=0))
         dropped = (self.group < 0).to(x.device)
         return rows.masked_fill_(dropped.reshape(*dropped.shape, *[1] * (x.dim() - 2)), 0)

@@ -65,20 +65,25 @@ def match_energy(x: Tensor, energy: Tensor, r: int, protect: bool = True) -> Ten
 
 
 BACKBONES: dict[str, dict[str, Any]] = {
-    "timm": dict(margin=0.75, first="pitome_bsm", proportional_attention=False),
-    "mae": dict(margin=0.75, first="pitome", matching="pitome_bsm", proportional_attention=False),
-    "blip": dict(metric="hidden", skip_last=1, proportional_attention=False),
-    "openclip": dict(margin=0.95, metric="hidden", proportional_attention=False),
-    "blip2": dict(margin=0.75, margin_slope=0.4),
-    "llava": dict(
-        margin_depth=24,
-        metric="hidden",
-        vision_site="output",
-        first="bsm",
-        first_blocks=13,
-        track_size=False,
-        proportional_attention=False,
-    ),
+    "timm": {"margin": 0.75, "first": "pitome_bsm", "proportional_attention": False},
+    "mae": {
+        "margin": 0.75,
+        "first": "pitome",
+        "matching": "pitome_bsm",
+        "proportional_attention": False,
+    },
+    "blip": {"metric": "hidden", "skip_last": 1, "proportional_attention": False},
+    "openclip": {"margin": 0.95, "metric": "hidden", "proportional_attention": False},
+    "blip2": {"margin": 0.75, "margin_slope": 0.4},
+    "llava": {
+        "margin_depth": 24,
+        "metric": "hidden",
+        "vision_site": "output",
+        "first": "bsm",
+        "first_blocks": 13,
+        "track_size": False,
+        "proportional_attention": False,
+    },
 }
 """What the published code does for each backbone; "timm" is DeiT, "blip2" the EVA encoder."""
 
