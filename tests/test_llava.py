@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The six invariants for every method on LLaVA with every tower and decoder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import vtc
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import mini_llava as mini  # noqa: E402
+from oracle import compare  # noqa: E402
+from snapshot import snapshot  # noqa: E402
+
+METHODS = sorted(vtc.methods())
+MODELS = [(t, d) for t in mini.TOWERS for d in mini.DECODERS]
+NO_CLS = {"siglip"}
+STEPS = 8
+
+
+def needs_cls(method: str) -> bool:
+    return "cls" in vtc.methods()[method]().needs
+
+
+def skip_message(tower: str, method: str) -> bool:
+    return tower in NO_CLS and needs_cls(method)
+
+
+def cases() -> list:
+    """Method x tower x decoder; a pair that cannot work must say so instead."""
+    return [
+        pytest.param(m, t, d, id=f"{m}-{t}-{d}")
+        for m in METHODS
+        for t, d in MODELS
+        if not skip_message(t, m)
+    ]
+
+
+def budget(method: str) -> int:
+    return 8 if method == "tome" else 6 if method != "pitome" else 9
+
+
+def logits_and_steps(model, inputs) -> tuple[torch.Tensor, torch.Tensor | None, list[int]]:
+    """Prefill logits, greedy step logits (left or no padding only), KV length of each layer."""
+    prefill = model(**inputs, use_cache=True)
+    lengths = [layer.keys.shape[2] for layer in prefill.past_key_values.layers]
+    steps = None
+    if bool(inputs["attention_mask"][:, -1].all()):
+        out = model.generate(
+            **inputs,
+            max_new_tokens=STEPS,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        steps = torch.stack(out.logits, 1)
+    return prefill.logits, steps, lengths
+
+
+INPUTS = {
+    "1-image-batch-1": dict(images_per_row=1, batch=1),
+    "2-images-batch-3": dict(images_per_row=2, batch=3),
+    "left": dict(images_per_row=[1, 2, 1], pad="left"),
+    "right": dict(images_per_row=[1, 1, 2], pad="right"),
+}
+
+
+@pytest.mark.parametrize("method, tower, decoder", cases())
+@torch.no_grad()
+def test_dropped_is_masked(method: str, tower: str, decoder: str) -> None:
+    """Invariants 3, 4 and 5, padded or not, one and two images, SDPA and eager."""
+    for n, (name, kwargs) in enumerate(INPUTS.items()):
+        model = mini.build(tower, decoder, "eager" if n % 2 else "sdpa")
+        inputs = mini.prompt(**kwargs)
+        stock = model(**inputs).logits
+        vtc.wrap(model, method, keep_tokens=budget(method))
+        (got, steps, lengths), (want, want_steps, _), alive = compare(
+            model, lambda model=model, inputs=inputs: logits_and_steps(model, inputs)
+        )
+        real = inputs["attention_mask"].bool()
+        rows = real & alive[len(alive) - 1]
+        torch.testing.assert_close(got[rows], want[rows], atol=1e-5, rtol=1e-5, msg=name)
+        assert (got[rows] - stock[rows]).abs().max() > 1e-3, "the drop changed nothing: no teeth"
+        if steps is not None:
+            torch.testing.assert_close(steps, want_steps, atol=1e-5, rtol=1e-5, msg=name)
+        # Invariant 4: as long as the longest row without its padding, or as the row with padding.
+        for i, length in enumerate(lengths):
+            entered = (alive[i] & real).sum(1).max().item()
+            assert entered <= length <= alive[i].sum(1).max().item()
+        # Invariant 5.
+        model(**inputs)
+        report = model.vtc.report()
+        images = (inputs["input_ids"] == mini.IMAGE).sum(1) // mini.PATCHES
+        kept = (alive[len(alive) - 1] & (inputs["input_ids"] == mini.IMAGE)).sum(1)
+        per_image = vtc.methods()[method](keep_tokens=budget(method)).budget(
+            mini.PATCHES, (mini.GRID, mini.GRID)
+        )
+        assert kept.tolist() == (images * per_image).tolist()
+        assert report.final_tokens == report.asked == kept.float().mean().item()
+        assert sum(len(k) for k in report.kept) == kept.sum()
+
+
+@pytest.mark.parametrize("method, tower, decoder", cases())
+@torch.no_grad()
+def test_keeping_all_is_stock(method: str, tower: str, decoder: str) -> None:
+    """Invariants 1 and 2."""
+    model = mini.build(tower, decoder)
+    inputs = mini.prompt([1, 2], pad="left")
+    stock, before = model(**inputs).logits, snapshot(model)
+    vtc.wrap(model, method, keep_ratio=1.0)
+    torch.testing.assert_close(model(**inputs).logits, stock, atol=1e-5, rtol=1e-5)
+    vtc.unwrap(model)
+    vtc.wrap(model, method, keep_tokens=budget(method))
+    assert not torch.equal(model(**inputs).logits, stock)
+    vtc.unwrap(model)
+    assert snapshot(model) == before
+    assert torch.equal(model(**inputs).logits, stock)
+
+
+@pytest.mark.parametrize("method, tower, decoder", cases())
+@torch.no_grad()
+def test_batch_mates_do_not_matter(method: str, tower: str, decoder: str) -> None:
+    """Invariant 6: a row alone, with mates, padded left or right."""
+    model = mini.build(tower, decoder)
+    vtc.wrap(model, method, keep_tokens=budget(method))
+    for pad in ("left", "right"):
+        inputs = mini.prompt([1, 2, 1], pad=pad)
+        together = model(**inputs).logits
+        image = 0
+        for r, n in enumerate([1, 2, 1]):
+            real = inputs["attention_mask"][r].bool()
+            alone = model(
+                input_ids=inputs["input_ids"][r : r + 1, real],
+                attention_mask=inputs["attention_mask"][r : r + 1, real],
+                pixel_values=inputs["pixel_values"][image : image + n],
+            ).logits
+            image += n
+            torch.testing.assert_close(together[r][real], alone[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if needs_cls(m)])
+def test_needs_a_class_token(method: str) -> None:
+    with pytest.raises(vtc.UnsupportedError, match=r"\[CLS\]|class token"):
+        vtc.wrap(mini.build("siglip"), method, keep_ratio=0.5)
