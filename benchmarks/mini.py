@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mini random models with the structure of the real ones: for tests and for the support matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+IMAGE_TOKEN = "<image>"
+WORDS = "is there a red blue circle square what shape colour yes no USER: ASSISTANT: ? ."
+
+
+def mini_tower_config(kind: str = "clip", image_size: int = 56, patch: int = 14) -> Any:
+    """Configuration of a 4-block encoder of width 32: "clip", "siglip", "dinov2" or "vit"."""
+    import transformers
+
+    names = {"clip": "CLIPVision", "siglip": "SiglipVision", "dinov2": "Dinov2", "vit": "ViT"}
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": image_size,
+        "patch_size": patch,
+    }
+    if kind == "dinov2":
+        shape["mlp_ratio"] = 2
+    else:
+        shape["intermediate_size"] = 64
+    return getattr(transformers, f"{names[kind]}Config")(**shape)
+
+
+def mini_llava(
+    tower: str = "clip", decoder: str = "llama", image_size: int = 56, seed: int = 0
+) -> Any:
+    """A random LLaVA with a 4-block encoder and a 4-layer decoder, in eval mode."""
+    import transformers
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
+    text = getattr(transformers, f"{names[decoder]}Config")(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    vision = mini_tower_config(tower, image_size)
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=3,
+        image_token_id=3,
+        vision_feature_select_strategy="full" if tower == "siglip" else "default",
+        vision_feature_layer=-2,
+        image_seq_length=(image_size // 14) ** 2,
+    )
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(config).eval()
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = 2
+    return model
+
+
+def mini_processor(model: Any) -> Any:
+    """A processor for `mini_llava`: word-level tokenizer over a few words, CLIP pixels."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, IMAGE_TOKEN: 3, "<unk>": 4}
+    for word in WORDS.split():
+        vocab.setdefault(word, len(vocab))
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": IMAGE_TOKEN},
+    )
+    edge = model.config.vision_config.image_size
+    images = CLIPImageProcessor(
+        size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge}
+    )
+    strategy = model.config.vision_feature_select_strategy
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=model.config.vision_config.patch_size,
+        vision_feature_select_strategy=strategy,
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=1 if strategy == "default" else 0,
+    )

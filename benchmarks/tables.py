@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results as tables: for the terminal and for Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .runner import BASELINE, rows_of
+
+Cell = Callable[[dict[str, Any]], str]
+
+
+def number(name: str, digits: int = 0, scale: float = 1.0, unit: str = "") -> Cell:
+    """A cell that shows a field, empty where nothing was measured."""
+
+    def cell(row: dict[str, Any]) -> str:
+        value = row[name]
+        return "" if value is None else f"{value * scale:.{digits}f}{unit}"
+
+    return cell
+
+
+def interval(row: dict[str, Any]) -> str:
+    """Accuracy with its 95 % interval, in percent."""
+    if row["accuracy"] is None:
+        return ""
+    low, mid, high = (100 * row[k] for k in ("accuracy_low", "accuracy", "accuracy_high"))
+    return f"{mid:.1f} [{low:.0f}, {high:.0f}]"
+
+
+def speedup(row: dict[str, Any]) -> str:
+    """How many times faster than the stock model."""
+    ratio = row["prefill_ratio"]
+    return f"{1 / ratio:.2f}x" if ratio else ""
+
+
+COLUMNS: tuple[tuple[str, Cell], ...] = (
+    ("method", lambda row: row["method"]),
+    ("stage", lambda row: ", ".join(row["stages"])),
+    ("asked", number("asked_tokens")),
+    ("kept", number("final_tokens", 0)),
+    ("layer avg", number("average_tokens", 0)),
+    ("LLM FLOPs %", number("flops_share", 0, 100)),
+    ("all FLOPs %", number("flops_all_share", 0, 100)),
+    ("prefill ms", number("prefill_ms", 1)),
+    ("speed-up", speedup),
+    ("method ms", number("method_ms", 1)),
+    ("KV KiB", number("kv_bytes", 0, 1 / 1024)),
+    ("KV %", number("kv_share", 0, 100)),
+    ("accuracy % [95 %]", interval),
+    ("same answer %", number("agreement", 1, 100)),
+)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """One row of the table; a method that cannot run shows why."""
+    out = [cell(row) for _, cell in COLUMNS]
+    if row["error"]:
+        out[-2] = row["error"].split(";")[0]
+    return out
+
+
+def caption(result: dict[str, Any]) -> str:
+    """What the table is about: questions, model, machine."""
+    base, where = result["rows"][0], result["machine"]
+    blank = base["blank_accuracy"]
+    return (
+        f"{result['task']}: {result['questions']} questions about {result['images']} images, "
+        f"{result['visual_tokens']} visual tokens; a blank image scores {100 * blank:.1f} %. "
+        f"{where.get('gpu', where['cpu'])}, {result['model']['dtype']}; prefill: one prompt, "
+        f"pixels to first logits, median of {result['timing']['rounds']} after a warm-up."
+    )
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The whole table in Markdown."""
+    lines = [
+        "| " + " | ".join(name for name, _ in COLUMNS) + " |",
+        "|" + "|".join("---" if i < 2 else "---:" for i in range(len(COLUMNS))) + "|",
+    ]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in result["rows"]]
+    return "\n".join([*lines, "", caption(result)])
+
+
+def summary(result: dict[str, Any]) -> str:
+    """A table for the README: methods down, budgets across, accuracy in percent in the cells."""
+    budgets = sorted({r["asked_tokens"] for r in result["rows"][1:]}, reverse=True)
+    base = result["rows"][0]
+    full = result["visual_tokens"]
+    smallest = min(budgets, default=full)
+    head = [
+        "method",
+        *(f"{b} ({100 * b / full:.0f} %)" for b in budgets),
+        f"prefill at {smallest}",
+        f"KV at {smallest}",
+    ]
+    lines = [
+        f"**{result['task']}**, {result['questions']} questions about {result['images']} images; "
+        f"{full} tokens, uncompressed: **{interval(base)}**; "
+        f"blank image: {100 * base['blank_accuracy']:.1f}",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|---|" + "---:|" * (len(head) - 1),
+    ]
+    for name in dict.fromkeys(r["method"] for r in result["rows"][1:]):
+        found = {r["asked_tokens"]: r for r in rows_of(result, name)}
+        line = [name, *(interval(found[b]) if b in found else "" for b in budgets)]
+        last = found.get(smallest)
+        line += [speedup(last), number("kv_share", 0, 100, " %")(last)] if last else ["", ""]
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines)
+
+
+__all__ = ["BASELINE", "COLUMNS", "caption", "cells", "interval", "markdown", "speedup", "summary"]
