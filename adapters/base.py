@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter says of a model: where blocks, keys, grids and decoder layers are. No method logic."""
+"""What an adapter says of a model: where blocks, keys and decoder layers are. No method logic."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class BlockSites:
         module: the block; its output is the new (B, T, C) hidden state (bare, or first of a tuple).
         attn, norm2, mlp: its attention, second norm and MLP.
         heads, scale: number of heads and the factor on q k^T.
-        query, key: (call of ``attn``, token rows) -> (B, H, rows, d), recomputed from the weights, as
-            attention sees them (norms and rotary embedding included).
-        bias: adds a key bias (B, T), fp32, to a call of ``attn``; None if its kernel takes no mask.
-        key_source: the module whose output holds the keys, captured for free; None if there is none.
+        query, key: (call of ``attn``, token rows) -> (B, H, rows, d), recomputed from the weights,
+            as attention sees them (norms and rotary embedding included).
+        bias: adds a key bias (B, T), fp32, to a call of ``attn``; None if it takes no mask.
+        key_source: the module whose output holds the keys, captured for free; None without one.
         split: (that module's output, call of ``attn``) -> (B, H, T, d).
         key_mean: call of ``attn`` -> (B, T, d) head-averaged keys, where nothing captures them and
             averaging the weights first is cheaper.
@@ -61,8 +61,8 @@ class VisionSites:
         width, mlp_width: C and the hidden width of the MLP, for the cost model.
         resize: adapts a call of ``entry`` to pixels of another size (position table interpolation);
             None when the encoder cannot take them.
-        entry: the module that first gets the pixels, where methods other than ``tower.forward`` lead
-            to it as well (``forward_features``); the tower itself when None.
+        entry: the module that first gets the pixels, where other methods than ``tower.forward``
+            lead to it as well (``forward_features``); the tower itself when None.
     """
 
     tower: nn.Module
@@ -113,3 +113,15 @@ class Sites:
     vision: VisionSites
     decoder: DecoderSites | None = None
     notes: list[str] = field(default_factory=list)
+
+
+def is_a(x: object, *names: str) -> bool:
+    """Whether the type of x or one of its bases has such a name, without importing its library."""
+    known = {name for t in type(x).__mro__ for name in (t.__name__, f"{t.__module__}.{t.__name__}")}
+    return not known.isdisjoint(names)
+
+
+def mlp_width(mlp: nn.Module) -> int:
+    """Hidden width of an MLP: what its last linear layer takes in."""
+    last = [m for m in mlp.modules() if isinstance(m, nn.Linear)][-1]
+    return max(last.in_features, last.out_features)

@@ -161,7 +161,7 @@ class FeaturesView:
         return self._layer(layer).fold(x, how)[:, self.prefix :]
 
     def cls_attention(self, layer: int) -> Tensor:
-        """(B, H, N) attention of [CLS] to the patches in block ``layer`` (softmax over all keys)."""
+        """(B, H, N) attention of [CLS] to the patches in block ``layer``, softmax over all keys."""
         if not self.has_cls:
             raise UnsupportedError("this encoder has no [CLS] token")
         row = self._layer(layer).attention(slice(0, 1))[:, :, 0]
@@ -193,7 +193,7 @@ class FeaturesView:
 
 @dataclass
 class DecoderView:
-    """Between two LLM layers at prefill; N counts the visual tokens of a row, padded to the longest.
+    """Between two LLM layers at prefill; N counts visual tokens, padded to the longest row.
 
     Attributes:
         hidden: (B, T, D) hidden states of the current sequence, the input of layer ``layer + 1``.

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face: CLIP, SigLIP, DINOv2 (with or without registers) and ViT encoders.
+
+Attribute names differ between transformers 5.5 and 5.23, so they are looked for, not assumed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError
+from .base import BlockSites, Call, VisionSites, is_a, mlp_width
+
+BLOCKS = {
+    "CLIPEncoderLayer": "cls",
+    "SiglipEncoderLayer": "map",
+    "Dinov2Layer": "cls",
+    "Dinov2WithRegistersLayer": "cls",
+    "ViTLayer": "cls",
+}
+"""Block classes and how the plain model pools."""
+
+MEAN_HEADS = (
+    "CLIPForImageClassification",
+    "SiglipForImageClassification",
+    "Dinov2ForImageClassification",
+    "Dinov2WithRegistersForImageClassification",
+)
+"""Heads that average the patch tokens."""
+
+
+def _first(module: nn.Module, *names: str) -> Any:
+    """The first of these attributes that the module has."""
+    return next((x for n in names if (x := getattr(module, n, None)) is not None), None)
+
+
+def _tower(model: nn.Module) -> tuple[nn.Module, nn.ModuleList] | None:
+    """The module that takes the pixels, and its blocks."""
+    tower: nn.Module | None = model
+    while tower is not None:
+        # Up to 5.5 the encoder lies one level deeper; either level takes the pixels.
+        encoder = _first(tower, "encoder", "layers", "layer")
+        blocks = encoder if isinstance(encoder, nn.ModuleList) else _first_list(encoder)
+        if blocks is not None and hasattr(tower, "embeddings"):
+            return tower, blocks
+        tower = _first(tower, "vision_model", "dinov2", "dinov2_with_registers", "vit")
+    return None
+
+
+def _first_list(encoder: nn.Module | None) -> nn.ModuleList | None:
+    found = None if encoder is None else _first(encoder, "layers", "layer")
+    return found if isinstance(found, nn.ModuleList) else None
+
+
+def _hidden(call: Call) -> Tensor:
+    args, kwargs = call
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _project(linear: nn.Module, heads: int, call: Call, rows: slice) -> Tensor:
+    """Queries or keys (B, H, R, d)."""
+    return _split(heads, linear(_hidden(call)[:, rows]))
+
+
+def _split(heads: int, projected: Tensor, call: Call | None = None) -> Tensor:
+    return projected.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def _bias(call: Call, bias: Tensor) -> Call:
+    args, kwargs = call
+    bias = bias[:, None, None, :].to(_hidden(call).dtype)
+    mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+    if mask is not None:
+        bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask + bias
+    if len(args) > 1:
+        return (args[0], bias, *args[2:]), kwargs
+    return args, {**kwargs, "attention_mask": bias}
+
+
+def _takes_mask(attn: nn.Module) -> bool:
+    """Whether the attention forwards an additive mask to a kernel that can use it."""
+    kernel = str(getattr(getattr(attn, "config", None), "_attn_implementation", "sdpa"))
+    takes = "attention_mask" in inspect.signature(attn.forward).parameters
+    return takes and "flash" not in kernel and "flex" not in kernel
+
+
+def _block(block: nn.Module) -> BlockSites:
+    attn = _first(block, "self_attn", "attention")
+    attn = getattr(attn, "attention", attn)  # DINOv2 and ViT up to 5.17
+    query, key = _first(attn, "q_proj", "query"), _first(attn, "k_proj", "key")
+    norm2 = _first(block, "layer_norm2", "norm2", "layernorm_after")
+    mlp = _first(block, "mlp", "intermediate")
+    if any(part is None for part in (attn, query, key, norm2, mlp)):
+        raise UnsupportedError(
+            f"{type(block).__name__} of this transformers release has other parts than expected; "
+            "supported are 5.5 to 5.23"
+        )
+    heads = _first(attn, "num_heads", "num_attention_heads")
+    return BlockSites(
+        module=block,
+        attn=attn,
+        norm2=norm2,
+        mlp=mlp,
+        heads=heads,
+        scale=(query.out_features // heads) ** -0.5,
+        query=partial(_project, query, heads),
+        key=partial(_project, key, heads),
+        bias=_bias if _takes_mask(attn) else None,
+        key_source=key,
+        split=partial(_split, heads),
+    )
+
+
+def _interpolate(call: Call) -> Call:
+    args, kwargs = call
+    return args, {**kwargs, "interpolate_pos_encoding": True}
+
+
+def _same(call: Call) -> Call:
+    """DINOv2 interpolates its position table by itself."""
+    return call
+
+
+def locate(model: nn.Module) -> VisionSites | None:
+    """Sites of a Hugging Face vision encoder or dual encoder, None for any other model."""
+    if not is_a(model, "transformers.modeling_utils.PreTrainedModel"):
+        return None
+    found = _tower(model)
+    if found is None or not is_a(found[1][0], *BLOCKS):
+        return None
+    tower, blocks = found
+    config = tower.config
+    family = next(name for name in BLOCKS if is_a(blocks[0], name))
+    pool = "mean" if is_a(model, *MEAN_HEADS) else BLOCKS[family]
+    if pool == "map" and getattr(tower, "head", None) is None:
+        pool = "none"
+    has_cls = "Siglip" not in family
+    dino = "Dinov2" in family
+    return VisionSites(
+        tower=tower,
+        blocks=[_block(block) for block in blocks],
+        prefix=has_cls + getattr(config, "num_register_tokens", 0),
+        has_cls=has_cls,
+        patch=config.patch_size,
+        pool=pool,
+        width=config.hidden_size,
+        mlp_width=mlp_width(_first(blocks[0], "mlp", "intermediate")),
+        resize=_same if dino else _interpolate,
+    )

@@ -1,0 +1,561 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine of everything on the encoder side: pixels, encoder blocks and image features.
+
+A block is ``x = x + f(attn(norm1(x)))`` and then ``x = x + g(mlp(norm2(x)))``, with the residual of
+the second half taken before norm2, so no single hook can shorten it. Three can: the pre-hook of
+norm2 hands the shortened tokens to the MLP, the hook of the MLP puts its rows back to the places of
+the survivors, and the hook of the block takes the survivors out of the sum and corrects them by
+what merging changed: ``x[keep] + g(y) + (merged - x[keep]) = merged + g(y)``, the exact block on
+merged tokens. Behind the encoder the survivors return to the grid position of their representative,
+all other rows hold NaN, and the LLM engine drops those; so nothing between the two must know.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .adapters.base import BlockSites, Call, VisionSites
+from .errors import UnsupportedError
+from .method import Method, known_methods
+from .reduction import Reduction
+from .views import FeaturesView, Projections, VisionView
+
+Step = tuple[int, Method]
+"""A method and its place in the chain."""
+
+
+def scatter_tokens(x: Tensor, index: Tensor, n: int, fill: float = 0.0) -> Tensor:
+    """The rows of x (B, K, ...) put at index (B, K) of a tensor (B, n, ...) full of ``fill``."""
+    out = x.new_full((x.shape[0], n, *x.shape[2:]), fill)
+    out[torch.arange(x.shape[0], device=x.device)[:, None], index.to(x.device)] = x
+    return out
+
+
+def behind_prefix(reduction: Reduction, prefix: int) -> Reduction:
+    """The same reduction of a sequence with ``prefix`` more tokens in front, which all survive."""
+    if not prefix:
+        return reduction
+    front = torch.arange(prefix, device=reduction.keep.device).expand(reduction.batch, -1)
+    group = reduction.group
+    group = group + prefix * (group >= 0)
+    valid = reduction.valid
+    if valid is not None:
+        valid = torch.cat([torch.ones_like(front, dtype=torch.bool), valid], 1)
+    return Reduction(
+        torch.cat([front, reduction.keep + prefix], 1), torch.cat([front, group], 1), valid
+    )
+
+
+def without_prefix(reduction: Reduction, prefix: int) -> Reduction:
+    """The patches' part of a reduction of prefix and patch tokens."""
+    valid = reduction.valid
+    return Reduction(
+        reduction.keep[:, prefix:] - prefix,
+        (reduction.group[:, prefix:] - prefix).clamp(min=-1),
+        None if valid is None else valid[:, prefix:],
+    )
+
+
+def resample(grid: tuple[int, int], small: tuple[int, int], batch: int, device: Any) -> Reduction:
+    """Tokens of a smaller grid as a reduction of the full one, each at the patch nearest to it."""
+
+    def nearest(n: int, m: int) -> Tensor:
+        """For n cells in a row, the one of m cells over the same length that holds their centre."""
+        return (2 * torch.arange(n, device=device) + 1) * m // (2 * n)
+
+    (rows, columns), (r, c) = grid, small
+    keep = nearest(r, rows)[:, None] * columns + nearest(c, columns)
+    group = nearest(rows, r)[:, None] * c + nearest(columns, c)
+    return Reduction(keep.flatten().expand(batch, -1), group.flatten().expand(batch, -1))
+
+
+class _Keys:
+    """Keys of one block: captured from its projection if a hook put them here, else recomputed."""
+
+    def __init__(self, site: BlockSites, call: Call) -> None:
+        self.site, self.call = site, call
+        self.output: Tensor | None = None
+        self.keys: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        if self.keys is None:
+            if self.output is not None and self.site.split is not None:
+                self.keys = self.site.split(self.output, self.call)
+            else:
+                self.keys = self.site.key(self.call, slice(None))
+        return self.keys
+
+    def mean(self) -> Tensor:
+        """(B, T, d) average over heads."""
+        if self.keys is None and self.output is None and self.site.key_mean is not None:
+            return self.site.key_mean(self.call)
+        return self().mean(1)
+
+
+@dataclass
+class VisionState:
+    """What one forward of the encoder has done so far; the last one stays readable.
+
+    Attributes:
+        images: number of images; grid: (rows, columns) of patches of the pixels as they came in.
+        entered: tokens that entered the first block, prefix included.
+        prefix, blocks: prefix tokens and number of blocks of the encoder.
+        pixels: from the patches of the full grid to those of the resized image, None without.
+        tokens: from the tokens that entered the first block to those left; None while all are.
+        sizes: (B, T) patches behind each token, prefix included.
+        notes: for each method its named tensors.
+    """
+
+    images: int
+    grid: tuple[int, int]
+    entered: int
+    prefix: int
+    blocks: int
+    sizes: Tensor
+    notes: list[dict[str, Tensor]]
+    pixels: Reduction | None = None
+    tokens: Reduction | None = None
+    left: dict[int, int] = field(default_factory=dict)
+    projections: dict[int, Projections] = field(default_factory=dict)
+    pending: tuple[Reduction, Tensor | None] | None = None
+    merged: bool = False
+    past_blocks: bool = False  # notes no longer hold rows for the prefix tokens
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens after each block, prefix included."""
+        counts, now = [], self.entered
+        for i in range(self.blocks):
+            now = self.left.get(i, now)
+            counts.append(now)
+        return counts
+
+    @property
+    def reduction(self) -> Reduction | None:
+        """From the patches of the full grid, (images, N), to those left; None if all are left."""
+        if self.tokens is None:
+            return self.pixels
+        tokens = without_prefix(self.tokens, self.prefix)
+        return tokens if self.pixels is None else self.pixels.then(tokens)
+
+    @property
+    def size(self) -> Tensor:
+        """(images, K) patches behind each token that is left."""
+        return self.sizes[:, self.prefix :]
+
+    @property
+    def scratch(self) -> list[dict[str, Tensor]]:
+        """For each method its named tensors (images, K, ...)."""
+        start = 0 if self.past_blocks else self.prefix
+        return [{name: x[:, start:] for name, x in note.items()} for note in self.notes]
+
+    def advance(self, reduction: Reduction, sizes: Tensor) -> None:
+        """Record a reduction of the tokens, prefix included, that are left now."""
+        self.tokens = reduction if self.tokens is None else self.tokens.then(reduction)
+        self.sizes = sizes
+        for p in self.projections.values():
+            p.later = reduction if p.later is None else p.later.then(reduction)
+        patches = without_prefix(reduction, self.prefix) if self.past_blocks else reduction
+        for note in self.notes:
+            for name, x in note.items():
+                note[name] = patches.select(x)
+
+
+class VisionEngine:
+    """Compression inside a vision encoder and behind it.
+
+    An encoder alone (no projector) returns what is left: pruned tokens are gone from its output,
+    prefix tokens stay in front. Heads that average the tokens or attend to them (``sites.pool``
+    "mean" or "map") would give a merged token the weight of one patch; so where every method
+    merges, each patch gets the token it was merged into behind the last block, which makes the mean
+    one weighted by size. The blocks themselves run on few tokens all the same.
+
+    Args:
+        sites: the encoder.
+        methods: applied in this order at every stage.
+        feature_block: the last block whose output matters to the model; no method acts behind it.
+        projector: what maps features (B, N, C) to the LLM, (B, N, D); None for an encoder alone.
+        clock: its ``measure("method")`` times the choosing and moving of tokens.
+
+    Raises:
+        UnsupportedError: a method needs what this encoder does not have.
+    """
+
+    def __init__(
+        self,
+        sites: VisionSites,
+        methods: tuple[Method, ...],
+        feature_block: int,
+        projector: nn.Module | None,
+        clock: Any = None,
+    ) -> None:
+        self.sites = sites
+        self.methods = methods
+        self.feature_block = feature_block
+        self.projector = projector
+        self.clock = clock
+        self.state: VisionState | None = None
+        self.handles: list[Any] = []
+        steps = list(enumerate(methods))
+        self.resizing = [s for s in steps if "pixels" in s[1].stages]
+        inside = [s for s in steps if "vision" in s[1].stages]
+        self.middle = [s for s in inside if s[1].vision_site == "middle"]
+        self.output = [s for s in inside if s[1].vision_site == "output"]
+        self.inside = inside
+        self.behind = [s for s in steps if "features" in s[1].stages]
+        self.proportional = any(getattr(m, "proportional_attention", False) for _, m in inside)
+        depth = len(sites.blocks)
+        self.captured = {layer % depth for _, m in self.behind for layer in m.captures(depth)}
+        acting = [m for _, m in inside + self.behind]
+        self.refill = (
+            projector is None and sites.pool in ("mean", "map") and all(m.merges for m in acting)
+        )
+        self._check()
+
+    # ---- checks --------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        here = {"pixels", "vision", "features"}
+        if not self.sites.has_cls:
+            for m in self.methods:
+                if "cls" in m.needs and m.stages & here:
+                    usable = _names(lambda c: "cls" not in c.needs and c().stages <= here)
+                    raise UnsupportedError(
+                        f"{m.name} needs a [CLS] token and {self._tower} has none; "
+                        f"methods that do without: {usable}"
+                    )
+        if self.resizing and self.sites.resize is None:
+            usable = _names(lambda c: c().stages <= here - {"pixels"})
+            raise UnsupportedError(
+                f"{self.resizing[0][1].name} resizes the image and {self._tower} takes one size "
+                f"only (timm: create the model with dynamic_img_size=True); others: {usable}"
+            )
+        blocks = self.sites.blocks[: self.feature_block + 1]
+        if self.proportional and any(site.bias is None for site in blocks):
+            raise UnsupportedError(
+                "proportional attention adds the log of token sizes to scores, the attention of "
+                f"{self._tower} takes no mask; give proportional_attention=False, or load the "
+                'model with attn_implementation="sdpa"'
+            )
+
+    @property
+    def _tower(self) -> str:
+        return type(self.sites.tower).__name__
+
+    # ---- hooks in and out ----------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Register the hooks that the methods' stages need."""
+        sites, add = self.sites, self.handles.append
+        entry = sites.tower if sites.entry is None else sites.entry
+        add(entry.register_forward_pre_hook(self._begin, with_kwargs=True))
+        last = self.feature_block
+        for i, site in enumerate(sites.blocks):
+            inside = bool(self.inside) and i <= last
+            if inside or i in self.captured:
+                hook = partial(self._attention, i)
+                add(site.attn.register_forward_pre_hook(hook, with_kwargs=True))
+                if site.key_source is not None:
+                    add(site.key_source.register_forward_hook(partial(self._keys, i)))
+            if site.gather is not None and self.inside and i > 0:
+                hook = partial(self._shorten_call, i)
+                add(site.module.register_forward_pre_hook(hook, with_kwargs=True))
+            if inside and self.middle:
+                add(site.norm2.register_forward_pre_hook(partial(self._middle, i)))
+                add(site.mlp.register_forward_hook(self._put_back))
+            if inside or (i == last and self.projector is None and self.behind):
+                # Before Hugging Face's own hooks, which record the hidden states.
+                hook = partial(self._end_block, i)
+                add(site.module.register_forward_hook(hook, prepend=True))
+        if self.projector is not None:
+            if self.behind:
+                add(self.projector.register_forward_pre_hook(self._features))
+            add(self.projector.register_forward_hook(self._spread, prepend=True))
+
+    def remove(self) -> None:
+        """Take all hooks out again."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def _measured(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.clock is None else self.clock.measure("method")
+
+    # ---- before the first block ----------------------------------------------------------------
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Call | None:
+        """Start a fresh state, whatever the last forward left; resize the image if asked to."""
+        self.state = None
+        place = next((i for i, x in enumerate(args) if _is_image(x)), None)
+        name = next((k for k, x in kwargs.items() if _is_image(x)), None)
+        if place is None and name is None:
+            return None
+        pixels: Tensor = kwargs[name] if place is None else args[place]
+        patch, batch = self.sites.patch, len(pixels)
+        grid = small = (pixels.shape[2] // patch, pixels.shape[3] // patch)
+        for _, m in self.resizing:
+            wanted = m.on_pixels(small)
+            if wanted is not None and (wanted[0] > small[0] or wanted[1] > small[1]):
+                raise ValueError(f"{m.name} asks for a grid of {wanted}, larger than {small}")
+            small = small if wanted is None else wanted
+        entered = self.sites.prefix + small[0] * small[1]
+        state = self.state = VisionState(
+            images=batch,
+            grid=grid,
+            entered=entered,
+            prefix=self.sites.prefix,
+            blocks=len(self.sites.blocks),
+            sizes=torch.ones(batch, entered, device=pixels.device),
+            notes=[{} for _ in self.methods],
+        )
+        if small == grid:
+            return None
+        state.pixels = resample(grid, small, batch, pixels.device)
+        edge = (small[0] * patch, small[1] * patch)
+        with self._measured():
+            resized = F.interpolate(pixels.float(), edge, mode="bicubic", antialias=True)
+        resized = resized.to(pixels.dtype)
+        if place is None:
+            call = args, {**kwargs, name: resized}
+        else:
+            call = (*args[:place], resized, *args[place + 1 :]), kwargs
+        assert self.sites.resize is not None  # checked at construction
+        return self.sites.resize(call)
+
+    # ---- inside a block, in order of execution -------------------------------------------------
+
+    def _shorten_call(
+        self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> Call | None:
+        """Per-token arguments of the block, such as rotary tables, for the tokens that are left."""
+        st, gather = self.state, self.sites.blocks[i].gather
+        if st is None or st.tokens is None or gather is None:
+            return None
+        return gather((args, kwargs), st.tokens.keep)
+
+    def _attention(
+        self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> Call | None:
+        """Remember what queries and keys come from; add the key bias."""
+        st, site = self.state, self.sites.blocks[i]
+        if st is None:
+            return None
+        call = (args, kwargs)
+        bias = self._key_bias(st) if i <= self.feature_block else None
+        keys = _Keys(site, call)
+        st.projections[i] = Projections(
+            partial(site.query, call), keys, site.scale, bias, mean=keys.mean
+        )
+        if bias is None:
+            return None
+        if site.bias is None:
+            raise UnsupportedError(
+                "images keep different numbers of tokens and the attention of "
+                f'{self._tower} takes no mask; load the model with attn_implementation="sdpa"'
+            )
+        return site.bias(call, bias)
+
+    def _key_bias(self, st: VisionState) -> Tensor | None:
+        """(B, T): log size of merged tokens (proportional attention), -inf on padding slots."""
+        bias = st.sizes.log() if self.proportional and st.merged else None
+        valid = None if st.tokens is None else st.tokens.valid
+        if valid is None:
+            return bias
+        bias = torch.zeros_like(st.sizes) if bias is None else bias
+        return bias.masked_fill(~valid.to(bias.device), -torch.inf)
+
+    def _keys(self, i: int, module: nn.Module, args: tuple, output: Tensor) -> None:
+        """Keep a reference to the keys that attention has projected."""
+        if self.state is not None and i in self.state.projections:
+            self.state.projections[i].key.output = output
+
+    def _middle(self, i: int, module: nn.Module, args: tuple) -> tuple | None:
+        """Between attention and MLP: shorten what the second norm and the MLP see."""
+        st = self.state
+        if st is None:
+            return None
+        st.pending = None
+        with self._measured():
+            x, reduction, merged = self._act(st, i, self.middle, args[0])
+            if reduction is None:
+                return None
+            st.pending = reduction, x - reduction.select(args[0]) if merged else None
+        return (x, *args[1:])
+
+    def _put_back(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        """Give the MLP's output the length of the residual; only survivors' rows matter."""
+        st = self.state
+        if st is None or st.pending is None:
+            return None
+        with self._measured():
+            reduction = st.pending[0]
+            return scatter_tokens(output, reduction.keep, reduction.source_count)
+
+    def _end_block(self, i: int, module: nn.Module, args: tuple, output: Any) -> Any:
+        """Take the survivors out of the block's output; then methods that act on the output."""
+        st = self.state
+        if st is None:
+            return None
+        stock = x = output[0] if isinstance(output, tuple) else output
+        with self._measured():
+            if st.pending is not None:
+                reduction, correction = st.pending
+                st.pending = None
+                x = reduction.select(x)
+                x = x if correction is None else x + correction
+            x, _, _ = self._act(st, i, self.output, x)
+            st.left[i] = x.shape[1]
+            if i not in self.captured:
+                st.projections.pop(i, None)  # frees keys and norms of this block
+            if self.projector is None and i == self.feature_block:
+                x = self._finish(st, x)
+        if x is stock:
+            return None
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    def _act(
+        self, st: VisionState, i: int, steps: list[Step], x: Tensor
+    ) -> tuple[Tensor, Reduction | None, bool]:
+        """Ask the methods, in order, and reduce x (B, T, C): (x, what was done to it, merged)."""
+        done, merged = None, False
+        for j, m in steps:
+            view = VisionView(
+                x=x,
+                layer=i,
+                depth=self.feature_block + 1,
+                prefix=st.prefix,
+                has_cls=self.sites.has_cls,
+                size=st.sizes,
+                total=st.grid[0] * st.grid[1],
+                grid=st.grid,
+                projections=st.projections[i],
+                scratch=st.notes[j],
+            )
+            reduction = m.on_vision_layer(view)
+            if reduction is None or _is_identity(reduction):
+                continue
+            _follow(st, x.device)
+            x, sizes = _apply(m, reduction, x, st.sizes)
+            st.advance(reduction, sizes)
+            st.merged |= m.merges and getattr(m, "track_size", True)
+            merged |= m.merges
+            done = reduction if done is None else done.then(reduction)
+        return x, done, merged
+
+    # ---- behind the encoder --------------------------------------------------------------------
+
+    def _choose(self, st: VisionState, features: Tensor) -> tuple[Tensor, Reduction | None]:
+        """The features stage on patch features (B, N, C): what is left, and what was done."""
+        _follow(st, features.device)
+        if not st.past_blocks:
+            st.notes = st.scratch
+            st.past_blocks = True
+        done = None
+        for j, m in self.behind:
+            index = torch.arange(features.shape[1], device=features.device)
+            so_far = st.reduction
+            view = FeaturesView(
+                features=features,
+                size=st.size,
+                index=index.expand(len(features), -1) if so_far is None else so_far.keep,
+                total=st.grid[0] * st.grid[1],
+                grid=st.grid,
+                prefix=st.prefix,
+                has_cls=self.sites.has_cls,
+                projector=_same if self.projector is None else self.projector.forward,
+                layers=st.projections,
+                depth=st.blocks,
+                scratch=st.notes[j],
+            )
+            reduction = m.on_features(view)
+            if reduction is None or _is_identity(reduction):
+                continue
+            features, size = _apply(m, reduction, features, st.size)
+            st.advance(
+                behind_prefix(reduction, st.prefix),
+                torch.cat([st.sizes[:, : st.prefix], size], 1),
+            )
+            done = reduction if done is None else done.then(reduction)
+        st.projections = {}
+        return features, done
+
+    def _finish(self, st: VisionState, x: Tensor) -> Tensor:
+        """The end of an encoder alone, on (B, T, C) with the prefix."""
+        if self.behind:
+            features, done = self._choose(st, x[:, st.prefix :])
+            if done is not None:
+                x = torch.cat([x[:, : st.prefix], features], 1)
+        if self.refill and st.tokens is not None:
+            x = st.tokens.expand(x)
+        return x
+
+    def _features(self, module: nn.Module, args: tuple) -> tuple | None:
+        """Choose among the patch features before they are projected."""
+        st = self.state
+        if st is None:
+            return None
+        left = st.sizes.shape[1] - st.prefix
+        if tuple(args[0].shape[:2]) != (st.images, left):
+            raise UnsupportedError(
+                f"the projector got features of shape {tuple(args[0].shape)} where {self._tower} "
+                f"left {left} patch tokens of {st.images} images; features with prefix tokens "
+                '(vision_feature_select_strategy="full") or of several layers are not supported'
+            )
+        with self._measured():
+            features, done = self._choose(st, args[0])
+        return None if done is None else (features, *args[1:])
+
+    def _spread(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        """Projected survivors (B, K, D) at their places in the grid (B, N, D), NaN elsewhere."""
+        st = self.state
+        reduction = None if st is None else st.reduction
+        if reduction is None:
+            return None
+        with self._measured():
+            n, keep, valid = reduction.source_count, reduction.keep, reduction.valid
+            if valid is not None:
+                keep = keep.where(valid, n)  # one row more takes the padding slots
+            return scatter_tokens(output, keep, n + (valid is not None), torch.nan)[:, :n]
+
+
+def _apply(m: Method, reduction: Reduction, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Select or merge x (B, N, C) and size (B, N) the way the method wants it."""
+    if not m.merges:
+        return reduction.select(x), reduction.select(size)
+    if getattr(m, "track_size", True):
+        return reduction.merge(x, size)
+    return reduction.merge(x)[0], reduction.select(size)
+
+
+def _follow(st: VisionState, device: torch.device) -> None:
+    """Move the state to the device of the tokens, for models spread over several."""
+    if st.sizes.device == device:
+        return
+    st.sizes = st.sizes.to(device)
+    st.tokens = None if st.tokens is None else st.tokens.to(device)
+    st.pixels = None if st.pixels is None else st.pixels.to(device)
+    st.notes = [{name: x.to(device) for name, x in note.items()} for note in st.notes]
+
+
+def _is_identity(reduction: Reduction) -> bool:
+    """Nothing leaves: as many slots as tokens, all of them valid."""
+    return reduction.valid is None and reduction.count == reduction.source_count
+
+
+def _is_image(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 4
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _names(wanted: Any) -> str:
+    return ", ".join(name for name, cls in known_methods().items() if wanted(cls)) or "none"
