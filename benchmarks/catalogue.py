@@ -85,8 +85,8 @@ def _timm(name: str) -> tuple[Any, dict[str, Any]]:
     import torch
 
     torch.manual_seed(0)
-    model = timm.create_model(name, pretrained=False, img_size=56, depth=4)
-    return model.eval(), {"x": _pixels(56)}
+    model = timm.create_model(name, img_size=112, depth=4, embed_dim=48, num_heads=4)
+    return model.eval(), {"x": _pixels(112)}
 
 
 def _open_clip() -> tuple[Any, dict[str, Any]]:
@@ -107,7 +107,7 @@ FAMILIES: dict[str, Any] = {
     "HF SigLIP": lambda: _encoder("siglip"),
     "HF DINOv2": lambda: _encoder("dinov2"),
     "HF ViT": lambda: _encoder("vit"),
-    "timm ViT": lambda: _timm("vit_tiny_patch14_dinov2"),
+    "timm ViT": lambda: _timm("vit_small_patch14_dinov2"),
     "timm DeiT": lambda: _timm("deit_tiny_distilled_patch16_224"),
     "timm EVA": lambda: _timm("eva02_tiny_patch14_224"),
     "timm SigLIP": lambda: _timm("vit_base_patch16_siglip_224"),

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: what it prints, what it refuses, what it writes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import vtc
+from vtc import cli
+from vtc.benchmarks.mini import mini_llava, mini_processor
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def invoke(*args: str):
+    return CliRunner().invoke(cli.app, list(args))
+
+
+def items(n: int, seed: int) -> list[types.SimpleNamespace]:
+    rng = np.random.default_rng(seed)
+    image = Image.fromarray(rng.integers(0, 255, (56, 56, 3), dtype=np.uint8))
+    questions = ("what shape ?", "is there a red circle ?")
+    return [
+        types.SimpleNamespace(image=image, question=questions[i % 2], answer="yes", kind="k")
+        for i in range(n)
+    ]
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """A mini random model instead of the embedded one, and toy tasks."""
+    model = mini_llava()
+    tasks = types.ModuleType("vtc.benchmarks.tasks")
+    tasks.TASKS = {"easy-vqa": None, "scenes": None}
+    tasks.load = lambda name, count, seed=0: items(count, seed)
+    tasks.score = lambda prediction, answer: float(prediction == answer)
+    monkeypatch.setitem(sys.modules, "vtc.benchmarks.tasks", tasks)
+    monkeypatch.setattr(cli, "_load", lambda *_: (model, mini_processor(model)))
+
+
+def test_version():
+    done = invoke("version")
+    assert done.exit_code == 0
+    assert done.stdout.startswith(f"vtc {vtc.__version__}, torch ")
+
+
+def test_methods_lists_the_registry():
+    names = set(vtc.methods())
+    done = invoke("methods", "--json")
+    rows = json.loads(done.stdout)
+    assert {r["name"] for r in rows} == names
+    assert all(r["summary"] and r["acts"] for r in rows)
+    table = invoke("methods").stdout
+    assert all(name in table for name in names)
+
+
+def test_bench_prints_a_table_and_writes_its_files(toy, tmp_path):
+    pytest.importorskip("matplotlib")
+    done = invoke(
+        *("bench", "--methods", "random,fastv", "--keep", "0.5,4", "--samples", "3"),
+        *("--repeats", "1", "--out", str(tmp_path)),
+    )
+    assert done.exit_code == 0, done.output
+    assert "uncompressed" in done.stdout
+    assert "fastv" in done.stdout
+    written = {p.name for p in tmp_path.iterdir()}
+    assert written == {
+        f"{task}{end}"
+        for task in ("easy-vqa", "scenes")
+        for end in (".json", "-pareto.png", "-kept.png")
+    }
+
+
+def test_json_is_all_there_is_on_stdout(toy, tmp_path):
+    pytest.importorskip("matplotlib")
+    done = invoke(
+        *("bench", "scenes", "--methods", "random", "--keep", "0.5", "--samples", "2"),
+        *("--repeats", "0", "--json", "--out", str(tmp_path)),
+    )
+    assert done.exit_code == 0, done.output
+    (result,) = json.loads(done.stdout)
+    assert result["task"] == "scenes"
+    assert len(result["rows"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["bench", "--methods", "fastvv"], "fastv"),
+        (["bench", "--keep", "1.5"], "(0, 1]"),
+        (["bench", "--keep", "many"], "many"),
+        (["bench", "nonsense"], "easy-vqa"),
+        (["bench", "--device", "warp"], "warp"),
+    ],
+)
+def test_mistakes_are_one_clear_line(toy, args, says):
+    done = invoke(*args)
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert says in done.stderr
+    assert "Traceback" not in done.output
+
+
+def test_a_model_that_is_not_there_is_one_clear_line(tmp_path):
+    pytest.importorskip("vtc.benchmarks.tasks")
+    done = invoke("bench", "scenes", "--model", str(tmp_path / "nothing"))
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: cannot load")
+    assert done.stderr.count("\n") == 1
+
+
+def test_full_runs_every_method(toy, tmp_path, monkeypatch):
+    seen = {}
+
+    def run(model, processor, task, items, score, settings, progress=None):
+        seen[task] = (len(items), settings)
+        raise cli.Mistake("enough")
+
+    monkeypatch.setattr("vtc.benchmarks.runner.run", run)
+    invoke("bench", "scenes", "--full", "--out", str(tmp_path))
+    count, settings = seen["scenes"]
+    assert count >= 500
+    assert set(settings.methods) == set(vtc.methods())
+
+
+def test_readme_block_is_filled(toy, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    Path("README.md").write_text("a\n<!-- results:begin -->\n<!-- results:end -->\nb\n")
+    args = ("bench", "scenes", "--methods", "random", "--keep", "4", "--samples", "2")
+    done = invoke(*args, "--repeats", "1", "--readme")
+    assert done.exit_code == 0, done.output
+    text = Path("README.md").read_text()
+    assert "| random |" in text
+    assert text.startswith("a\n")
+    assert text.endswith("b\n")
+
+
+def test_python_dash_m_vtc_cli_and_the_console_script():
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "vtc.cli", "version"]
+    done = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "vtc" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_embedded_model_answers_from_the_command_line(tmp_path):
+    if not any((ROOT / "vtc" / "assets").glob("*/model.safetensors")):
+        pytest.skip("no embedded weights")
+    pytest.importorskip("matplotlib")
+    assert importlib.util.find_spec("vtc.benchmarks.tasks")
+    done = invoke(
+        *("bench", "scenes", "--methods", "divprune,random", "--keep", "0.11"),
+        *("--samples", "24", "--repeats", "1", "--json", "--out", str(tmp_path)),
+    )
+    assert done.exit_code == 0, done.output
+    base, *rows = json.loads(done.stdout)[0]["rows"]
+    assert base["final_tokens"] == 576
+    assert base["accuracy"] > base["blank_accuracy"]
+    assert all(r["final_tokens"] == 64 for r in rows)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""README and CONTRIBUTING say what the code does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import vtc
+from vtc.benchmarks.catalogue import fill_block, method_table, read_block, support_matrix
+from vtc.benchmarks.mini import mini_llava
+from vtc.method import _REGISTRY
+
+ROOT = Path(__file__).resolve().parent.parent
+REFRESH = "run: python -m vtc.benchmarks.catalogue"
+
+
+def test_method_table_is_that_of_the_registry():
+    assert read_block(ROOT / "README.md", "methods") == method_table(), REFRESH
+
+
+@pytest.mark.slow
+def test_support_matrix_is_what_runs():
+    pytest.importorskip("timm")
+    pytest.importorskip("open_clip")
+    assert read_block(ROOT / "README.md", "support") == support_matrix(), REFRESH
+
+
+def test_the_worked_example_of_contributing_is_a_method(monkeypatch):
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.setattr("vtc.method._REGISTRY", registry := dict(_REGISTRY))
+    namespace = {"__name__": "example"}
+    exec(compile(example, "CONTRIBUTING.md", "exec", dont_inherit=True), namespace)
+    assert "largest-norm" in registry
+
+    model = mini_llava()
+    inputs = {
+        "input_ids": torch.tensor([[1, *[3] * 16, 5, 6, 7]]),
+        "pixel_values": torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0)),
+    }
+    with vtc.compressing(model, "largest-norm", keep_tokens=5) as session, torch.no_grad():
+        encoded = model.get_image_features(pixel_values=inputs["pixel_values"])
+        model(**inputs)
+        report = session.report()
+    assert report.final_tokens == 5
+    norms = encoded.hidden_states[-2][0, 1:].norm(dim=-1)
+    assert report.kept[0].tolist() == sorted(norms.topk(5).indices.tolist())
+
+
+def test_contributing_and_readme_name_files_that_exist():
+    for name in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / name).read_text("utf-8")
+        for path in re.findall(r"`((?:vtc|adapters|benchmarks|tests)/[\w./-]+)`", text):
+            assert (ROOT / path).exists(), f"{name} names {path}"
+
+
+def test_blocks_can_be_filled_again_and_again(tmp_path):
+    file = tmp_path / "a.md"
+    file.write_text("top\n<!-- x:begin (how) -->\nold\n<!-- x:end -->\nbottom\n")
+    for text in ("one\n\n| a |", r"two \1 {3}"):
+        fill_block(file, "x", text)
+        assert read_block(file, "x") == text
+    assert file.read_text().startswith("top\n<!-- x:begin (how) -->\n")
+    assert file.read_text().endswith("\n<!-- x:end -->\nbottom\n")
+    with pytest.raises(ValueError, match="no block"):
+        fill_block(file, "y", "")

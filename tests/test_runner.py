@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark runner on a mini random model: counts, honesty of what is shared, statistics."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vtc
+from vtc.benchmarks import plots, runner, show, speed, tables
+from vtc.benchmarks.mini import mini_llava, mini_processor
+from vtc.wrapping import observe
+
+QUESTIONS = ("is there a red circle ?", "what shape ?", "is there a blue square ?", "what colour ?")
+
+
+@dataclass
+class Item:
+    image: Image.Image
+    question: str
+    answer: str
+    kind: str
+
+
+def make_items(images: int = 3, questions: int = 3) -> list[Item]:
+    rng = np.random.default_rng(0)
+    pictures = [
+        Image.fromarray(rng.integers(0, 255, (56, 56, 3), dtype=np.uint8)) for _ in range(images)
+    ]
+    return [  # questions about one image do not lie next to each other
+        Item(picture, QUESTIONS[(i + q) % 4], "yes", f"kind{q % 2}")
+        for q in range(questions)
+        for i, picture in enumerate(pictures)
+    ]
+
+
+def score(prediction: str, answer: str) -> float:
+    return float(len(prediction) % 2)  # random weights never answer; any rule will do
+
+
+@pytest.fixture(scope="module")
+def model():
+    return mini_llava()
+
+
+@pytest.fixture(scope="module")
+def processor(model):
+    return mini_processor(model)
+
+
+SETTINGS = runner.Settings(
+    methods=("fastv", "divprune", "pitome", "random"),
+    keep=(Fraction(1), Fraction(1, 2), 4),
+    batch_size=4,
+    max_new_tokens=3,
+    repeats=2,
+)
+
+
+@pytest.fixture(scope="module")
+def result(model, processor):
+    return runner.run(model, processor, "toy", make_items(), score, SETTINGS)
+
+
+def test_batches_hold_every_question_once_and_every_image_once(processor):
+    items = make_items(images=3, questions=4)
+    batches = runner.make_batches(processor, items, 5)
+    got = [item for batch in batches for item in batch.items]
+    assert sorted(map(id, got)) == sorted(map(id, items))
+    for batch in batches:
+        assert len(batch.items) <= 5
+        assert len(batch.pixels) == len({runner.image_key(i.image) for i in batch.items})
+        for item, which in zip(batch.items, batch.image_of):
+            alone = processor(text=["<image>"], images=[item.image], return_tensors="pt")
+            assert torch.equal(alone["pixel_values"][0], batch.pixels[which])
+        padding = batch.text["attention_mask"] == 0
+        assert not padding[:, -1].any()  # padded on the left
+
+
+@pytest.mark.parametrize("method", [None, "fastv", "divprune", "pitome", "downsample", "visionzip"])
+def test_sharing_the_encoder_between_questions_changes_no_answer(model, processor, method):
+    (batch,) = runner.make_batches(processor, make_items(images=2, questions=3), 6)
+    plain = dict(batch.text, pixel_values=batch.pixels[batch.image_of])
+
+    def ask() -> tuple[list[str], torch.Tensor]:
+        shared = runner.answer_batch(model, processor, batch, 4)
+        return shared, model.generate(**plain, do_sample=False, max_new_tokens=4)
+
+    if method is None:
+        shared, tokens = ask()
+    else:
+        with vtc.compressing(model, method, keep_tokens=6):
+            shared, tokens = ask()
+    new = tokens[:, batch.text["input_ids"].shape[1] :]
+    assert shared == [t.strip() for t in processor.batch_decode(new, skip_special_tokens=True)]
+
+
+def test_rows_are_complete_and_consistent(result):
+    rows = result["rows"]
+    assert result["visual_tokens"] == 16
+    assert [r["method"] for r in rows] == ["uncompressed"] + [
+        m for m in SETTINGS.methods for _ in range(2)
+    ]
+    assert [r["asked_tokens"] for r in rows] == [16] + [8, 4] * len(SETTINGS.methods)
+    for row in rows:
+        assert row["error"] is None, row
+        assert row["final_tokens"] == row["asked_tokens"]
+        assert 0 <= row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"] <= 1
+        assert 0 <= row["agreement"] <= 1
+        assert set(row["accuracy_by_kind"]) == {"kind0", "kind1"}
+        assert row["prefill_ms"] > 0
+    base = rows[0]
+    assert base["flops_share"] == base["kv_share"] == base["prefill_ratio"] == 1
+    assert base["blank_accuracy"] is not None
+    assert base["method_ms"] is None
+    for row in rows[1:]:
+        assert row["flops_share"] < 1
+        assert row["kv_share"] < 1
+        assert row["blank_accuracy"] is None
+        assert row["method_ms"] is not None
+
+
+def test_kv_bytes_are_those_the_report_tells(model, processor):
+    (batch,) = runner.make_batches(processor, make_items(1, 1), 1)
+    inputs = dict(batch.text, pixel_values=batch.pixels)
+    for name in (None, "fastv", "divprune"):
+        context = observe(model) if name is None else vtc.compressing(model, name, keep_tokens=4)
+        with context as session:
+            _, measured = runner.timed_prefill(model, inputs)
+            assert measured == session.report().kv_bytes, name
+
+
+def test_result_is_json_and_says_where_it_comes_from(result, tmp_path):
+    path = runner.write_json(result, tmp_path / "deep" / "toy.json")
+    again = json.loads(path.read_text())
+    assert again["rows"] == result["rows"]
+    assert {"python", "torch", "transformers", "vtc"} <= set(again["versions"])
+    assert {"cpu", "cores", "device"} <= set(again["machine"])
+    assert again["settings"]["seed"] == 0
+    assert again["settings"]["keep"] == ["1", "1/2", "4"]
+    assert again["timing"]["warmup_rounds"] == 1
+
+
+def test_accuracy_does_not_depend_on_the_run(model, processor, result):
+    settings = runner.Settings(
+        methods=("random",), keep=(4,), batch_size=2, max_new_tokens=3, repeats=0
+    )
+    again = runner.run(model, processor, "toy", make_items(), score, settings)
+    for row in again["rows"]:
+        (before,) = [
+            r
+            for r in result["rows"]
+            if (r["method"], r["asked_tokens"]) == (row["method"], row["asked_tokens"])
+        ]
+        for name in ("accuracy", "accuracy_low", "accuracy_high", "agreement", "kv_bytes"):
+            assert row[name] == before[name]
+        assert row["prefill_ms"] is None  # not measured, not estimated
+
+
+def test_a_method_that_cannot_run_keeps_its_row_and_says_why():
+    model = mini_llava("siglip")
+    settings = runner.Settings(methods=("fastervlm", "random"), keep=(8,), repeats=1)
+    result = runner.run(model, mini_processor(model), "toy", make_items(1, 2), score, settings)
+    bad, good = result["rows"][1:]
+    assert "CLS" in bad["error"]
+    assert bad["accuracy"] is bad["prefill_ms"] is bad["final_tokens"] is None
+    assert good["error"] is None
+    assert good["accuracy"] is not None
+    assert "CLS" in tables.markdown(result)
+    assert "vtc" not in vars(model)
+
+
+def test_no_questions_is_an_error(model, processor):
+    with pytest.raises(ValueError, match="no questions"):
+        runner.run(model, processor, "toy", [], score, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1", 1),
+        ("0.5", Fraction(1, 2)),
+        ("0.33", Fraction(1, 3)),
+        ("0.22", Fraction(2, 9)),
+        ("0.11", Fraction(1, 9)),
+        ("2/9", Fraction(2, 9)),
+        ("0.05", Fraction(1, 20)),
+        ("0.3", Fraction(3, 10)),
+        ("128", 128),
+    ],
+)
+def test_budgets_are_read_as_the_literature_means_them(text, value):
+    assert runner.parse_keep(text) == value
+
+
+@pytest.mark.parametrize("text", ["0", "-0.5", "1.5", "many", "1/0", ""])
+def test_bad_budgets_are_refused(text):
+    with pytest.raises(ValueError, match=r"share|budget"):
+        runner.parse_keep(text)
+
+
+def test_literature_budgets_of_576_tokens():
+    assert runner.token_budgets((Fraction(1), *runner.SHARES), 576) == [288, 192, 128, 64]
+
+
+def test_bootstrap_draws_images_not_questions():
+    scores = np.repeat([1.0, 0.0] * 10, 8)  # eight questions about each of twenty images
+    grouped = runner.bootstrap(scores, np.repeat(np.arange(20), 8).tolist(), 0)
+    alone = runner.bootstrap(scores, list(range(160)), 0)
+    assert grouped[0] < alone[0] < 0.5 < alone[1] < grouped[1]
+    assert grouped == runner.bootstrap(scores, np.repeat(np.arange(20), 8).tolist(), 0)
+
+
+def test_pictures_and_tables(model, processor, result, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = plots.pareto(result, tmp_path / "p.png")
+    sheet = show.show_kept(
+        model, processor, make_items()[0], 16, SETTINGS, tmp_path / "k.png", size=100
+    )
+    for path in (plot, sheet):
+        with Image.open(path) as image:
+            assert min(image.size) > 100
+    text = tables.markdown(result)
+    assert text.count("\n|") == len(result["rows"]) + 1
+    summary = tables.summary(result)
+    assert "| divprune |" in summary
+    assert "8 (50 %)" in summary
+
+
+def test_speed_rows_hold_together(model, processor):
+    (batch,) = runner.make_batches(processor, make_items(1, 1), 1)
+    inputs = dict(batch.text, pixel_values=batch.pixels)
+    methods = [vtc.method.resolve(n, keep_tokens=4)[0] for n in ("fastv", "divprune")]
+    rows = speed.compare(model, lambda: model(**inputs, use_cache=True), methods, repeats=2)
+    for row in rows:
+        assert row["promised"] == pytest.approx(1 / row["flops_share"])
+        assert row["measured"] == pytest.approx(row["stock_ms"] / row["ms"])
+        assert row["reached"] == pytest.approx(row["measured"] / row["promised"])
+        assert row["kv_bytes_reported"] == row["kv_bytes_measured"] < row["kv_bytes_stock"]
+        assert len(speed.cells(row)) == len(speed.COLUMNS)
