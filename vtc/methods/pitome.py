@@ -46,8 +46,8 @@ def energies(
     """Energy (B, T) of features x (B, T, C) of unit length; high in large homogeneous regions."""
     shift = x.new_full((1, 1, 1), -margin)
     s = torch.baddbmm(shift, x, x.transpose(1, 2))
-    energy = F.elu(s, alpha).mean(2)
-    return energy if kind == "elu" else energy + margin * (s >= 0).float().mean(2)
+    jump = margin * (s >= 0).float().mean(2) if kind == "paper" else 0.0
+    return F.elu(s, alpha, inplace=True).mean(2) + jump
 
 
 def match_energy(x: Tensor, energy: Tensor, r: int, protect: bool = True) -> Tensor:
@@ -152,6 +152,10 @@ class PiToMe(Method):
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} is one of {allowed}; got {getattr(self, field)!r}")
+        for field, least in (("margin_depth", 1), ("first_blocks", 0), ("skip_last", 0)):
+            value = getattr(self, field)
+            if value is not None and value < least:
+                raise ValueError(f"{field} is a count of blocks, at least {least}; got {value}")
 
     @classmethod
     def preset(cls, backbone: str, **kwargs: Any) -> PiToMe:
