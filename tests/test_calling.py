@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -15,11 +13,9 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 import vtc
 from vtc.reduction import Reduction
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import mini_llava as mini  # noqa: E402
-from oracle import compare, masked, recording  # noqa: E402
-from snapshot import snapshot  # noqa: E402
+import mini_llava as mini
+from oracle import compare, masked, recording
+from snapshot import snapshot
 
 
 @dataclass(frozen=True, kw_only=True)

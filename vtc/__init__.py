@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "wrap": "wrapping",
     "unwrap": "wrapping",
+    "observe": "wrapping",
     "compressing": "wrapping",
     "chain": "method",
     "register": "method",
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from .method import Method, Scorer, chain, register
     from .reduction import Reduction
     from .report import Report
-    from .wrapping import compressing, unwrap, wrap
+    from .wrapping import compressing, observe, unwrap, wrap
 
 
 def __getattr__(name: str) -> Any:

@@ -274,6 +274,7 @@ class DecoderEngine:
             alive = ~gather_tokens(dropped, view.visual_index)
             if view.valid is not None:
                 alive &= view.valid
+            self._check_features(st, view, alive)
             reduction = Reduction.from_mask(alive)
             if reduction.valid is not None or view.valid is not None or reduction.count < view.count:
                 hidden = self._apply(st, hidden, view, reduction, merge=False)
@@ -285,6 +286,19 @@ class DecoderEngine:
         if i > 0 and self.taps:
             self.taps[i - 1].clear()
         return hidden
+
+    @staticmethod
+    def _check_features(st: _Forward, view: DecoderView, alive: Tensor) -> None:
+        """Every image must have tokens left: NaN in all its rows is no sentinel but a broken image."""
+        images = max(map(len, st.images))
+        left = torch.zeros(alive.shape[0], images, device=alive.device)
+        left.scatter_add_(1, view.image.clamp(min=0), alive.float())
+        for r, row in enumerate(st.images):
+            if not bool(left[r, : len(row)].all()):
+                raise ValueError(
+                    f"the features of an image in row {r} are not a number: corrupt pixels, or an "
+                    "overflow in the encoder (try bfloat16 or float32)"
+                )
 
     def _view(self, layer: int, st: _Forward, hidden: Tensor, scratch: dict[str, Tensor]) -> DecoderView:
         visual = st.visual.to(hidden.device)
