@@ -331,6 +331,8 @@ def test_tome_is_bipartite_and_takes_the_best_edges(prefix):
 
 
 def test_equal_edges_go_to_the_first_tokens():
+    many = match_parity(unit(torch.ones(1, 700, 3)), 5, 0)[0]
+    assert torch.nonzero(many != torch.arange(700))[:, 0].tolist() == [0, 2, 4, 6, 8]
     x = unit(torch.ones(1, 8, 3))
     assert match_parity(x, 2, 0)[0].tolist() == [1, 1, 1, 3, 4, 5, 6, 7]
     assert match_parity(x, 2, 1)[0].tolist() == [0, 1, 1, 3, 1, 5, 6, 7]
@@ -423,6 +425,29 @@ def test_pitome_protects_low_energy():
     assert torch.equal(into[0, a], b[(x[0, a] @ x[0, b].T).argmax(1)])
 
 
+@pytest.mark.parametrize("matching", ["pitome", "pitome_bsm", "bsm"])
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+def test_pitome_on_a_view_is_its_matching_behind_the_prefix(matching, prefix):
+    v = vision_view(layer=0, prefix=prefix)
+    x, r = unit(v.key_mean), 8
+    if matching == "bsm":
+        into = match_parity(x, r, prefix)
+    else:
+        patches = x[:, prefix:]
+        into = match_energy(patches, energies(patches, 0.9), r, matching == "pitome") + prefix
+        into = torch.cat([torch.arange(prefix).expand(2, -1), into], 1)
+    method = PiToMe(matching=matching, ratio=1 - (r + 0.5) / N)
+    reduction = method.on_vision_layer(v)
+    assert torch.equal(reduction.group, Reduction.from_merge(into).group)
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_no_block_merges_more_than_half_of_what_it_finds(name):
+    """Even where the blocks before it did not do their part."""
+    late = VISION[name](keep_tokens=3).on_vision_layer(vision_view(layer=4))
+    assert late.count == 1 + N // 2
+
+
 def test_pitome_metric_and_site_change_what_is_compared():
     v = vision_view(layer=1)
     by_key = PiToMe(keep_ratio=0.5).on_vision_layer(v)
@@ -482,6 +507,16 @@ def test_visionzip_by_hand():
             assert representative == i
         else:
             assert representative == targets[int((key[targets] @ key[i]).argmax())]
+
+
+def test_visionzip_targets_stay_even_when_keys_are_equal():
+    v = features_view(batch=1)
+    key = torch.ones(1, HEADS, N + 1, 8)
+    v.layers[DEPTH - 2] = replace(v.layers[DEPTH - 2], key=lambda: key)
+    reduction = VisionZip(keep_tokens=14, contextual=4).on_features(v)
+    well_formed(reduction, N, 14)
+    _, size = reduction.merge(v.features)
+    assert size[0].sort().values.tolist() == [1.0] * 13 + [N - 13.0]  # all to the first target
 
 
 def test_visionzip_without_cls():
