@@ -416,6 +416,42 @@ def test_scratch_follows_the_survivors() -> None:
 
 
 @torch.no_grad()
+def test_scratch_crosses_from_encoder_to_llm() -> None:
+    """Notes on patches arrive with them: several images, beams, features encoded beforehand."""
+    seen: list[int] = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Carry(vtc.Method):
+        name: ClassVar[str] = "carry"
+
+        def on_vision_layer(self, v: Any) -> None:
+            if v.layer == 0:
+                v.scratch["norm"] = v.x.norm(dim=-1)
+
+        def on_features(self, v: Any) -> Reduction:
+            v.scratch["patch"] = v.index.clone()
+            return Reduction.from_scores(v.features.norm(dim=-1), 6)
+
+        def on_decoder_layer(self, v: Any) -> None:
+            there = torch.ones_like(v.position, dtype=torch.bool) if v.valid is None else v.valid
+            assert torch.equal(v.scratch["patch"][there], v.position[there])
+            assert (v.scratch["norm"][there] > 0).all()
+            seen.append(v.layer)
+
+    model = vtc.wrap(mini.build(), vtc.chain(Carry(), Prune(after=(1,))))
+    inputs = mini.prompt([2, 1, 1], pad="left")
+    model(**inputs)
+    model.generate(**inputs, max_new_tokens=2, num_beams=3)
+    assert seen == list(range(-1, 4)) * 2
+    other = mini.prompt([2, 1, 1], pad="left", seed=9)
+    old = model.get_image_features(inputs["pixel_values"])
+    model.get_image_features(other["pixel_values"])
+    del inputs["pixel_values"]
+    with pytest.raises(vtc.UnsupportedError, match="encode and prefill in one call"):
+        model(**inputs, mm_encoder_outputs={"image": old})
+
+
+@torch.no_grad()
 def test_merging_between_layers() -> None:
     """A merge in the LLM averages hidden states into the survivor's place."""
     seen = []

@@ -107,6 +107,8 @@ class DecoderEngine:
         self.on_cache = [(i, m) for i, m in enumerate(methods) if "cache" in m.stages]
         self.compact = any(m.positions == "compact" for m in methods)
         self.pending: tuple[Tensor, Tensor | None] | None = None
+        # Projected features (images, N, D) and each method's notes on them (images, K, ...).
+        self.carried: tuple[Tensor, list[dict[str, Tensor]]] | None = None
         self.forward: _Forward | None = None
         self.real: Tensor | None = None
         self.handles: list[Any] = []
@@ -163,7 +165,8 @@ class DecoderEngine:
         self.handles.clear()
         if self.stock is not None:
             tap.remove(self.sites.decoder, [layer.self_attn for layer in self.layers], self.stock)
-        self.stock, self.taps, self.forward, self.pending = None, [], None, None
+        self.stock, self.taps = None, []
+        self.forward = self.pending = self.carried = None
 
     # ---- the base model: which tokens are visual -------------------------------------------------
 
@@ -278,6 +281,8 @@ class DecoderEngine:
             reduction = Reduction.from_mask(alive)
             if reduction.valid is not None or view.valid is not None or reduction.count < view.count:
                 hidden = self._apply(st, hidden, view, reduction, merge=False)
+        if i == 0 and self.carried is not None:
+            self._carry(st, hidden, *self.carried)
         for index, method in self.on_decoder:
             view = self._view(i - 1, st, hidden, st.scratch.setdefault(index, {}))
             reduction = method.on_decoder_layer(view)
@@ -286,6 +291,39 @@ class DecoderEngine:
         if i > 0 and self.taps:
             self.taps[i - 1].clear()
         return hidden
+
+    def _carry(
+        self, st: _Forward, hidden: Tensor, projected: Tensor, notes: list[dict[str, Tensor]]
+    ) -> None:
+        """Bring what methods noted on image features to the rows those features went to.
+
+        Images are recognised by their first surviving feature, which arrives here unchanged, so the
+        order of encoding, beams and features encoded long before need no bookkeeping.
+        """
+        view = self._view(-1, st, hidden, {})
+        alive = ~projected[..., 0].isnan()
+        first = projected[torch.arange(len(projected), device=alive.device), alive.long().argmax(1)].to(hidden)
+        for index, note in enumerate(notes):
+            st.scratch[index] = {
+                name: x.new_zeros(*view.visual_index.shape, *x.shape[2:]).to(hidden.device)
+                for name, x in note.items()
+            }
+        for r, images in enumerate(st.images):
+            for j in range(len(images)):
+                here = view.image[r] == j
+                if view.valid is not None:
+                    here &= view.valid[r]
+                slots = here.nonzero()[:, 0]
+                match = (first == view.tokens[r, slots[0]]).all(1).nonzero()[:, 0]
+                if not len(match):
+                    raise UnsupportedError(
+                        "image features of an earlier encoder call reached the language model, and the "
+                        "method needs notes it took while encoding them; encode and prefill in one call"
+                    )
+                for index, note in enumerate(notes):
+                    for name, x in note.items():
+                        source = x[match[0], : len(slots)]
+                        st.scratch[index][name][r, slots] = source.to(hidden.device)
 
     @staticmethod
     def _check_features(st: _Forward, view: DecoderView, alive: Tensor) -> None:

@@ -76,6 +76,9 @@ class Session:
 
         def encoded(module: nn.Module, args: tuple, output: Any) -> None:
             clock.stop("vision")
+            if self.decoder is not None and self.vision is not None and self.vision.state:
+                notes = self.vision.state.scratch
+                self.decoder.carried = (output, notes) if any(notes) else None
 
         tower = sites.vision.tower
         self.handles.append(tower.register_forward_pre_hook(encode, with_kwargs=True))
