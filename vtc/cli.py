@@ -56,10 +56,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except (Mistake, UnsupportedError) as error:
             err.print(f"error: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
             raise typer.Exit(2) from None
-        except ModuleNotFoundError as error:
-            if error.name not in ("easy_vqa", "matplotlib", "torchvision", "timm", "open_clip"):
+        except ImportError as error:
+            missing = error.name or str(error)
+            if not any(name in missing for name in ("easy", "matplotlib", "torchvision")):
                 raise
-            text = f'error: {error.name} is missing; pip install "visual-token-compression[all]"'
+            text = f'error: {missing}; pip install "visual-token-compression[bench]"'
             err.print(text, style="red", highlight=False, soft_wrap=True, markup=False)
             raise typer.Exit(2) from None
 
@@ -143,7 +144,7 @@ def bench(
         return
 
     from .benchmarks import runner, tables
-    from .benchmarks.tasks import TASKS, load, score
+    from .benchmarks.tasks.base import TASKS, Task, score
     from .method import known_methods
 
     chosen = tuple(tasks or DEFAULT_TASKS)
@@ -169,7 +170,7 @@ def bench(
     net, processor = _load(model, _device(device), dtype)
     results = []
     for name in chosen:
-        items = load(name, count, seed=seed)
+        items = list(Task(name, n=count, seed=seed))
         with _progress(name, quiet=as_json) as progress:
             result = runner.run(net, processor, name, items, score, settings, progress)
         results.append(result)
