@@ -12,6 +12,7 @@ _EXPORTS = {
     "wrap": "wrapping",
     "unwrap": "wrapping",
     "observe": "wrapping",
+    "compress_inputs": "inputs",
     "compressing": "wrapping",
     "chain": "method",
     "register": "method",
@@ -27,6 +28,7 @@ __all__ = [*_EXPORTS, "methods", "__version__"]  # noqa: PLE0604
 if TYPE_CHECKING:
     from .errors import UnsupportedError
     from . import methods
+    from .inputs import compress_inputs
     from .method import Method, Scorer, chain, register
     from .reduction import Reduction
     from .report import Report

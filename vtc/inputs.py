@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compression before `generate()`: shorter inputs for a stock model."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .errors import UnsupportedError
+from .method import Chain, Method, resolve
+from .wrapping import compressing
+
+
+@torch.no_grad()
+def compress_inputs(
+    model: nn.Module, inputs: dict[str, Any], method: str | Method | Chain, **parameters: Any
+) -> dict[str, Any]:
+    """Encode the images now and give inputs with only the visual tokens that are left.
+
+    The model is not changed, and nothing runs inside it afterwards: the result works with static
+    caches, chunked prefill, `torch.compile` and serving loops, where `wrap` cannot. Prompts become
+    short, with padding on the left; survivors keep their positions, so decode with the cache on.
+
+    Args:
+        model: a supported multimodal LLM that is not wrapped.
+        inputs: what its processor gave: ``input_ids`` (B, L), ``pixel_values`` and so on.
+        method, parameters: as in `wrap`; only methods that act before the LLM.
+
+    Returns:
+        New inputs for ``model.generate(**inputs)``; the images are in ``mm_encoder_outputs``. Make
+        fresh ones for every call: beam search changes them in place.
+
+    Raises:
+        UnsupportedError: the method acts inside the LLM, or this transformers cannot take encoded
+            images.
+        ValueError: inputs without ids or images.
+    """
+    methods = resolve(method, **parameters)
+    for m in methods:
+        inside = m.stages & {"decoder", "cache"}
+        if inside:
+            raise UnsupportedError(
+                f"{m.name} chooses tokens inside the language model; use vtc.wrap for it, or a method "
+                "that acts on the encoder or its features"
+            )
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedError(
+            f"{type(model).__name__} of this transformers cannot take encoded images "
+            "(mm_encoder_outputs, 5.18 and newer); use vtc.wrap"
+        )
+    if "input_ids" not in inputs or inputs.get("pixel_values") is None:
+        raise ValueError("compress_inputs needs input_ids and pixel_values, as the processor gives them")
+    out = dict(inputs)
+    ids, pixels = out.pop("input_ids"), out.pop("pixel_values")
+    mask = out.pop("attention_mask", None)
+    mask = torch.ones_like(ids) if mask is None else mask
+    with compressing(model, Chain(methods)) as session:
+        token_ids = session.sites.decoder.token_ids
+        features = model.get_image_features(pixels).pooler_output
+    alive_features = [~f[:, 0].isnan() for f in features]
+
+    visual = torch.isin(ids, torch.tensor(token_ids, device=ids.device))
+    alive = torch.cat(alive_features).to(ids.device)
+    needed = mask.bool()
+    needed = needed & ~visual
+    needed[visual] = alive
+    length = int(needed.sum(1).max())
+    # The tokens that are left, in order, at the right end of every row.
+    index = needed.long().argsort(dim=1, stable=True)[:, -length:]
+    keep = needed.gather(1, index)
+    pad = model.generation_config.pad_token_id
+    out["input_ids"] = ids.gather(1, index).where(keep, 0 if pad is None else pad)
+    out["attention_mask"] = keep.to(mask.dtype)
+    if methods[0].positions == "original":
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        out["position_ids"] = positions.gather(1, index).where(keep, 0)
+    left = [f[a] for f, a in zip(features, alive_features, strict=True)]
+    out["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=left)}
+    return out
