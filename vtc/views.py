@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,7 +18,27 @@ from .errors import UnsupportedError
 from .reduction import Reduction, gather_tokens
 
 if TYPE_CHECKING:
+    from functools import cached_property
+
     from .method import Method
+else:
+
+    class cached_property:
+        """functools' without its lock (Python 3.11 and older), which torch.compile cannot trace."""
+
+        def __init__(self, compute: Callable[[Any], Any]) -> None:
+            self.compute = compute
+            self.__doc__ = compute.__doc__
+
+        def __set_name__(self, owner: type, name: str) -> None:
+            self.name = name
+
+        def __get__(self, view: Any, owner: type | None = None) -> Any:
+            if view is None:
+                return self
+            value = self.compute(view)
+            setattr(view, self.name, value)  # found before this descriptor from now on
+            return value
 
 
 @dataclass
