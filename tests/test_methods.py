@@ -307,6 +307,7 @@ def test_tome_published_schedule_is_r_per_block():
     assert ToMe(r=5).schedule(48, 6) == [43, 38, 33, 28, 23, 18]
     assert ToMe(r=30).schedule(48, 6) == [24, 12, 6, 3, 2, 1]
     _, counts = encode(ToMe(r=5))
+    assert ToMe(r=5).schedule(48, 6, prefix=1) == counts
     assert counts == [43, 38, 33, 28, 23, 18]
     assert ToMe(r=0).on_vision_layer(vision_view()) is None
 
@@ -349,7 +350,7 @@ LLAVA = {
 @pytest.mark.parametrize("ratio", LLAVA)
 def test_pitome_llava_schedule(ratio):
     published = [int(c) for c in LLAVA[ratio].split(",")]
-    schedule = PiToMe.preset("llava", ratio=ratio).schedule(576, 23)
+    schedule = PiToMe.preset("llava", ratio=ratio).schedule(576, 23, prefix=1)
     assert [c + 1 for c in schedule] == published  # the published counts include [CLS]
 
 
@@ -357,7 +358,7 @@ def test_pitome_llava_schedule(ratio):
 def test_pitome_llava_presets(ratio, tokens):
     method = PiToMe.paper("llava-1.5", tokens=tokens)
     assert method == PiToMe.preset("llava", ratio=ratio)
-    assert method.schedule(576, 23)[-1] == tokens
+    assert method.schedule(576, 23, prefix=1)[-1] == tokens
     assert method.vision_site == "output" and method.metric == "hidden"
     assert not method.track_size and not method.proportional_attention
     assert [method.matching_at(i, 23) for i in range(23)] == ["bsm"] * 13 + ["pitome"] * 10
@@ -381,7 +382,7 @@ def test_pitome_presets_of_other_backbones():
 def test_pitome_ratio_runs_in_every_preset(name):
     method = PiToMe.preset(name, ratio=0.8)
     _, counts = encode(method)
-    assert counts == method.schedule(N, DEPTH)
+    assert counts == method.schedule(N, DEPTH, prefix=1)
     assert encode(PiToMe.preset(name, ratio=1.0))[1] == [N] * DEPTH
 
 

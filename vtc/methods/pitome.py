@@ -171,8 +171,8 @@ class PiToMe(Method):
         first_blocks = -(-depth // 2) if self.first_blocks is None else self.first_blocks
         return self.first if self.first and layer < first_blocks else self.matching
 
-    def schedule(self, n: int, depth: int, prefix: int = 1) -> list[int]:
-        """Patch tokens left after each block, from n."""
+    def schedule(self, n: int, depth: int, prefix: int = 0) -> list[int]:
+        """Patch tokens left after each block, from n; "bsm" blocks count the prefix in a ratio."""
         steps = max(depth - self.skip_last, 0)
         if self.ratio is None:
             counts = geometric_counts(n, self.budget(n), steps)

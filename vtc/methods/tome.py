@@ -112,8 +112,8 @@ class ToMe(Method):
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 0:
             raise ValueError(f"r is a count of tokens to merge in each block; got {self.r!r}")
 
-    def schedule(self, n: int, depth: int) -> list[int]:
-        """Patch tokens left after each block, from n."""
+    def schedule(self, n: int, depth: int, prefix: int = 0) -> list[int]:
+        """Patch tokens left after each block, from n; prefix tokens make no difference."""
         if self.r is None:
             return even_counts(n, self.budget(n), depth)
         counts = []
@@ -123,7 +123,7 @@ class ToMe(Method):
         return counts
 
     def on_vision_layer(self, v: VisionView) -> Reduction | None:
-        target = self.schedule(v.total, v.depth)[v.layer]
+        target = self.schedule(v.total, v.depth, v.prefix)[v.layer]
         r = min(v.count - target, v.count // 2)
         if r <= 0:
             return None
