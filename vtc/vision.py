@@ -286,7 +286,9 @@ class VisionEngine:
         self.handles.clear()
 
     def _measured(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.clock is None else self.clock.measure("method")
+        if self.clock is None or torch.compiler.is_compiling():
+            return nullcontext()
+        return self.clock.measure("method")
 
     # ---- before the first block ----------------------------------------------------------------
 
