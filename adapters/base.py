@@ -91,9 +91,9 @@ class DecoderSites:
         hidden, mlp_width, heads, kv_heads, head_dim, vocab: for the cost model.
     """
 
-    base: nn.Module
-    decoder: nn.Module
-    projector: nn.Module
+    base: Any
+    decoder: Any
+    projector: Any
     token_ids: tuple[int, ...]
     tokens_per_image: int | None
     feature_block: int

@@ -3,31 +3,34 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 from ..errors import UnsupportedError
 from .base import DecoderSites, Sites, VisionSites
 
 
-def decoder_sites(model: nn.Module, base: nn.Module, vision: VisionSites) -> DecoderSites:
+def decoder_sites(model: Any, base: Any, vision: VisionSites) -> DecoderSites:
     """Sites of a LLaVA-like language model behind ``base.multi_modal_projector``."""
     config, text = model.config, model.config.get_text_config()
     layer = config.vision_feature_layer
     if not isinstance(layer, int):
         raise UnsupportedError(
-            f"vision_feature_layer={layer} concatenates several encoder layers, whose tokens would not "
-            "match after compression; use a single layer"
+            f"vision_feature_layer={layer} concatenates several encoder layers, whose tokens would "
+            "not match after compression; use a single layer"
         )
     blocks = len(vision.blocks)
     # hidden_states[0] are the embeddings, hidden_states[i] the output of block i - 1.
     block = layer + blocks if layer < 0 else layer - 1
     if not 0 <= block < blocks:
-        raise UnsupportedError(f"vision_feature_layer={layer} is outside a tower of {blocks} blocks")
+        raise UnsupportedError(
+            f"vision_feature_layer={layer} is outside a tower of {blocks} blocks"
+        )
     removed = 1 if config.vision_feature_select_strategy == "default" else 0
     if removed != vision.prefix:
         raise UnsupportedError(
-            f'vision_feature_select_strategy="{config.vision_feature_select_strategy}" removes {removed} '
-            f"tokens, the tower puts {vision.prefix} in front of the patches; they must agree"
+            f'vision_feature_select_strategy="{config.vision_feature_select_strategy}" removes '
+            f"{removed} tokens and the tower puts {vision.prefix} in front of the patches: they "
+            "must agree"
         )
     heads = text.num_attention_heads
     edge = config.vision_config.image_size // vision.patch
@@ -47,11 +50,11 @@ def decoder_sites(model: nn.Module, base: nn.Module, vision: VisionSites) -> Dec
     )
 
 
-def _any_size(vision_config: object) -> bool:
+def _any_size(vision_config: Any) -> bool:
     return vision_config.model_type == "pixtral"
 
 
-def locate(model: nn.Module) -> Sites | None:
+def locate(model: Any) -> Sites | None:
     """Sites of a LLaVA model, None for any other."""
     if type(model).__name__ != "LlavaForConditionalGeneration":
         return None

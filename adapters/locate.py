@@ -17,8 +17,8 @@ ENCODERS = ("hf_vision", "timm_vit", "open_clip_vit")
 """Adapter files whose ``locate(model)`` gives `VisionSites`."""
 
 SUPPORTED = (
-    "timm ViTs (vit, deit, eva, dinov2, siglip); open_clip ViTs; Hugging Face CLIP, SigLIP, DINOv2 and "
-    "ViT encoders; LLaVA-1.5 (LlavaForConditionalGeneration)"
+    "timm ViTs (vit, deit, eva, dinov2, siglip); open_clip ViTs; Hugging Face CLIP, SigLIP, DINOv2 "
+    "and ViT encoders; LLaVA-1.5 (LlavaForConditionalGeneration)"
 )
 
 

@@ -57,7 +57,11 @@ DECODERS = {
 
 
 def build(
-    tower: str = "clip", decoder: str = "llama", attention: str = "sdpa", seed: int = 0, gain: float = 4.0
+    tower: str = "clip",
+    decoder: str = "llama",
+    attention: str = "sdpa",
+    seed: int = 0,
+    gain: float = 4.0,
 ) -> LlavaForConditionalGeneration:
     """A random LLaVA whose attention is far from uniform, in eval mode."""
     torch.manual_seed(seed)

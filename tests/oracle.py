@@ -84,9 +84,7 @@ def masked(layers: nn.ModuleList, alive: dict[int, Tensor], start: int = 0) -> I
             handle.remove()
 
 
-def compare(
-    model: nn.Module, run: Callable[[], Any]
-) -> tuple[Any, Any, dict[int, Tensor]]:
+def compare(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, Any, dict[int, Tensor]]:
     """Results of ``run`` on a wrapped model, and of the same with its drops turned into masks.
 
     The encoder side stays installed in both, so merged features are the same; only the LLM differs.

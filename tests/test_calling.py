@@ -6,16 +6,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import mini_llava as mini
 import pytest
 import torch
+from oracle import compare, masked, recording
+from snapshot import snapshot
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
 import vtc
 from vtc.reduction import Reduction
-
-import mini_llava as mini
-from oracle import compare, masked, recording
-from snapshot import snapshot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +206,7 @@ def test_quantized_cache() -> None:
         QuantizedCache("fp8", config)
     except (ValueError, ImportError, TypeError) as error:
         pytest.skip(f"this transformers has no fp8 cache: {error}")
-    (got, cache), _, alive = compare(
+    (got, cache), _, _alive = compare(
         model, lambda: greedy_loop(model, inputs, 3, QuantizedCache("fp8", config))
     )
     assert torch.isfinite(got).all()
@@ -301,7 +300,9 @@ def test_kv_eviction(attention: str, pad: str | None) -> None:
     got = decode(cache)
     vtc.unwrap(model)
     alive = {
-        i: torch.zeros(2, length, dtype=torch.bool).scatter(1, k[:, : length - mini.PATCHES + 6], True)
+        i: torch.zeros(2, length, dtype=torch.bool).scatter(
+            1, k[:, : length - mini.PATCHES + 6], True
+        )
         for i, k in enumerate(kept)
     }
     full = model(**inputs, use_cache=True)
@@ -341,9 +342,7 @@ def test_compact_positions() -> None:
         features = model.get_image_features(inputs["pixel_values"]).pooler_output
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         embeds = model.get_input_embeddings()(ids)
-        embeds = embeds.masked_scatter(
-            (ids == mini.IMAGE).unsqueeze(-1), torch.cat(list(features))
-        )
+        embeds = embeds.masked_scatter((ids == mini.IMAGE).unsqueeze(-1), torch.cat(list(features)))
         keep = alive[0]
         short = torch.stack([e[k] for e, k in zip(embeds, keep, strict=True)])
         short_mask = torch.stack([m[k] for m, k in zip(mask, keep, strict=True)])
@@ -384,7 +383,9 @@ def test_views_tell_the_truth() -> None:
         reference = mini.build("clip", "qwen2", "eager")
         out = reference(**inputs, output_attentions=True, output_hidden_states=True)
         weights = out.attentions[2]
-        columns = seen["columns"][:, None, None, :].expand(-1, weights.shape[1], weights.shape[2], -1)
+        columns = seen["columns"][:, None, None, :].expand(
+            -1, weights.shape[1], weights.shape[2], -1
+        )
         visual = weights.gather(3, columns)
         torch.testing.assert_close(seen["last"][:, :, 0], visual[:, :, -1], atol=1e-5, rtol=1e-4)
         for r in range(2):

@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-
+import mini_llava as mini
 import pytest
 import torch
-
-import vtc
-
-import mini_llava as mini
 from oracle import compare
 from snapshot import snapshot
+
+import vtc
 
 METHODS = sorted(vtc.methods())
 MODELS = [(t, d) for t in mini.TOWERS for d in mini.DECODERS]

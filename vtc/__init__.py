@@ -23,16 +23,22 @@ _EXPORTS = {
     "UnsupportedError": "errors",
 }
 
-__all__ = [*_EXPORTS, "methods", "__version__"]  # noqa: PLE0604
+__all__ = [*_EXPORTS, "methods", "__version__"]
 
 if TYPE_CHECKING:
-    from .errors import UnsupportedError
-    from . import methods
-    from .inputs import compress_inputs
-    from .method import Method, Scorer, chain, register
-    from .reduction import Reduction
-    from .report import Report
-    from .wrapping import compressing, observe, unwrap, wrap
+    from . import methods as methods
+    from .errors import UnsupportedError as UnsupportedError
+    from .inputs import compress_inputs as compress_inputs
+    from .method import Method as Method
+    from .method import Scorer as Scorer
+    from .method import chain as chain
+    from .method import register as register
+    from .reduction import Reduction as Reduction
+    from .report import Report as Report
+    from .wrapping import compressing as compressing
+    from .wrapping import observe as observe
+    from .wrapping import unwrap as unwrap
+    from .wrapping import wrap as wrap
 
 
 def __getattr__(name: str) -> Any:

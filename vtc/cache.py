@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """KV cache layers that are physically short and logically full length.
 
-Hugging Face sizes masks and positions by ``get_seq_length()``. A pruned layer reports the length the
-sequence would have without pruning and remembers which logical column each physical slot holds, so
-padding, beams, further turns and manual decoding loops need no special case.
+Hugging Face sizes masks and positions by ``get_seq_length()``. A pruned layer reports the length
+the sequence would have without pruning and remembers which logical column each physical slot holds,
+so padding, beams, further turns and manual decoding loops need no special case.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,17 +25,21 @@ class PrunedMixin:
     Attributes:
         kept: (B, P) logical column of each slot that existed at the last reduction.
         visual: (B, P) bool, visual tokens among them.
-        filler: (B, P) bool, slots that only make a ragged batch rectangular; None if there are none.
+        filler: (B, P) bool, slots that only make a ragged batch rectangular; None without.
         dropped: logical minus physical length.
+        prefilled: logical length after the last prompt.
         shift: (B,) positions by which "compact" renumbering moved later tokens; None if "original".
         scratch: per method, named tensors aligned with the slots.
         budgets: per method, (B,) visual slots it would keep.
     """
 
-    kept: Tensor | None = None
+    kept: Any = None
     visual: Tensor
+    keys: Any
+    values: Any
     filler: Tensor | None = None
     dropped: int = 0
+    prefilled: int = 0
     shift: Tensor | None = None
     scratch: dict[int, dict[str, Tensor]]
     budgets: dict[int, Tensor]
@@ -60,9 +64,7 @@ class PrunedMixin:
         flag = self.kept.new_zeros(self.kept.shape, dtype=torch.bool) if flag is None else flag
         return torch.nn.functional.pad(flag, (0, n - flag.shape[1])).to(device)
 
-    def append(
-        self, columns: Tensor, visual: Tensor, filler: Tensor | None, logical: int
-    ) -> None:
+    def append(self, columns: Tensor, visual: Tensor, filler: Tensor | None, logical: int) -> None:
         """Announce tokens (B, T) that the next update brings, and the logical length after it."""
         device = columns.device
         if filler is not None or self.filler is not None:
@@ -88,7 +90,7 @@ class PrunedMixin:
             setattr(self, name, x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])))
         self.dropped = logical - keep.shape[1]
 
-    # ---- operations of the stock layer that must move the map too -------------------------------
+    # ---- operations of the stock layer that must move the map too ------------------------------
 
     def _map(self, change: Any) -> None:
         for name in ("kept", "visual", "filler", "shift"):
@@ -116,19 +118,19 @@ class PrunedMixin:
     def crop(self, tokens_to_remove: int) -> None:
         if self.physical_length() - abs(tokens_to_remove) < self.kept.shape[1]:
             raise UnsupportedError(
-                f"cannot crop {abs(tokens_to_remove)} tokens: this layer was compressed and only the "
-                f"{self.physical_length() - self.kept.shape[1]} tokens after that can be removed"
+                f"cannot crop {abs(tokens_to_remove)} tokens: this layer was compressed and only "
+                f"the {self.physical_length() - self.kept.shape[1]} tokens after that can be removed"
             )
         super().crop(tokens_to_remove)  # type: ignore[misc]
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
         self.kept = self.filler = self.shift = None
-        self.dropped, self.scratch, self.budgets = 0, {}, {}
+        self.dropped, self.prefilled, self.scratch, self.budgets = 0, 0, {}, {}
 
 
-@lru_cache(maxsize=None)
-def _pruned_class(base: type) -> type:
+@cache
+def _pruned_class(base: Any) -> Any:
     return type("Pruned" + base.__name__, (PrunedMixin, base), {"__module__": __name__})
 
 
@@ -140,7 +142,8 @@ def pruned_layer(cache: Cache, i: int, batch: int, device: torch.device) -> Prun
     if isinstance(layer, PrunedMixin) and layer.kept is not None:
         return layer
     if not isinstance(layer, PrunedMixin):
-        new = object.__new__(_pruned_class(type(layer)))
+        base: Any = type(layer)
+        new: Any = object.__new__(_pruned_class(base))
         new.__dict__.update(layer.__dict__)  # `layer.__class__ = ...` raises on differing layouts
         cache.layers[i] = layer = new
     n = layer.physical_length()
@@ -173,19 +176,19 @@ def check_cache(cache: Any, evicts: bool) -> None:
     for i, layer in enumerate(cache.layers):
         if getattr(layer, "is_sliding", False):
             raise UnsupportedError(
-                f"cache layer {i} is a sliding window ({type(layer).__name__}): its window would count "
-                "kept tokens instead of positions; set config.sliding_window=None, or use an encoder-"
-                "side method and a model without sliding-window layers"
+                f"cache layer {i} is a sliding window ({type(layer).__name__}): its window would "
+                "count kept tokens instead of positions; set config.sliding_window=None, or use "
+                "vtc.compress_inputs"
             )
         if not isinstance(layer, DynamicLayer):
             raise UnsupportedError(
-                f"cache layer {i} is a {type(layer).__name__}, whose slots are fixed; use the default "
-                "DynamicCache (drop cache_implementation=...)"
+                f"cache layer {i} is a {type(layer).__name__}, whose slots are fixed; use the "
+                "default DynamicCache (drop cache_implementation=...), or vtc.compress_inputs"
             )
         if evicts and type(layer).__name__.replace("Pruned", "", 1) != "DynamicLayer":
             raise UnsupportedError(
-                f"evicting from a {type(layer).__name__} would need to dequantize it; use the default "
-                "DynamicCache, or a method that drops tokens before they reach the cache"
+                f"evicting from a {type(layer).__name__} would need to dequantize it; use the "
+                "default DynamicCache, or a method that drops tokens before they reach the cache"
             )
 
 

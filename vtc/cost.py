@@ -22,11 +22,9 @@ def llm_flops(tokens: Sequence[float], hidden: int, mlp: int) -> float:
 def decoder_flops(
     tokens: Sequence[float], hidden: int, mlp: int, heads: int, kv_heads: int, head_dim: int
 ) -> float:
-    """All tokens of the sequence, grouped-query attention as it is, per layer, without the LM head."""
+    """All tokens of the sequence, grouped-query attention as it is, without the LM head."""
     projections = hidden * head_dim * (2 * heads + 2 * kv_heads)
-    return sum(
-        n * projections + 2 * n**2 * heads * head_dim + 3 * n * hidden * mlp for n in tokens
-    )
+    return sum(n * projections + 2 * n**2 * heads * head_dim + 3 * n * hidden * mlp for n in tokens)
 
 
 def encoder_flops(

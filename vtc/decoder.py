@@ -4,8 +4,8 @@
 Layer 0 is the projector boundary: rows of image features that the vision side marked with NaN are
 dropped there; methods of the "decoder" stage drop more between layers. Hugging Face computes mask,
 positions and rotary tables once at full size; the hooks gather their rows and columns for the
-tokens that are left. State of one forward sits on one `_Forward` object, state that outlives it only
-on the cache layers (vtc.cache).
+tokens that are left. State of one forward sits on one `_Forward` object, state that outlives it
+only on the cache layers (vtc.cache).
 """
 
 from __future__ import annotations
@@ -39,13 +39,17 @@ class _Forward:
     image: Tensor  # (B, T) ordinal of the image in its row
     position: Tensor  # (B, T) patch index inside that image
     images: list[list[int]]  # visual tokens of each image of each row
-    local: Tensor | None = None  # (B, T) logical index in this forward; None until something is dropped
+    local: Tensor | None = (
+        None  # (B, T) logical index in this forward; None until something is dropped
+    )
     filler: Tensor | None = None  # (B, T) dropped tokens that only keep the batch rectangular
     shift: Tensor | None = None  # (B, T) positions lost before each token ("compact")
     scratch: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # (B, N, ...) by method
 
 
-def split_images(visual: Tensor, tokens_per_image: int | None) -> tuple[list[list[int]], Tensor, Tensor]:
+def split_images(
+    visual: Tensor, tokens_per_image: int | None
+) -> tuple[list[list[int]], Tensor, Tensor]:
     """Image by image, the placeholder runs of a batch of prompts.
 
     Args:
@@ -53,7 +57,7 @@ def split_images(visual: Tensor, tokens_per_image: int | None) -> tuple[list[lis
         tokens_per_image: placeholders of one image where that is fixed, to split adjacent images.
 
     Returns:
-        For each row the visual tokens of each image; (B, L) image ordinal; (B, L) index in its image.
+        For each row the visual tokens of each image; (B, L) image ordinal; (B, L) index in it.
 
     Raises:
         UnsupportedError: a run holds only part of an image (chunked prefill).
@@ -76,8 +80,9 @@ def split_images(visual: Tensor, tokens_per_image: int | None) -> tuple[list[lis
                 counts.append(n)
             elif n % tokens_per_image:
                 raise UnsupportedError(
-                    f"found a run of {n} image tokens, not a multiple of {tokens_per_image}: part of an "
-                    "image in one forward (chunked prefill) cannot be compressed; prefill in one piece"
+                    f"found a run of {n} image tokens, not a multiple of {tokens_per_image}: part "
+                    "of an image in one forward (chunked prefill) cannot be compressed; prefill in "
+                    "one piece, or use vtc.compress_inputs"
                 )
             else:
                 counts += [tokens_per_image] * (n // tokens_per_image)
@@ -102,7 +107,7 @@ class DecoderEngine:
             record: what the report reads; a new forward replaces its contents.
         """
         self.sites, self.methods, self.sentinel, self.record = sites, methods, sentinel, record
-        self.layers: list[nn.Module] = list(sites.decoder.layers)
+        self.layers: list[Any] = list(sites.decoder.layers)
         self.on_decoder = [(i, m) for i, m in enumerate(methods) if "decoder" in m.stages]
         self.on_cache = [(i, m) for i, m in enumerate(methods) if "cache" in m.stages]
         self.compact = any(m.positions == "compact" for m in methods)
@@ -122,8 +127,9 @@ class DecoderEngine:
             types = getattr(config, "layer_types", None)
             if types is None or any("sliding" in t for t in types):
                 raise UnsupportedError(
-                    f"the language model uses a sliding window of {config.sliding_window} tokens, which "
-                    "would count kept tokens instead of positions; set config.sliding_window=None"
+                    f"the language model uses a sliding window of {config.sliding_window} tokens, "
+                    "which would count kept tokens instead of positions; set "
+                    "config.sliding_window=None"
                 )
         implementation = config._attn_implementation
         if "flex" in implementation or "paged" in implementation:
@@ -145,11 +151,11 @@ class DecoderEngine:
         if not self.methods:
             return
         for i, layer in enumerate(self.layers):
-            hook = partial(self._layer_pre, i)
-            handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+            before = partial(self._layer_pre, i)
+            handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
             if self.on_cache:
-                hook = partial(self._layer_post, i)
-                handles.append(layer.register_forward_hook(hook, with_kwargs=True, prepend=True))
+                after = partial(self._layer_post, i)
+                handles.append(layer.register_forward_hook(after, with_kwargs=True, prepend=True))
         if self.on_decoder:
             attentions = [layer.self_attn for layer in self.layers]
             self.stock, self.taps = tap.install(sites.decoder, attentions)
@@ -185,15 +191,13 @@ class DecoderEngine:
                 visual |= (embeds == row).all(-1)
         mask = kwargs.get("attention_mask")
         self.pending = (visual, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
-        self.record.clock.start("model", module)
 
     def _base_post(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.record.clock.stop("model")
         self.pending = self.forward = None
         for t in self.taps:
             t.clear()
 
-    # ---- the language model: phase, checks, aligned output ----------------------------------------
+    # ---- the language model: phase, checks, aligned output -------------------------------------
 
     def _lm_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
@@ -209,16 +213,13 @@ class DecoderEngine:
             base = int(cache.get_seq_length()) if cache is not None else 0
             self.forward = _Forward(base, embeds.shape[1], real, visual, image, position, images)
             self.record.begin(visual, real, images)
-            self.record.clock.start("prefill", module)
-        else:
-            self.record.clock.start("decode" if embeds.shape[1] == 1 else "text", module)
+            self.record.clock.start("prefill")
+        elif embeds.shape[1] == 1:
+            self.record.clock.start("decode")
 
-    def _lm_post(
-        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
-    ) -> Any:
+    def _lm_post(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         st = self.forward
         self.record.clock.stop("decode")
-        self.record.clock.stop("text")
         self.record.clock.stop("prefill")
         if st is None:
             return None
@@ -240,16 +241,16 @@ class DecoderEngine:
             return output
         return (full, *output[1:])
 
-    # ---- decoder layers ----------------------------------------------------------------------------
+    # ---- decoder layers ------------------------------------------------------------------------
 
     def _layer_pre(self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         st, cache = self.forward, kwargs.get("past_key_values")
-        layer = kv.existing_pruned(cache, i)
+        layer: Any = kv.existing_pruned(cache, i)
         if st is None and layer is None:
             return None
-        if st is None and layer.filler is None and layer.shift is None:
-            if kwargs.get("attention_mask") is None:  # plain decoding: every key is seen
-                return None
+        plain = st is None and layer.filler is None and layer.shift is None
+        if plain and kwargs.get("attention_mask") is None:  # decoding: every key is seen
+            return None
         hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         if st is not None:
             with self.record.clock.measure("method"):
@@ -278,9 +279,9 @@ class DecoderEngine:
             if view.valid is not None:
                 alive &= view.valid
             self._check_features(st, view, alive)
-            reduction = Reduction.from_mask(alive)
-            if reduction.valid is not None or view.valid is not None or reduction.count < view.count:
-                hidden = self._apply(st, hidden, view, reduction, merge=False)
+            left = Reduction.from_mask(alive)
+            if left.valid is not None or view.valid is not None or left.count < view.count:
+                hidden = self._apply(st, hidden, view, left, merge=False)
         if i == 0 and self.carried is not None:
             self._carry(st, hidden, *self.carried)
         for index, method in self.on_decoder:
@@ -302,7 +303,9 @@ class DecoderEngine:
         """
         view = self._view(-1, st, hidden, {})
         alive = ~projected[..., 0].isnan()
-        first = projected[torch.arange(len(projected), device=alive.device), alive.long().argmax(1)].to(hidden)
+        first = projected[
+            torch.arange(len(projected), device=alive.device), alive.long().argmax(1)
+        ].to(hidden)
         for index, note in enumerate(notes):
             st.scratch[index] = {
                 name: x.new_zeros(*view.visual_index.shape, *x.shape[2:]).to(hidden.device)
@@ -317,8 +320,9 @@ class DecoderEngine:
                 match = (first == view.tokens[r, slots[0]]).all(1).nonzero()[:, 0]
                 if not len(match):
                     raise UnsupportedError(
-                        "image features of an earlier encoder call reached the language model, and the "
-                        "method needs notes it took while encoding them; encode and prefill in one call"
+                        "image features of an earlier encoder call reached the language model, and "
+                        "the method needs notes it took while encoding them; encode and prefill in "
+                        "one call"
                     )
                 for index, note in enumerate(notes):
                     for name, x in note.items():
@@ -327,7 +331,7 @@ class DecoderEngine:
 
     @staticmethod
     def _check_features(st: _Forward, view: DecoderView, alive: Tensor) -> None:
-        """Every image must have tokens left: NaN in all its rows is no sentinel but a broken image."""
+        """Every image must have tokens left: all NaN is no sentinel but a broken image."""
         images = max(map(len, st.images))
         left = torch.zeros(alive.shape[0], images, device=alive.device)
         left.scatter_add_(1, view.image.clamp(min=0), alive.float())
@@ -338,7 +342,9 @@ class DecoderEngine:
                     "overflow in the encoder (try bfloat16 or float32)"
                 )
 
-    def _view(self, layer: int, st: _Forward, hidden: Tensor, scratch: dict[str, Tensor]) -> DecoderView:
+    def _view(
+        self, layer: int, st: _Forward, hidden: Tensor, scratch: dict[str, Tensor]
+    ) -> DecoderView:
         visual = st.visual.to(hidden.device)
         counts = visual.sum(1)
         n = int(counts.max())
@@ -413,13 +419,13 @@ class DecoderEngine:
         hidden = gather_tokens(hidden, index)
         return hidden if filler is None else hidden.masked_fill(filler.unsqueeze(-1), 0)
 
-    # ---- what Hugging Face hands to every layer, for the tokens that are left -----------------------
+    # ---- what Hugging Face hands to every layer, for the tokens that are left ------------------
 
     def _gathered(
         self, st: _Forward | None, hidden: Tensor, layer: Any, cache: Any, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         kwargs = dict(kwargs)
-        device, q_len = hidden.device, hidden.shape[1]
+        device = hidden.device
         local = None if st is None or st.local is None else st.local.to(device)
         if local is not None:
             kwargs["position_embeddings"] = tuple(
@@ -433,7 +439,7 @@ class DecoderEngine:
             kwargs["position_ids"] = positions
         shift = self._shift(st, layer, device)
         if shift is not None:
-            kwargs["position_ids"] = positions = positions - shift
+            kwargs["position_ids"] = positions = kwargs["position_ids"] - shift
             kwargs["position_embeddings"] = self.sites.decoder.rotary_emb(hidden, positions)
         flash = "flash" in self.sites.decoder.config._attn_implementation
         if flash:  # gaps would be read as packed sequences
@@ -471,7 +477,7 @@ class DecoderEngine:
             shift = shift + past.to(device)[:, None]
         return shift if now is None else shift + now.to(device)
 
-    # ---- KV cache stage ----------------------------------------------------------------------------
+    # ---- KV cache stage ------------------------------------------------------------------------
 
     def _layer_post(
         self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
@@ -479,7 +485,8 @@ class DecoderEngine:
         cache = kwargs.get("past_key_values")
         if cache is None:
             return
-        st, layer = self.forward, kv.existing_pruned(cache, i)
+        st: Any = self.forward
+        layer: Any = kv.existing_pruned(cache, i)
         if st is None and layer is None:
             return
         with self.record.clock.measure("method"):
@@ -489,6 +496,8 @@ class DecoderEngine:
                 batch, n = stock.keys.shape[0], stock.keys.shape[2]
                 layer = kv.pruned_layer(cache, i, batch, device)
                 layer.visual[:, n - st.visual.shape[1] :] = st.visual.to(device)
+            if st is not None:
+                layer.prefilled = st.base + st.length
             for index, method in self.on_cache:
                 if st is not None:
                     asked = [sum(method.budget(n) for n in row) for row in st.images]
@@ -503,7 +512,7 @@ class DecoderEngine:
                     valid=filler,
                     layer=i,
                     depth=len(self.layers),
-                    step=layer.physical_length() - layer.kept.shape[1],
+                    step=layer.get_seq_length() - layer.prefilled,
                     budget=layer.budgets[index],
                     scratch=layer.scratch.setdefault(index, {}),
                 )
@@ -514,8 +523,6 @@ class DecoderEngine:
                         for m, named in layer.scratch.items()
                     }
                     layer.evict(reduction.keep, reduction.valid)
-            if st is not None:
-                self.record.layer(i, layer.padded("visual", device))
 
     def _sublayer_post(
         self, t: tap.Tap, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any
@@ -548,7 +555,9 @@ def _gather_mask(
         filler: (B, kv) keys that must not be seen, or None.
     """
     if mask is not None and not isinstance(mask, Tensor):
-        raise UnsupportedError(f"masks of type {type(mask).__name__} cannot be compressed; use sdpa")
+        raise UnsupportedError(
+            f"masks of type {type(mask).__name__} cannot be compressed; use sdpa"
+        )
     if mask is None:
         if filler is None:
             return None  # causal by order, or one query row that sees every key

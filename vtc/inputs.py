@@ -7,7 +7,6 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .errors import UnsupportedError
@@ -17,7 +16,7 @@ from .wrapping import compressing
 
 @torch.no_grad()
 def compress_inputs(
-    model: nn.Module, inputs: dict[str, Any], method: str | Method | Chain, **parameters: Any
+    model: Any, inputs: dict[str, Any], method: str | Method | Chain, **parameters: Any
 ) -> dict[str, Any]:
     """Encode the images now and give inputs with only the visual tokens that are left.
 
@@ -44,8 +43,8 @@ def compress_inputs(
         inside = m.stages & {"decoder", "cache"}
         if inside:
             raise UnsupportedError(
-                f"{m.name} chooses tokens inside the language model; use vtc.wrap for it, or a method "
-                "that acts on the encoder or its features"
+                f"{m.name} chooses tokens inside the language model; use vtc.wrap for it, or a "
+                "method that acts on the encoder or its features"
             )
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         raise UnsupportedError(
@@ -53,13 +52,16 @@ def compress_inputs(
             "(mm_encoder_outputs, 5.18 and newer); use vtc.wrap"
         )
     if "input_ids" not in inputs or inputs.get("pixel_values") is None:
-        raise ValueError("compress_inputs needs input_ids and pixel_values, as the processor gives them")
+        raise ValueError(
+            "compress_inputs needs input_ids and pixel_values, as the processor gives them"
+        )
     out = dict(inputs)
     ids, pixels = out.pop("input_ids"), out.pop("pixel_values")
     mask = out.pop("attention_mask", None)
     mask = torch.ones_like(ids) if mask is None else mask
     with compressing(model, Chain(methods)) as session:
-        token_ids = session.sites.decoder.token_ids
+        llm: Any = session.sites.decoder
+        token_ids = llm.token_ids
         features = model.get_image_features(pixels).pooler_output
     alive_features = [~f[:, 0].isnan() for f in features]
 

@@ -119,6 +119,11 @@ class Method:
         ratio = self.default_ratio if self.keep_ratio is None else self.keep_ratio
         return max(1, min(n, round(n * ratio)))
 
+    @property
+    def has_budget(self) -> bool:
+        """False when hyper-parameters of the method decide the final count, not a budget."""
+        return True
+
     @classmethod
     def paper(cls, model: str, tokens: int) -> Method:
         """The published setting for a model, such as ``VisionZip.paper("llava-1.5", tokens=192)``.
@@ -145,7 +150,7 @@ class Method:
         )
 
     def captures(self, depth: int) -> tuple[int, ...]:
-        """Encoder blocks whose queries and keys `on_features` reads, of a tower with depth blocks."""
+        """Encoder blocks whose queries and keys `on_features` reads, of ``depth`` blocks."""
         return ()
 
     def __str__(self) -> str:
@@ -246,7 +251,9 @@ def resolve(method: str | Method | Chain, **kwargs: Any) -> tuple[Method, ...]:
     if isinstance(method, str):
         known = known_methods()
         if method not in known:
-            near = difflib.get_close_matches(method.lower().replace("_", "-"), known, n=3, cutoff=0.4)
+            near = difflib.get_close_matches(
+                method.lower().replace("_", "-"), known, n=3, cutoff=0.4
+            )
             hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
             raise ValueError(f'unknown method "{method}"; {hint}')
         try:
@@ -282,5 +289,3 @@ def geometric_counts(n: int, k: int, steps: int, floor: float = 0.5) -> list[int
         current = max(target, least, k)
         counts.append(current)
     return counts
-
-

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .cost import decoder_flops, encoder_flops, llm_flops
 from .reduction import Reduction
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Clock:
-    """Wall time by name. On a GPU, times are those of the launches unless ``synchronize`` is set."""
+    """Wall time by name; on a GPU that of the launches unless ``synchronize`` is set."""
 
     def __init__(self) -> None:
         self.synchronize = False
@@ -39,7 +39,7 @@ class Clock:
             self.seconds.pop(name, None)
             self.calls.pop(name, None)
 
-    def start(self, name: str, module: nn.Module | None = None) -> None:
+    def start(self, name: str) -> None:
         self.started[name] = self.now()
 
     def stop(self, name: str) -> None:
@@ -89,7 +89,7 @@ class Report:
 
     Attributes:
         method: what was applied, with its parameters.
-        asked: visual tokens asked for; visual_tokens: those of the prompt; final_tokens: those that
+        asked: visual tokens asked for, None if no budget was given; visual_tokens: those of the prompt; final_tokens: those that
             the last layer processed; average_tokens: mean over the LLM layers.
         tokens_per_layer: visual tokens each LLM layer processed (encoder alone: tokens after each
             block, prefix included).
@@ -106,7 +106,7 @@ class Report:
     """
 
     method: str
-    asked: float
+    asked: float | None
     visual_tokens: float
     final_tokens: float
     average_tokens: float
@@ -132,10 +132,11 @@ class Report:
         return out
 
     def __str__(self) -> str:
+        asked = "" if self.asked is None else f" (asked for {self.asked:g})"
         lines = [
             self.method,
             f"  visual tokens  {self.visual_tokens:g} -> {self.final_tokens:g} at the end, "
-            f"{self.average_tokens:.1f} on average over the layers (asked for {self.asked:g})",
+            f"{self.average_tokens:.1f} on average over the layers{asked}",
         ]
         if self.flops is not None and self.flops_full:
             share = self.flops / self.flops_full
@@ -162,8 +163,8 @@ def build_report(
     """Put a `Report` together from what the engines recorded.
 
     Args:
-        vision: state of the last tower forward (`vtc.vision.VisionState`), or None when nothing acts
-            on the encoder side.
+        vision: state of the last tower forward (`vtc.vision.VisionState`), or None when nothing
+            acts on the encoder side.
 
     Raises:
         RuntimeError: nothing was recorded yet.
@@ -184,7 +185,7 @@ def build_report(
     encoder = encoder_cost(attended[0], attended, counts)
     encoder_full = encoder_cost(entered[0], entered, entered)
     reduction = None if vision is None else vision.reduction
-    asked_of_image = min([m.budget(total, grid) for m in methods], default=total)
+    budgeted = all(m.has_budget for m in methods)
     decode_calls = clock.calls.get("decode", 0)
     common: dict[str, Any] = {
         "method": method,
@@ -198,7 +199,9 @@ def build_report(
     if sites.decoder is None:
         final = total if reduction is None else reduction.counts.float().mean().item()
         return Report(
-            asked=asked_of_image,
+            asked=min([m.budget(total, grid) for m in methods], default=total)
+            if budgeted
+            else None,
             visual_tokens=total,
             final_tokens=final,
             average_tokens=sum(counts) / len(counts) - tower.prefix,
@@ -214,7 +217,9 @@ def build_report(
         )
 
     if record.final is None:
-        raise RuntimeError("nothing to report: run the language model on a prompt with an image first")
+        raise RuntimeError(
+            "nothing to report: run the language model on a prompt with an image first"
+        )
     llm = sites.decoder
     depth = len(llm.decoder.layers)
     layers: list[Tensor] = []  # (B,) visual tokens of each layer
@@ -250,7 +255,7 @@ def build_report(
         for r, full in zip(rows, full_rows, strict=True)
     ]
     return Report(
-        asked=mean(asked),
+        asked=mean(asked) if budgeted else None,
         visual_tokens=mean(full_rows),
         final_tokens=mean(table[-1]),
         average_tokens=mean(mean(layer) for layer in table),
@@ -280,7 +285,8 @@ def _kept_by_encoder(reduction: Reduction) -> list[Tensor]:
 
 
 def _kept_by_llm(record: Record) -> list[Tensor]:
-    visual, image, position = (t.cpu() for t in record.final)
+    final: Any = record.final
+    visual, image, position = (t.cpu() for t in final)
     return [
         position[r][visual[r] & (image[r] == i)]
         for r, images in enumerate(record.images)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention rows without attention maps: a tap in Hugging Face's attention interface.
 
-A tapped implementation, "vtc_sdpa" for instance, keeps references to the queries, keys and mask that
-an attention module was called with and calls the stock function. Rows that a method asks for are
-computed from them afterwards (specs/hooks.md section 4), for any architecture, with SDPA or
-FlashAttention left on.
+A tapped implementation, "vtc_sdpa" for instance, keeps references to the queries, keys and mask
+that an attention module was called with and calls the stock function. Rows that a method asks for
+are computed from them afterwards, for any architecture, with SDPA or FlashAttention left on.
 """
 
 from __future__ import annotations
@@ -38,7 +37,8 @@ class Tap:
 
     def attention(self, rows: Tensor) -> Tensor:
         """Post-softmax attention in fp32 of the query rows (B, R) to all keys: (B, H, R, T_kv)."""
-        query, key = self.query, self.key
+        query: Any = self.query
+        key: Any = self.key
         batch, heads, q_len, dim = query.shape
         rows = rows.to(query.device)
         q = gather_tokens(query.transpose(1, 2), rows).transpose(1, 2)
@@ -67,7 +67,12 @@ class Tap:
 
 def _tapped(name: str) -> Any:
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
     ) -> Any:
         tap = getattr(module, "_vtc_tap", None)
         if tap is not None:
@@ -82,7 +87,7 @@ def _tapped(name: str) -> Any:
     return attention
 
 
-def install(decoder: nn.Module, attentions: list[nn.Module]) -> tuple[str, list[Tap]]:
+def install(decoder: Any, attentions: list[Any]) -> tuple[str, list[Tap]]:
     """Tap the attention of every decoder layer.
 
     Returns:
@@ -101,7 +106,7 @@ def install(decoder: nn.Module, attentions: list[nn.Module]) -> tuple[str, list[
     return stock, taps
 
 
-def remove(decoder: nn.Module, attentions: list[nn.Module], stock: str) -> None:
+def remove(decoder: Any, attentions: list[Any], stock: str) -> None:
     """Undo `install`."""
     decoder.set_attn_implementation(stock)
     for module in attentions:

@@ -58,9 +58,9 @@ class Session:
             if missing:
                 usable = [n for n, m in known_methods().items() if _stages(m) <= available]
                 raise UnsupportedError(
-                    f'"{method.name}" acts in the language model ({", ".join(sorted(missing))} stage) and '
-                    f"{type(self.model).__name__} is an encoder alone; methods for encoders: "
-                    f"{', '.join(usable)}"
+                    f'"{method.name}" acts in the language model '
+                    f"({', '.join(sorted(missing))} stage) and {type(self.model).__name__} is an "
+                    f"encoder alone; methods for encoders: {', '.join(usable)}"
                 )
 
     def install(self) -> None:
@@ -68,11 +68,11 @@ class Session:
         clock, sites = self.record.clock, self.sites
 
         def encode(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            pixels = args[0] if args else kwargs.get("pixel_values", kwargs.get("x"))
+            pixels: Any = args[0] if args else kwargs.get("pixel_values", kwargs.get("x"))
             patch = sites.vision.patch
             self.record.grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
             clock.reset("vision", "method")
-            clock.start("vision", module)
+            clock.start("vision")
 
         def encoded(module: nn.Module, args: tuple, output: Any) -> None:
             clock.stop("vision")
@@ -99,7 +99,7 @@ class Session:
         self.handles.clear()
 
     def synchronize(self, on: bool = True) -> None:
-        """Wait for the GPU at every time stamp, so that the report's milliseconds are exact there."""
+        """Wait for the GPU at every time stamp, to make the report's milliseconds exact there."""
         self.record.clock.synchronize = on
 
     def report(self) -> Report:
@@ -125,8 +125,8 @@ def _install(model: nn.Module, methods: tuple[Method, ...]) -> Session:
         raise ValueError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if ATTRIBUTE in model.__dict__:
         raise ValueError(
-            f"the model is already wrapped ({model.vtc!r}); call vtc.unwrap(model) first, or combine "
-            "methods with vtc.chain(...)"
+            f"the model is already wrapped ({model.vtc!r}); call vtc.unwrap(model) first, or "
+            "combine methods with vtc.chain(...)"
         )
     session = Session(model, methods)
     try:
@@ -174,7 +174,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 def compressing(
     model: nn.Module, method: str | Method | Chain, **parameters: Any
 ) -> Iterator[Session]:
-    """`wrap` for the length of a ``with`` block; gives the session, whose ``report()`` tells what ran."""
+    """`wrap` for the length of a ``with`` block; gives the session, which has ``report()``."""
     session = _install(model, resolve(method, **parameters))
     try:
         yield session

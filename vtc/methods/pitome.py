@@ -166,6 +166,10 @@ class PiToMe(Method):
             )
         return cls(**{**BACKBONES[backbone], **kwargs})
 
+    @property
+    def has_budget(self) -> bool:
+        return self.ratio is None
+
     def matching_at(self, layer: int, depth: int) -> Matching:
         """The matching that block ``layer`` of ``depth`` uses."""
         first_blocks = -(-depth // 2) if self.first_blocks is None else self.first_blocks

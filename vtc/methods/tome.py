@@ -112,6 +112,10 @@ class ToMe(Method):
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 0:
             raise ValueError(f"r is a count of tokens to merge in each block; got {self.r!r}")
 
+    @property
+    def has_budget(self) -> bool:
+        return self.r is None
+
     def schedule(self, n: int, depth: int, prefix: int = 0) -> list[int]:
         """Patch tokens left after each block, from n; prefix tokens make no difference."""
         if self.r is None:
