@@ -89,8 +89,9 @@ class Report:
 
     Attributes:
         method: what was applied, with its parameters.
-        asked: visual tokens asked for, None if no budget was given; visual_tokens: those of the prompt; final_tokens: those that
-            the last layer processed; average_tokens: mean over the LLM layers.
+        asked: visual tokens asked for, None if no budget was given; visual_tokens: those of the
+            prompt; final_tokens: those that the last layer processed; average_tokens: mean over the
+            LLM layers.
         tokens_per_layer: visual tokens each LLM layer processed (encoder alone: tokens after each
             block, prefix included).
         flops, flops_full: the literature's formula for one row, with and without compression.
