@@ -118,7 +118,7 @@ class PrunedMixin:
     def crop(self, tokens_to_remove: int) -> None:
         if self.physical_length() - abs(tokens_to_remove) < self.kept.shape[1]:
             raise UnsupportedError(
-                f"cannot crop {abs(tokens_to_remove)} tokens: this layer was compressed, and only the "
+                f"cannot crop {abs(tokens_to_remove)} tokens: this layer was compressed; only the "
                 f"{self.physical_length() - self.kept.shape[1]} tokens after that can go"
             )
         super().crop(tokens_to_remove)  # type: ignore[misc]
