@@ -3,8 +3,9 @@
 
 What is measured, and how:
 
-* Accuracy: greedy answers to padded batches. The image encoder runs once for each image and method,
-  not once for each question; nothing is shared between methods or budgets.
+* Accuracy: greedy answers to padded batches. The image encoder runs once for each image, not once
+  for each question. Between methods only the output of an encoder that they neither change nor
+  look into is shared.
 * Time: one prompt with one image (batch 1), from pixels to the logits of the first answer token.
   The stock model, without any hook of ours, takes its turn among the methods in every round; the
   first round is a warm-up and is not counted. Medians are reported.
@@ -14,7 +15,9 @@ What is measured, and how:
 
 from __future__ import annotations
 
+import copy
 import datetime
+import functools
 import hashlib
 import inspect
 import json
@@ -23,7 +26,8 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
@@ -170,6 +174,46 @@ def answer_batch(model: Any, processor: Any, batch: Batch, max_new_tokens: int) 
     return [t.strip() for t in processor.batch_decode(new, skip_special_tokens=True)]
 
 
+@contextmanager
+def remembered(model: Any, memory: dict[int, Any] | None, key: int) -> Iterator[None]:
+    """Inside the block the encoder's stock output comes from memory, or goes there if it is new.
+
+    Hooks on the encoder as a whole and on the projector see no difference; hooks on its blocks do
+    not run, so this is for methods that have none.
+    """
+    tower = getattr(getattr(model, "model", None), "vision_tower", None)
+    layer = getattr(model.config, "vision_feature_layer", None)
+    if memory is None or tower is None or not isinstance(layer, int):
+        yield
+        return
+    forward = tower.forward
+
+    @functools.wraps(forward)
+    def recall(*args: Any, **kwargs: Any) -> Any:
+        if key not in memory:
+            out = forward(*args, **kwargs)
+            if out.hidden_states is None:
+                return out
+            wanted = layer % len(out.hidden_states)
+            states = tuple(h if i == wanted else None for i, h in enumerate(out.hidden_states))
+            memory[key] = type(out)(last_hidden_state=out.last_hidden_state, hidden_states=states)
+        return copy.copy(memory[key])
+
+    tower.forward = recall
+    try:
+        yield
+    finally:
+        del tower.forward
+
+
+def leaves_encoder_alone(model: Any, method: Method) -> bool:
+    """Whether a method neither changes the encoder's work nor captures anything inside it."""
+    if method.stages & {"pixels", "vision"}:
+        return False
+    depth = getattr(getattr(model.config, "vision_config", None), "num_hidden_layers", None)
+    return depth is not None and not method.captures(depth)
+
+
 def evaluate(
     model: Any,
     processor: Any,
@@ -177,11 +221,13 @@ def evaluate(
     score: Callable[[str, str], float],
     max_new_tokens: int,
     tick: Callable[[], None] = lambda: None,
+    memory: dict[int, Any] | None = None,
 ) -> tuple[list[str], np.ndarray]:
     """Answers and their scores, in the order of the batches."""
     answers: list[str] = []
-    for batch in batches:
-        answers += answer_batch(model, processor, batch, max_new_tokens)
+    for i, batch in enumerate(batches):
+        with remembered(model, memory, i):
+            answers += answer_batch(model, processor, batch, max_new_tokens)
         tick()
     items = [item for batch in batches for item in batch.items]
     scores = [float(score(a, item.answer)) for a, item in zip(answers, items)]
@@ -374,9 +420,17 @@ def run(
         report_progress(text, min(done, steps), steps)
         return tick
 
-    def assess(row: Row, label: str) -> list[str]:
+    memory: dict[int, Any] = {}
+
+    def assess(row: Row, label: str, share_encoder: bool) -> list[str]:
         answers, scores = evaluate(
-            model, processor, batches, score, settings.max_new_tokens, ticker(label)
+            model,
+            processor,
+            batches,
+            score,
+            settings.max_new_tokens,
+            ticker(label),
+            memory if share_encoder else None,
         )
         row.accuracy = float(scores.mean())
         row.accuracy_low, row.accuracy_high = bootstrap(scores, groups, settings.seed)
@@ -386,7 +440,7 @@ def run(
         }
         return answers
 
-    reference = assess(rows[0], BASELINE)
+    reference = assess(rows[0], BASELINE, True)
     blank = [Batch(b.items, b.text, *_blanked(processor, b)) for b in batches]
     tick = ticker("blank image")
     _, scores = evaluate(model, processor, blank, score, settings.max_new_tokens, tick)
@@ -396,8 +450,9 @@ def run(
         label = f"{row.method}, {row.asked_tokens} tokens"
         before = done
         try:
-            with compressing(model, plan):  # type: ignore[arg-type]
-                answers = assess(row, label)
+            assert plan is not None
+            with compressing(model, plan):
+                answers = assess(row, label, leaves_encoder_alone(model, plan))
         except ValueError as error:  # UnsupportedError, or a budget this method cannot reach
             row.error = str(error)
             done = before + len(batches)

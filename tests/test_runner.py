@@ -101,6 +101,28 @@ def test_sharing_the_encoder_between_questions_changes_no_answer(model, processo
     assert shared == [t.strip() for t in processor.batch_decode(new, skip_special_tokens=True)]
 
 
+@pytest.mark.parametrize("method", vtc.methods())
+def test_sharing_the_encoder_between_methods_changes_no_answer(model, processor, method):
+    """A remembered encoder gives the same logits, and is only used where nothing happens in it."""
+    (batch,) = runner.make_batches(processor, make_items(images=2, questions=3), 6)
+    chosen = vtc.method.resolve(method, keep_tokens=6)[0]
+    fresh = dict(batch.text, pixel_values=batch.pixels[batch.image_of])
+    memory: dict = {}
+    before = dict(vars(model.model.vision_tower))
+    with torch.no_grad():
+        with runner.remembered(model, memory, 0):
+            model(**fresh)
+        with vtc.compressing(model, chosen):
+            expected = model(**fresh).logits
+        shared = memory if runner.leaves_encoder_alone(model, chosen) else None
+        with vtc.compressing(model, chosen), runner.remembered(model, shared, 0):
+            got = model(**fresh).logits
+    assert torch.equal(got, expected)
+    assert vars(model.model.vision_tower).keys() == before.keys()
+    known = {"random": True, "fastv": True, "pitome": False, "visionzip": False}
+    assert (shared is not None) == known.get(method, shared is not None)
+
+
 def test_rows_are_complete_and_consistent(result):
     rows = result["rows"]
     assert result["visual_tokens"] == 16

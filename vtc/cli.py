@@ -36,7 +36,7 @@ err = Console(stderr=True)
 DEFAULT_TASKS = ("easy-vqa", "scenes")
 DEFAULT_METHODS = ("fastv", "visionzip", "divprune", "pitome", "random", "downsample")
 DEFAULT_KEEP = "1,0.5,0.33,0.22,0.11"
-DEFAULT_SAMPLES = 96
+DEFAULT_SAMPLES = 80
 FULL_SAMPLES = 500
 
 
