@@ -116,12 +116,20 @@ class PrunedMixin:
         self._map(lambda x: x[indices.to(x.device)])
 
     def crop(self, tokens_to_remove: int) -> None:
-        if self.physical_length() - abs(tokens_to_remove) < self.kept.shape[1]:
+        """Remove the last tokens: as many as the negative number says.
+
+        A positive number is the length to keep, as in older transformers.
+        """
+        kept = tokens_to_remove if tokens_to_remove > 0 else self.get_seq_length() + tokens_to_remove
+        n = self.get_seq_length() - kept
+        free = self.physical_length() - self.kept.shape[1]
+        if n > free:
             raise UnsupportedError(
-                f"cannot crop {abs(tokens_to_remove)} tokens: this layer was compressed; only the "
-                f"{self.physical_length() - self.kept.shape[1]} tokens after that can go"
+                f"cannot crop {n} tokens: this layer was compressed, and only the {free} tokens "
+                "after that can go"
             )
-        super().crop(tokens_to_remove)  # type: ignore[misc]
+        if n > 0:
+            self.keys, self.values = self.keys[..., :-n, :], self.values[..., :-n, :]
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
