@@ -116,18 +116,31 @@ class PrunedMixin:
         self._map(lambda x: x[indices.to(x.device)])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens: as many as the negative number says.
+        """Remove the last tokens, as long as none was dropped among them.
 
-        A positive number is the length to keep, as in older transformers.
+        Args:
+            tokens_to_remove: their number, negative; or, as in older transformers, the positive
+                length to keep.
+
+        Raises:
+            UnsupportedError: the tokens reach back to where this layer was compressed.
         """
-        kept = tokens_to_remove if tokens_to_remove > 0 else self.get_seq_length() + tokens_to_remove
-        n = self.get_seq_length() - kept
-        free = self.physical_length() - self.kept.shape[1]
-        if n > free:
-            raise UnsupportedError(
-                f"cannot crop {n} tokens: this layer was compressed, and only the {free} tokens "
-                "after that can go"
-            )
+        n = abs(tokens_to_remove)
+        if tokens_to_remove > 0:
+            n = max(self.get_seq_length() - tokens_to_remove, 0)
+        mapped = self.kept.shape[1]
+        inside = n - (self.physical_length() - mapped)  # slots of the map itself that go
+        if inside > 0:
+            end = mapped + self.dropped
+            tail = torch.arange(end - inside, end, device=self.kept.device)
+            if inside > mapped or not bool((self.kept[:, -inside:] == tail).all()):
+                raise UnsupportedError(
+                    f"cannot crop {n} tokens: this layer was compressed, and they reach back to "
+                    "tokens that are gone"
+                )
+            for name in ("kept", "visual", "filler"):
+                if getattr(self, name) is not None:
+                    setattr(self, name, getattr(self, name)[:, :-inside])
         if n > 0:
             self.keys, self.values = self.keys[..., :-n, :], self.values[..., :-n, :]
 
