@@ -78,7 +78,7 @@ def merge_kernel(
     end = tl.load(start_ptr + batch * (K + 1) + slots + 1, mask=slot_ok, other=0)
     total = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     new_size = tl.zeros((BLOCK_K,), tl.float32)
-    for member in range(0, tl.max(end - begin, 0)):
+    for member in range(tl.max(end - begin, 0)):
         here = begin + member < end
         source = tl.load(order_ptr + batch * N + begin + member, mask=here, other=0)
         inside = here[:, None] & (channels < C)[None, :]

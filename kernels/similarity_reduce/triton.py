@@ -33,6 +33,8 @@ def similarity_kernel(
     y_length_ptr,
     x_mask_ptr,
     y_mask_ptr,
+    x_scale_ptr,
+    y_scale_ptr,
     N,
     M,
     C,
@@ -77,6 +79,8 @@ def similarity_kernel(
         x_all = load_rows(x_ptr, rows, row_ok, x_stride, 0, C, BLOCK_C)
         if NORMALIZE:
             x_scale = 1.0 / tl.maximum(tl.sqrt(squares(x_all)), 1e-6)
+    elif NORMALIZE:
+        x_scale = tl.load(x_scale_ptr + batch * N + rows, mask=row_ok, other=0.0)
 
     first = split * columns_per_split
     for start in range(first, tl.minimum(first + columns_per_split, m), BLOCK_M):
@@ -89,18 +93,12 @@ def similarity_kernel(
             if NORMALIZE:
                 y_scale = 1.0 / tl.maximum(tl.sqrt(squares(y)), 1e-6)
         else:
-            x_squares = tl.zeros((BLOCK_N,), tl.float32)
-            y_squares = tl.zeros((BLOCK_M,), tl.float32)
             for c in range(0, C, BLOCK_C):
                 x = load_rows(x_ptr, rows, row_ok, x_stride, c, C, BLOCK_C)
                 y = load_rows(y_ptr, columns, column_ok, y_stride, c, C, BLOCK_C)
                 s = dot(x, tl.trans(y), s)
-                if NORMALIZE:
-                    x_squares += squares(x)
-                    y_squares += squares(y)
             if NORMALIZE:
-                x_scale = 1.0 / tl.maximum(tl.sqrt(x_squares), 1e-6)
-                y_scale = 1.0 / tl.maximum(tl.sqrt(y_squares), 1e-6)
+                y_scale = tl.load(y_scale_ptr + batch * M + columns, mask=column_ok, other=0.0)
         if NORMALIZE:
             s = s * x_scale[:, None] * y_scale[None, :]
 
@@ -112,10 +110,11 @@ def similarity_kernel(
             inside = inside & (rows[:, None] != columns[None, :])
         if KIND == MAX:
             s = tl.where(inside, s, -float("inf"))
-            value, column = tl.max(s, 1, return_indices=True, return_indices_tie_break_left=True)
+            value = tl.max(s, 1)
+            column = tl.min(tl.where(s == value[:, None], columns[None, :], M), 1)
             better = value > best  # not >=: among equals the lower column stays
             best = tl.where(better, value, best)
-            best_column = tl.where(better, start + column, best_column)
+            best_column = tl.where(better, column, best_column)
         else:
             if KIND == ELU:
                 s = s - margin
@@ -138,6 +137,29 @@ def similarity_kernel(
                 seen = m - 1
             total = total / tl.maximum(seen, 1).to(tl.float32)
         tl.store(out_ptr + place, tl.where(row_ok, total, 0.0), mask=rows < N)
+
+
+@triton.jit
+def scale_kernel(
+    x_ptr,
+    scale_ptr,
+    N,
+    C,
+    x_batch_stride,
+    x_stride,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """1 / |x_i|, the prologue where a row does not fit into one step."""
+    batch = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_ok = rows < N
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for c in range(0, C, BLOCK_C):
+        x_rows = load_rows(x_ptr + batch * x_batch_stride, rows, row_ok, x_stride, c, C, BLOCK_C)
+        total += squares(x_rows)
+    scale = 1.0 / tl.maximum(tl.sqrt(total), 1e-6)
+    tl.store(scale_ptr + batch * N + rows, scale, mask=row_ok)
 
 
 @triton.jit
@@ -174,19 +196,21 @@ def combine_kernel(
         tl.store(out_ptr + batch * N + rows, total, mask=inside)
 
 
-def config(n: int, m: int, c: int, dtype: torch.dtype) -> dict[str, Any]:
-    """One of four launch configurations, chosen by shape; fp32 takes half the channels a step."""
-    if c <= 64:
-        block_c, one_step = 64, True
-    elif c <= 128 and dtype != torch.float32:
-        block_c, one_step = 128, True
+def config(n: int, m: int, c: int, dtype: torch.dtype, kind: str) -> dict[str, Any]:
+    """One of four launch configurations, chosen by shape.
+
+    fp32 takes short steps: each of its products is three, whose operands need registers.
+    """
+    if dtype == torch.float32:
+        one_step, block_c, large = False, 16, False
     else:
-        block_c, one_step = 64 if dtype != torch.float32 else 32, False
-    large = not one_step and n * m >= 2048 * 2048
+        one_step = c <= 128
+        block_c = 128 if one_step and c > 64 else 64
+        large = not one_step and kind != "max" and n * m >= 2048 * 2048
     return {
         "ONE_STEP": one_step,
         "BLOCK_N": 128 if large else 64,
-        "BLOCK_M": 128 if large else 64,
+        "BLOCK_M": 64,
         "BLOCK_C": block_c,
         "num_warps": 8 if large else 4,
         "num_stages": 3,
@@ -199,6 +223,15 @@ def _splits(batch: int, n: int, m: int, block_n: int, block_m: int) -> tuple[int
     blocks = triton.cdiv(m, block_m)
     per_split = triton.cdiv(blocks, max(1, min(blocks, PROGRAMS // row_programs)))
     return triton.cdiv(blocks, per_split), per_split * block_m
+
+
+def _scales(x: Tensor) -> Tensor:
+    """(B, N) fp32 factors that scale the rows of x to unit length."""
+    out = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
+    scale_kernel[(triton.cdiv(x.shape[1], 4), x.shape[0])](
+        x, out, *x.shape[1:], *x.stride()[:2], BLOCK_N=4, BLOCK_C=512, num_warps=4
+    )
+    return out
 
 
 def _launch(
@@ -225,14 +258,19 @@ def _launch(
         if is_max:
             return out.fill_(-torch.inf if m == 0 else 0), index.zero_()
         raise ValueError("similarity_reduce needs at least one column and one channel")
+    same = y is x
     x = x if x.stride(2) == 1 else x.contiguous()
-    y = y if y.stride(2) == 1 else y.contiguous()
-    chosen = config(n, m, c, x.dtype)
+    y = x if same else y if y.stride(2) == 1 else y.contiguous()
+    chosen = config(n, m, c, x.dtype, kind)
     splits, columns = _splits(batch, n, m, chosen["BLOCK_N"], chosen["BLOCK_M"])
     # The first kernel writes int32 columns; the second widens them, so a maximum always takes both.
     combine = splits > 1 or is_max
     part = out.new_empty(batch, splits, n) if combine else out
     part_index = torch.empty(part.shape if is_max else (0,), dtype=torch.int32, device=x.device)
+    x_scale = y_scale = None
+    if normalize and not chosen["ONE_STEP"]:
+        x_scale = _scales(x)
+        y_scale = x_scale if same else _scales(y)
     similarity_kernel[(triton.cdiv(n, chosen["BLOCK_N"]), splits, batch)](
         x,
         y,
@@ -242,6 +280,8 @@ def _launch(
         y_lengths,
         x_mask if x_mask is None else x_mask.contiguous().view(torch.uint8),
         y_mask if y_mask is None else y_mask.contiguous().view(torch.uint8),
+        x_scale,
+        y_scale,
         n,
         m,
         c,
