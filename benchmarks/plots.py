@@ -26,7 +26,7 @@ def pareto(result: dict[str, Any], path: Path) -> Path:
     base = result["rows"][0]
     names = list(dict.fromkeys(r["method"] for r in result["rows"][1:]))
     axes_of = {
-        "flops_all_g": "GFLOPs of one prompt, encoder included",
+        "flops_all_g": "GFLOPs (multiply-adds) of one prompt, encoder included",
         "prefill_ms": "prefill, ms (pixels to first logits, one prompt)",
     }
     axes_of = {k: v for k, v in axes_of.items() if base[k] is not None}
@@ -52,6 +52,9 @@ def pareto(result: dict[str, Any], path: Path) -> Path:
         axis.set_xlabel(label)
         axis.set_xlim(left=0)
         axis.grid(alpha=0.25)
+    low, high = axes[0][0].get_ylim()
+    if high - low < 10:  # do not blow up noise
+        axes[0][0].set_ylim((low + high) / 2 - 5, (low + high) / 2 + 5)
     axes[0][0].set_ylabel(f"accuracy on {result['task']}, %")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="center right", frameon=False, fontsize=9)

@@ -61,7 +61,7 @@ class Settings:
 
     methods: tuple[str, ...]
     keep: tuple[Fraction | int, ...] = SHARES
-    batch_size: int = 16
+    batch_size: int = 20
     max_new_tokens: int = 6
     repeats: int = 7
     seed: int = 0
@@ -166,7 +166,8 @@ def answer_batch(model: Any, processor: Any, batch: Batch, max_new_tokens: int) 
     if "mm_encoder_outputs" in inspect.signature(model.forward).parameters:
         encoded = model.get_image_features(pixel_values=pixels)
         features = [encoded.pooler_output[i] for i in batch.image_of]
-        vision = {"mm_encoder_outputs": {"image": type(encoded)(pooler_output=features)}}
+        outputs = {"image": type(encoded)(pooler_output=features)}
+        vision: dict[str, Any] = {"mm_encoder_outputs": outputs}
     else:  # transformers before 5.18: one encoder pass for each question
         vision = {"pixel_values": pixels[batch.image_of]}
     out = model.generate(**text, **vision, do_sample=False, max_new_tokens=max_new_tokens)

@@ -36,7 +36,9 @@ def show_kept(
     budgets = token_budgets(settings.keep, total)
     tokens = budgets[-2:][0] if budgets else total
     for name in settings.methods:
-        tile = _tile(model, processor, item, batch, seeded(name, tokens, settings.seed), size)
+        tile = _tile(
+            model, processor, item, batch, seeded(name, tokens, settings.seed), settings, size
+        )
         if tile is not None:
             tiles.append(tile)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,12 +48,18 @@ def show_kept(
 
 
 def _tile(
-    model: Any, processor: Any, item: Any, batch: Batch, method: Method, size: int
+    model: Any,
+    processor: Any,
+    item: Any,
+    batch: Batch,
+    method: Method,
+    settings: Settings,
+    size: int,
 ) -> tuple[Image.Image, str] | None:
     """The picture of one method and its answer; None if it cannot run on this model."""
     try:
         with compressing(model, method) as session:
-            (answer,) = answer_batch(model, processor, batch, 8)
+            (answer,) = answer_batch(model, processor, batch, length)
             report = session.report()
     except ValueError:
         return None

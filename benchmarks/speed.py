@@ -182,8 +182,9 @@ def compare(
             if round_:
                 times["whole"].append(whole)
                 outside = any(stage != "decoder" for stage in method.stages)
-                times["inner"].append(part + (report.method_ms if outside else 0.0))
-                times["method"].append(report.method_ms)
+                chosen = report.method_ms or 0.0
+                times["inner"].append(part + (chosen if outside else 0.0))
+                times["method"].append(chosen)
     key = "whole" if inner is None else "inner"
     median = statistics.median
     for row, times in zip(rows, taken):

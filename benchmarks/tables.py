@@ -40,7 +40,7 @@ COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("stage", lambda row: ", ".join(row["stages"])),
     ("asked", number("asked_tokens")),
     ("kept", number("final_tokens", 0)),
-    ("layer avg", number("average_tokens", 0)),
+    ("avg", number("average_tokens", 0)),
     ("LLM FLOPs %", number("flops_share", 0, 100)),
     ("all FLOPs %", number("flops_all_share", 0, 100)),
     ("prefill ms", number("prefill_ms", 1)),
@@ -49,7 +49,7 @@ COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("KV KiB", number("kv_bytes", 0, 1 / 1024)),
     ("KV %", number("kv_share", 0, 100)),
     ("accuracy % [95 %]", interval),
-    ("same answer %", number("agreement", 1, 100)),
+    ("same %", number("agreement", 1, 100)),
 )
 
 

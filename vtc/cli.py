@@ -36,7 +36,7 @@ err = Console(stderr=True)
 DEFAULT_TASKS = ("easy-vqa", "scenes")
 DEFAULT_METHODS = ("fastv", "visionzip", "divprune", "pitome", "random", "downsample")
 DEFAULT_KEEP = "1,0.5,0.33,0.22,0.11"
-DEFAULT_SAMPLES = 80
+DEFAULT_SAMPLES = 75
 FULL_SAMPLES = 500
 
 
@@ -121,7 +121,7 @@ def bench(
     ] = None,
     device: Annotated[str, typer.Option(help='"cpu", "cuda" or "auto".')] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 20,
     repeats: Annotated[
         int | None, typer.Option(min=0, help="Timed rounds.", show_default=False)
     ] = None,
@@ -222,10 +222,13 @@ def _device(name: str) -> str:
 def _load(model: str | None, device: str, dtype: str) -> tuple[Any, Any]:
     """The embedded LLaVA, or any other by folder or hub id."""
     import torch
+    import transformers
 
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in kinds:
         raise Mistake(f'unknown dtype "{dtype}"; use {", ".join(kinds)}')
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         if model is None:
             from .benchmarks.tiny.models import load_llava
@@ -279,7 +282,7 @@ def _print_table(result: dict[str, Any]) -> None:
 
     table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1))
     for i, (name, _) in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if i < 2 else "right", no_wrap=i != 1)
+        table.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
     previous = None
     for row in result["rows"]:
         if previous not in (None, row["method"]):
@@ -303,11 +306,14 @@ def _pictures(
         written.append(pareto(result, folder / f"{result['task']}-pareto.png"))
     except ModuleNotFoundError:
         err.print('no plot without matplotlib; pip install "visual-token-compression[bench]"')
+    # A question whose answer has to be found in the picture.
+    dull = ("yes", "no", "0", "none")
+    example = next((item for item in items if item.answer not in dull), items[0])
     written.append(
         show_kept(
             net,
             processor,
-            items[0],
+            example,
             result["visual_tokens"],
             settings,
             folder / f"{result['task']}-kept.png",
