@@ -53,7 +53,7 @@ def _tile(
     item: Any,
     batch: Batch,
     method: Method,
-    settings: Settings,
+    length: int,
     size: int,
 ) -> tuple[Image.Image, str] | None:
     """The picture of one method and its answer; None if it cannot run on this model."""
