@@ -383,7 +383,6 @@ class VisionEngine:
         st = self.state
         if st is None:
             return None
-        st.pending = None
         with self._measured():
             x, reduction, merged = self._act(st, i, self.middle, args[0])
             if reduction is None:
