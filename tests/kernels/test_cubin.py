@@ -39,8 +39,8 @@ def similarity_case(name, n, c, dtype, kind):
     types |= {"alpha": "fp32", "out_ptr": "*fp32", "x_length_ptr": "*i64", "y_length_ptr": "*i64"}
     types |= {"x_mask_ptr": "*u8", "y_mask_ptr": "*u8"}
     types |= {"x_scale_ptr": "*fp32", "y_scale_ptr": "*fp32"}
-    flags = {k: True for k in ("NORMALIZE", "X_LENGTHS", "Y_LENGTHS")}
-    flags |= {k: kind == "max" for k in ("X_MASK", "Y_MASK", "SKIP_DIAGONAL")}
+    flags = dict.fromkeys(("NORMALIZE", "X_LENGTHS", "Y_LENGTHS"), True)
+    flags |= dict.fromkeys(("X_MASK", "Y_MASK", "SKIP_DIAGONAL"), kind == "max")
     flags |= {"KIND": similarity.KINDS[kind], "MEAN": kind != "max"}
     config = similarity.config(n, n, c, dtype[1], kind)
     return (
@@ -57,7 +57,7 @@ def attention_case(name, c, dtype, lse):
     types = {"q_ptr": f"*{dtype[0]}", "k_ptr": f"*{dtype[0]}", "scale": "fp32"}
     types |= {"lse_ptr": "*fp32", "weight_ptr": "*fp32", "out_ptr": "*fp32"}
     types |= {"key_mask_ptr": "*u8", "query_mask_ptr": "*u8"}
-    flags = {k: True for k in ("CAUSAL", "WEIGHTED", "QUERY_MASK", "KEY_MASK")}
+    flags = dict.fromkeys(("CAUSAL", "WEIGHTED", "QUERY_MASK", "KEY_MASK"), True)
     name = f"attention-{'lse' if lse else 'sums'}-{name}-{dtype[0]}"
     return name, kernel, types, flags, attention.config(c, dtype[1])
 

@@ -1,0 +1,497 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused kernels: checked first, then timed against eager torch and torch.compile.
+
+``python -m vtc.benchmarks.kernels`` or `bench_kernels`. On a GPU the columns are the Triton kernels;
+on the CPU the plain-torch references, and PiToMe's whole merge step against N x N torch.
+
+* eager: the formula as one would write it in torch, the N x N matrix stored; compiled: the same
+  through torch.compile (GPU only).
+* bytes and flops are counted from the kernels' loops; bound_us is what the peak rates of an A100
+  or H100 leave of them, and empty on devices whose peaks are not known here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import attention_reduce, compact_tokens, merge_tokens, similarity_reduce
+from ..kernels.dispatch import has_triton
+
+PEAKS = {"A100": (312e12, 1.94e12), "H100": (989e12, 3.35e12)}
+"""Dense bf16 FLOP/s and bytes/s of the data sheets (A100 80 GB PCIe/SXM, H100 SXM)."""
+
+COLUMNS = (
+    "device",
+    "kernel",
+    "shape",
+    "dtype",
+    "error",
+    "us",
+    "eager_us",
+    "compiled_us",
+    "peak_mb",
+    "eager_peak_mb",
+    "compiled_peak_mb",
+    "mbytes",
+    "gflops",
+    "bound",
+    "bound_us",
+)
+
+
+@dataclass
+class Case:
+    """One kernel at one shape: what to run, the same in eager torch, and what it costs."""
+
+    kernel: str
+    shape: str
+    run: Callable[[], Any]
+    eager: Callable[..., Any]
+    inputs: tuple[Any, ...]
+    bytes: float
+    flops: float
+
+
+# ---- the formulas in eager torch ------------------------------------------------------------------
+
+
+def eager_energy(x: Tensor, margin: float) -> Tensor:
+    x = torch.nn.functional.normalize(x, dim=-1)
+    s = (x @ x.transpose(1, 2)).float()
+    return torch.where(s > margin, s - margin, torch.exp(s - margin) - 1).mean(2)
+
+
+def eager_match(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = torch.nn.functional.normalize(a, dim=-1), torch.nn.functional.normalize(b, dim=-1)
+    s = (a @ b.transpose(1, 2)).float()
+    return tuple(s.max(2))  # type: ignore[return-value]
+
+
+def eager_column_sums(q: Tensor, k: Tensor) -> Tensor:
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    s = (q @ k.transpose(2, 3)).float() * q.shape[-1] ** -0.5
+    return s.softmax(3).sum(2)
+
+
+def eager_merge(x: Tensor, size: Tensor, group: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    wide = x.float() * size[..., None]
+    slot = group.where(group >= 0, k)
+    index = slot[..., None].expand_as(wide)
+    total = wide.new_zeros(len(x), k + 1, x.shape[2]).scatter_add_(1, index, wide)
+    new_size = size.new_zeros(len(x), k + 1).scatter_add_(1, slot, size)
+    return (total / new_size.clamp(min=1e-12)[..., None]).to(x.dtype)[:, :k], new_size[:, :k]
+
+
+def eager_compact(tensors: Sequence[Tensor], keep: Tensor) -> list[Tensor]:
+    return [
+        x.gather(1, keep.view(*keep.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
+        for x in tensors
+    ]
+
+
+# ---- cases ---------------------------------------------------------------------------------------
+
+
+def cases(device: str, dtype: torch.dtype, small: bool = False) -> list[Case]:
+    """Encoder and decoder shapes; ``small`` drops what takes seconds on a CPU."""
+    g = torch.Generator().manual_seed(0)
+    word = torch.finfo(dtype).bits // 8
+
+    def tokens(*shape: int) -> Tensor:
+        x = torch.randn(*shape, generator=g) + 0.5 * torch.randn(
+            *shape[:-2], 1, shape[-1], generator=g
+        )
+        return x.to(device, dtype)
+
+    out = []
+    for b, n, c in ((1, 577, 1024), (8, 577, 64), (8, 1025, 64), (1, 4096, 64), (8, 4096, 64)):
+        x = tokens(b, n, c)
+        out.append(_energy_case(x, word))
+    if not small:
+        out.append(_energy_case(tokens(1, 4096, 1024), word))
+    for b, n, c in ((1, 577, 1024), (8, 577, 64), (8, 4096, 64)):
+        x = tokens(b, n, c)
+        a, y = x[:, 0::2], x[:, 1::2]
+        half = a.shape[1]
+        out.append(
+            Case(
+                "best_match",
+                f"B={b} A={half} B'={y.shape[1]} C={c}",
+                lambda a=a, y=y: similarity_reduce.best_match(a, y),
+                eager_match,
+                (a, y),
+                b * n * c * word + b * half * 12,
+                2.0 * b * half * y.shape[1] * c,
+            )
+        )
+    for b, h, kv, t, d in ((8, 16, 16, 577, 64), (1, 32, 8, 2048, 128)):
+        q, k = tokens(b, h, t, d), tokens(b, kv, t, d)
+        out.append(
+            Case(
+                "column_sums",
+                f"B={b} H={h}/{kv} T={t} d={d}",
+                lambda q=q, k=k: attention_reduce.column_sums(q, k),
+                eager_column_sums,
+                (q, k),
+                2 * b * (h + kv) * t * d * word + 3 * b * h * t * 4,
+                4.0 * b * h * t * t * d,
+            )
+        )
+    for b, n, c in ((8, 577, 1024), (8, 4096, 1024), (8, 4096, 64)):
+        x = tokens(b, n, c)
+        size = torch.rand(b, n, generator=g).to(device) + 0.5
+        k = n - n // 10
+        target = torch.arange(n).repeat(b, 1)
+        for row in target:
+            folded = torch.randperm(n, generator=g)
+            row[folded[: n - k]] = folded[n - k : 2 * (n - k)]
+        from ..reduction import Reduction
+
+        group = Reduction.from_merge(target, k).group.to(device)
+        out.append(
+            Case(
+                "merge_tokens",
+                f"B={b} N={n} K={k} C={c}",
+                lambda x=x, s=size, m=group, k=k: merge_tokens.merge(x, s, m, k),
+                eager_merge,
+                (x, size, group, k),
+                b * (n + k) * c * word + b * n * (8 + 4 * 3) + b * k * 12,
+                2.0 * b * n * c,
+            )
+        )
+    for b, n, c in ((8, 640, 4096), (8, 2304, 4096)):
+        tensors = [tokens(b, n, c), torch.arange(n, device=device).repeat(b, 1)]
+        tensors += [torch.rand(b, n, generator=g).to(device) > 0.5, tokens(b, n, 128)]
+        k = n // 4
+        keep = torch.rand(b, n, generator=g).argsort(1)[:, :k].sort(1).values.to(device)
+        row = sum(math.prod(x.shape[2:]) * x.element_size() for x in tensors)
+        out.append(
+            Case(
+                "compact_tokens",
+                f"B={b} N={n} K={k} C={c}+1+1+128",
+                lambda ts=tensors, keep=keep: compact_tokens.compact(ts, keep),
+                eager_compact,
+                (tensors, keep),
+                2.0 * b * k * row + 8 * b * k,
+                0.0,
+            )
+        )
+    return out
+
+
+def _energy_case(x: Tensor, word: int) -> Case:
+    b, n, c = x.shape
+    return Case(
+        "energy",
+        f"B={b} N={n} C={c}",
+        lambda: similarity_reduce.energy(x, 0.45),
+        eager_energy,
+        (x, 0.45),
+        b * n * c * word + b * n * 4,
+        2.0 * b * n * n * c,
+    )
+
+
+# ---- verification, time, memory -------------------------------------------------------------------
+
+
+def _leaves(out: Any) -> list[Tensor]:
+    return [out] if isinstance(out, Tensor) else list(out)
+
+
+def verify(case: Case) -> float:
+    """Largest error against the eager formula in fp32, relative to the largest value.
+
+    Raises:
+        RuntimeError: more than 2 % off, or NaN. (Eager torch rounds products of bf16 to bf16, so
+            the comparison is with fp32 inputs; the bound on the kernels is in tests/kernels.)
+    """
+    widened = [
+        [t.float() if t.is_floating_point() else t for t in x]
+        if isinstance(x, list)
+        else x.float()
+        if isinstance(x, Tensor) and x.is_floating_point()
+        else x
+        for x in case.inputs
+    ]
+    ours, plain = _leaves(case.run()), _leaves(case.eager(*widened))
+    if case.kernel == "best_match":  # equal similarities may differ in the last bit: compare edges
+        ours, plain = ours[:1], plain[:1]
+    worst = 0.0
+    for a, b in zip(ours, plain):
+        b = b.double()
+        gap = (a.double() - b).abs().max() / b.abs().max().clamp(min=1e-6)
+        worst = max(worst, float(gap.nan_to_num(torch.inf)))
+    if worst > 0.02:
+        raise RuntimeError(f"{case.kernel} {case.shape}: off by {worst:.2%}, not timed")
+    return worst
+
+
+def median_us(run: Callable[[], Any], device: str, budget_ms: float = 200) -> float:
+    """Median microseconds of a call: CUDA events with a cold L2, or the wall clock."""
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        return 1e3 * do_bench(run, warmup=25, rep=int(budget_ms), return_mode="median")
+    run()
+    times: list[float] = []
+    started = time.perf_counter()
+    while len(times) < 3 or (time.perf_counter() - started < budget_ms / 1e3 and len(times) < 50):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return 1e6 * statistics.median(times)
+
+
+def peak_mb(run: Callable[[], Any], device: str) -> float | None:
+    """Megabytes in use at the worst moment of a call, beyond what was in use before.
+
+    On the CPU it is the resident set, whose peak only Linux can reset; None elsewhere.
+    """
+    if device == "cuda":
+        run()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _resident("VmRSS")
+        out = run()
+        peak = _resident("VmHWM")
+        del out
+    except (OSError, StopIteration):
+        return None
+    return (peak - before) / 1e6
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    from .runner import machine
+
+    return str(machine(torch.device(device)).get("cpu") or "cpu")
+
+
+def roofline(case: Case, name: str) -> tuple[str, float | None]:
+    """("compute" or "memory", microseconds) at the data-sheet peaks; the bound of H100 elsewhere."""
+    known = next((peak for key, peak in PEAKS.items() if key in name), None)
+    compute, memory = known or PEAKS["H100"]
+    seconds = case.flops / compute, case.bytes / memory
+    return ("compute" if seconds[0] > seconds[1] else "memory"), (
+        1e6 * max(seconds) if known else None
+    )
+
+
+def measure(
+    device: str, dtype: torch.dtype, say: Callable[[str], None] = lambda text: None
+) -> list[dict[str, Any]]:
+    """One row for each case; raises if a kernel is wrong."""
+    name = device_name(device)
+    gpu = device == "cuda"
+    rows = []
+    for case in cases(device, dtype, small=not gpu):
+        error = verify(case)
+        eager = lambda case=case: case.eager(*case.inputs)  # noqa: E731
+        bound, bound_us = roofline(case, name)
+        row: dict[str, Any] = {
+            "device": name,
+            "kernel": case.kernel,
+            "shape": case.shape,
+            "dtype": str(dtype).removeprefix("torch."),
+            "error": error,
+            "us": median_us(case.run, device),
+            "eager_us": median_us(eager, device),
+            "peak_mb": peak_mb(case.run, device),
+            "eager_peak_mb": peak_mb(eager, device),
+            "mbytes": case.bytes / 1e6,
+            "gflops": case.flops / 1e9,
+            "bound": bound,
+            "bound_us": bound_us,
+        }
+        if gpu:
+            torch._dynamo.reset()
+            fast = torch.compile(case.eager, dynamic=False)
+            compiled = lambda case=case, fast=fast: fast(*case.inputs)  # noqa: E731
+            row["compiled_us"] = median_us(compiled, device)
+            row["compiled_peak_mb"] = peak_mb(compiled, device)
+        rows.append(row)
+        say(f"{case.kernel} {case.shape}: {row['us']:.0f} us, eager {row['eager_us']:.0f} us")
+    return rows
+
+
+# ---- PiToMe's merge step on the CPU ----------------------------------------------------------------
+
+
+def plain_step(
+    x: Tensor, hidden: Tensor, size: Tensor, margin: float, r: int
+) -> tuple[Tensor, Tensor]:
+    """Energy, matching and merge of PiToMe as N x N torch, protected tokens first."""
+    x = torch.nn.functional.normalize(x, dim=-1)
+    s = x @ x.transpose(1, 2)
+    energy = torch.where(s > margin, s - margin, torch.exp(s - margin) - 1).mean(2)
+    order = energy.argsort(dim=1, descending=True, stable=True)
+    a, b, protect = order[:, : 2 * r : 2], order[:, 1 : 2 * r : 2], order[:, 2 * r :]
+    n, c = s.shape[1], hidden.shape[2]
+    scores = s.gather(1, a[..., None].expand(-1, -1, n)).gather(2, b[:, None].expand(-1, r, -1))
+    partner = scores.argmax(2)
+
+    def rows(values: Tensor, index: Tensor) -> Tensor:
+        return values.gather(1, index[..., None].expand(-1, -1, values.shape[2]))
+
+    weighted = torch.cat([hidden * size[..., None], size[..., None]], 2)
+    into = partner[..., None].expand(-1, -1, c + 1)
+    merged = rows(weighted, b).scatter_add(1, into, rows(weighted, a))
+    out = torch.cat([rows(weighted, protect), merged], 1)
+    return out[..., :c] / out[..., c:], out[..., c]
+
+
+def fused_step(
+    x: Tensor, hidden: Tensor, size: Tensor, margin: float, r: int
+) -> tuple[Tensor, Tensor]:
+    """The same through the operators; survivors in raster order."""
+    from ..reduction import Reduction
+
+    energy = similarity_reduce.energy(x, margin)
+    order = energy.argsort(dim=1, descending=True, stable=True)[:, : 2 * r]
+    a, b = order[:, 0::2], order[:, 1::2]
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    _, partner = similarity_reduce.best_match(x[rows, a], x[rows, b])
+    n = x.shape[1]
+    target = torch.arange(n, device=x.device).repeat(len(x), 1)
+    target.scatter_(1, a, b.gather(1, partner))
+    reduction = Reduction.from_merge(target, n - r)
+    return merge_tokens.merge(hidden, size, reduction.group, n - r)
+
+
+def merge_step(
+    device: str = "cpu",
+    sizes: Sequence[int] = (577, 1025, 2305, 4096),
+    batch: int = 8,
+    width: int = 64,
+    hidden_width: int = 1024,
+    rounds: int = 5,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[dict[str, Any]]:
+    """PiToMe's merge step: plain and fused in turns in one process, medians and peak memory.
+
+    Keys of one head (``width``), hidden states to merge (``hidden_width``), 10 % of the tokens
+    folded, fp32 on the CPU.
+    """
+    out = []
+    for n in sizes:
+        g = torch.Generator().manual_seed(n)
+        x = torch.randn(batch, n, width, generator=g) + 0.5 * torch.randn(
+            batch, 1, width, generator=g
+        )
+        hidden, size = torch.randn(batch, n, hidden_width, generator=g), torch.ones(batch, n)
+        args = (*(t.to(device) for t in (x, hidden, size)), 0.45, n // 10)
+        merged, sizes_ = fused_step(*args)
+        expected, expected_sizes = plain_step(*args)
+        for a, b in ((merged.sum(1), expected.sum(1)), (sizes_.sum(1), expected_sizes.sum(1))):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=5e-2)  # same tokens in another order
+        del merged, expected
+        times: dict[str, list[float]] = {"plain": [], "fused": []}
+        steps = {"plain": plain_step, "fused": fused_step}
+        for _ in range(rounds):
+            for name, step in steps.items():
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                step(*args)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                times[name].append(1e3 * (time.perf_counter() - start))
+        ms = {name: statistics.median(values) for name, values in times.items()}
+        peak = {
+            name: peak_mb(lambda step=step: step(*args), device) for name, step in steps.items()
+        }
+        row = {
+            "device": device_name(device),
+            "threads": torch.get_num_threads(),
+            "batch": batch,
+            "tokens": n,
+            "width": width,
+            "hidden_width": hidden_width,
+            "plain_ms": ms["plain"],
+            "fused_ms": ms["fused"],
+            "speedup": ms["plain"] / ms["fused"],
+            "plain_peak_mb": peak["plain"],
+            "fused_peak_mb": peak["fused"],
+            "memory_ratio": peak["plain"] / max(peak["fused"], 1e-3)
+            if peak["plain"] is not None and peak["fused"] is not None
+            else None,
+        }
+        out.append(row)
+        say(
+            f"merge step B={batch} N={n}: {row['plain_ms']:.0f} -> {row['fused_ms']:.0f} ms "
+            f"({row['speedup']:.1f}x), memory ratio {row['memory_ratio'] or math.nan:.1f}"
+        )
+    return out
+
+
+def _write(rows: list[dict[str, Any]], path: Path, columns: Sequence[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def bench_kernels(
+    device: str = "auto",
+    out: Path | str = Path("results"),
+    say: Callable[[str], None] = print,
+) -> list[Path]:
+    """Verify and time every kernel; CSV files in ``out``, whose paths are returned.
+
+    Args:
+        device: "cpu", "cuda" or "auto".
+
+    Raises:
+        RuntimeError: a kernel disagrees with its formula.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not has_triton():
+        raise RuntimeError("the kernels need triton on a GPU: pip install triton")
+    out = Path(out)
+    written = [out / f"kernels-{device}.csv", out / f"merge-step-{device}.csv"]
+    with torch.no_grad():
+        rows = measure(device, torch.bfloat16 if device == "cuda" else torch.float32, say)
+        _write(rows, written[0], COLUMNS)
+        steps = merge_step(device, rounds=5, say=say)
+        _write(steps, written[1], list(steps[0]))
+    return written
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    parser.add_argument("--out", default="results", help="folder for the CSV files")
+    args = parser.parse_args()
+    for path in bench_kernels(args.device, args.out):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
