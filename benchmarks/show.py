@@ -36,9 +36,8 @@ def show_kept(
     budgets = token_budgets(settings.keep, total)
     tokens = budgets[-2:][0] if budgets else total
     for name in settings.methods:
-        tile = _tile(
-            model, processor, item, batch, seeded(name, tokens, settings.seed), settings, size
-        )
+        method = seeded(name, tokens, settings.seed)
+        tile = _tile(model, processor, item, batch, method, settings.max_new_tokens, size)
         if tile is not None:
             tiles.append(tile)
     path.parent.mkdir(parents=True, exist_ok=True)
