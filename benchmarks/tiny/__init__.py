@@ -1,0 +1,1 @@
+"""The recipe that makes the embedded tiny models, and the functions that load them."""

@@ -1,0 +1,105 @@
+"""Measure the exported models with ordinary greedy generation and print every figure.
+
+python -m vtc.benchmarks.tiny.evaluate                  # 1,000 questions per task
+python -m vtc.benchmarks.tiny.evaluate --full           # the whole easy-VQA test split
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from ..tasks import scenes
+from ..tasks.base import Item, Task, score
+from .models import ASSETS, PROMPT, Retrieval, load_llava, load_retrieval, pool
+
+
+@torch.no_grad()
+def answer(model, processor, items: Sequence[Item], blank: bool = False) -> list[str]:
+    """Return the greedy answers to a batch of items; every image a uniform gray if `blank`."""
+    prompts = [PROMPT.format(question=item.question) for item in items]
+    images = [Image.new("RGB", (336, 336), (128,) * 3) if blank else item.image for item in items]
+    inputs = processor(text=prompts, images=images, padding=True, return_tensors="pt")
+    inputs = inputs.to(model.device, model.dtype)
+    out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    return processor.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def accuracy(
+    model, processor, items: Sequence[Item], blank: bool = False, batch: int = 16
+) -> dict[str, float]:
+    """Return accuracies by question kind, and "all"."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for start in range(0, len(items), batch):
+        part = items[start : start + batch]
+        for item, text in zip(part, answer(model, processor, part, blank), strict=True):
+            right[item.kind].append(score(text, item.answer))
+            right["all"].append(right[item.kind][-1])
+    return {kind: sum(r) / len(r) for kind, r in sorted(right.items())}
+
+
+@torch.no_grad()
+def recall(retrieval: Retrieval, count: int = 100, seed: int = 0) -> tuple[float, float]:
+    """Return recall@1 image->text and text->image over `count` held-out scenes."""
+    held = [scenes.make_scene(i, "test", seed) for i in range(count)]
+    device, dtype = retrieval.vision.device, retrieval.vision.dtype
+    images, embeds = [scenes.render(s) for s in held], []
+    for start in range(0, count, 16):
+        pixels = retrieval.image_processor(images[start : start + 16], return_tensors="pt")
+        pixels = pixels.pixel_values.to(device, dtype)
+        embeds.append(retrieval.projection(pool(retrieval.vision(pixels).last_hidden_state)))
+    ids = retrieval.tokenizer(
+        [scenes.caption(s) for s in held], padding=True, return_tensors="pt"
+    ).to(device)
+    text = retrieval.text(input_ids=ids.input_ids, attention_mask=ids.attention_mask).text_embeds
+    scores = F.normalize(torch.cat(embeds), dim=-1) @ F.normalize(text, dim=-1).T
+    target = torch.arange(count, device=device)
+    return (
+        (scores.argmax(1) == target).float().mean().item(),
+        (scores.argmax(0) == target).float().mean().item(),
+    )
+
+
+def main() -> None:
+    """Print accuracy with image and blank for every task, then recall@1."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--assets", type=Path, default=ASSETS)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--n", type=int, default=1000, help="questions per task")
+    parser.add_argument(
+        "--blank", type=int, default=200, help="questions per task with a blank image"
+    )
+    parser.add_argument("--full", action="store_true", help="all easy-VQA test questions")
+    parser.add_argument("--tasks", nargs="*", default=["scenes", "scenes-hard", "easy-vqa"])
+    parser.add_argument("--batch", type=int, default=16)
+    args = parser.parse_args()
+    size = sum(f.stat().st_size for f in args.assets.rglob("*") if f.is_file())
+    print(f"assets: {size / 1e6:.1f} MB")
+    i2t, t2i = recall(load_retrieval(args.device, assets=args.assets))
+    print(
+        f"recall@1 over 100 held-out scenes: image->text {i2t:.1%}, text->image {t2i:.1%}",
+        flush=True,
+    )
+    model, processor = load_llava(args.device, assets=args.assets)
+    for name in args.tasks:
+        start = time.perf_counter()
+        task = Task(name, "test", None if args.full and name == "easy-vqa" else args.n)
+        full = accuracy(model, processor, task, batch=args.batch)
+        empty = accuracy(model, processor, Task(name, "test", args.blank), True, args.batch)
+        seconds = time.perf_counter() - start
+        print(f"{name}: {full['all']:.1%} of {len(task)} questions, blank image {empty['all']:.1%} "
+              f"of {args.blank} ({seconds:.0f} s)", flush=True)  # fmt: skip
+        for kind in full:
+            if kind != "all":
+                print(f"  {kind:9s} {full[kind]:6.1%}   blank {empty.get(kind, float('nan')):6.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Assemble the asset folders from the pretrained tower and the trained weights.
+
+python -m vtc.benchmarks.tiny.export --tower dinov2.safetensors --trained run --assets vtc/assets
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModelWithProjection,
+    GenerationConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from .extract import build_tower
+from .models import ASSETS, BOS, CHAT_TEMPLATE, EOS, PAD, llava_config, make_tokenizer, text_config
+from .train import MEAN, STD, Trainer
+
+
+def make_processor() -> LlavaProcessor:
+    """Return the processor: 336 px, ImageNet statistics, 576 image tokens."""
+    image_processor = CLIPImageProcessor(
+        size={"shortest_edge": 336},
+        crop_size={"height": 336, "width": 336},
+        image_mean=list(MEAN),
+        image_std=list(STD),
+    )
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=make_tokenizer(),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def export(tower: Path, trained: Path, assets: Path) -> None:
+    """Write `assets`/tiny-llava and `assets`/tiny-text in fp16."""
+    model = LlavaForConditionalGeneration(llava_config())
+    model.model.vision_tower = build_tower(load_file(tower))
+    Trainer.load_trained(model, trained / "llava.safetensors")
+    model.tie_weights()
+    model.generation_config = GenerationConfig(
+        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=8, do_sample=False
+    )
+    model.to(torch.float16).save_pretrained(assets / "tiny-llava")
+    make_processor().save_pretrained(assets / "tiny-llava")
+
+    text = CLIPTextModelWithProjection(text_config())
+    missing, unexpected = text.load_state_dict(
+        load_file(trained / "text.safetensors"), strict=False
+    )
+    if [k for k in missing if "position_ids" not in k] or unexpected:
+        raise ValueError(f"text weights do not fit: {missing}, {unexpected}")
+    text.to(torch.float16).save_pretrained(assets / "tiny-text")
+    make_tokenizer(end=True).save_pretrained(assets / "tiny-text")
+    projection = load_file(trained / "visual_projection.safetensors")
+    save_file(projection, assets / "tiny-text" / "visual_projection.safetensors")
+
+
+def main() -> None:
+    """Parse the arguments and export."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tower", type=Path, required=True, help="output of extract.py")
+    parser.add_argument("--trained", type=Path, required=True, help="work folder of train.py")
+    parser.add_argument("--assets", type=Path, default=ASSETS)
+    args = parser.parse_args()
+    export(args.tower, args.trained, args.assets)
+    size = sum(f.stat().st_size for f in args.assets.rglob("*") if f.is_file())
+    print(f"{args.assets}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

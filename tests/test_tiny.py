@@ -1,0 +1,80 @@
+"""The embedded tiny models load with stock classes and see their images."""
+
+import pytest
+import torch
+
+from vtc.benchmarks.tasks.base import Task
+from vtc.benchmarks.tiny.models import ASSETS, load_llava, load_retrieval, make_tokenizer
+from vtc.benchmarks.tiny.train import packed_layout
+
+needs_assets = pytest.mark.skipif(
+    not (ASSETS / "tiny-llava").exists(), reason="the tiny models are not in this checkout"
+)
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return load_llava()
+
+
+@needs_assets
+def test_assets_are_small():
+    assert sum(f.stat().st_size for f in ASSETS.rglob("*") if f.is_file()) < 60e6
+
+
+@needs_assets
+def test_geometry_is_that_of_llava(llava):
+    model, processor = llava
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hm?"}]}],
+        add_generation_prompt=True,
+    )
+    assert prompt.endswith("USER: <image>\nHm? ASSISTANT:")
+    image = Task("scenes", n=1)[0].image
+    inputs = processor(text=[prompt], images=[image], return_tensors="pt")
+    assert (inputs.input_ids == model.config.image_token_id).sum() == 576
+    assert inputs.pixel_values.shape == (1, 3, 336, 336)
+    assert model.config.vision_feature_layer == -2
+    assert processor.tokenizer.padding_side == "left"
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+
+
+def test_any_question_tokenises():
+    tokenizer = make_tokenizer()
+    ids = tokenizer("USER: <image>\nWhat's the RED dodecahedron? ASSISTANT:").input_ids
+    assert tokenizer.decode(ids) == "<s> user : <image> what ' <unk> the red <unk> ? assistant :"
+
+
+def test_packed_pairs_see_the_image_and_themselves():
+    mask, positions = packed_layout(3, 2, 2)
+    expected = [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 0, 0, 1, 0],
+        [1, 1, 1, 0, 0, 1, 1],
+    ]
+    assert mask.int().tolist() == expected
+    assert positions.tolist() == [0, 1, 2, 3, 4, 3, 4]
+
+
+@needs_assets
+@pytest.mark.slow
+def test_retrieval():
+    from vtc.benchmarks.tiny.evaluate import recall
+
+    torch.manual_seed(0)
+    assert min(recall(load_retrieval())) >= 0.9
+
+
+@needs_assets
+@pytest.mark.slow
+def test_answers_need_the_image(llava):
+    from vtc.benchmarks.tiny.evaluate import accuracy
+
+    items = Task("scenes", n=60)[:]
+    seen, blank = accuracy(*llava, items)["all"], accuracy(*llava, items, blank=True)["all"]
+    assert seen >= 0.65
+    assert blank <= seen - 0.25
