@@ -242,7 +242,7 @@ class VisionEngine:
             raise UnsupportedError(
                 "proportional attention adds the log of token sizes to scores, the attention of "
                 f"{self._tower} takes no mask; give proportional_attention=False, or load the "
-                'model with attn_implementation="sdpa"'
+                'model with attn_implementation="sdpa" (DINOv2 and ViT: transformers 5.18 or newer)'
             )
 
     @property
