@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: C408 - keyword arguments as the libraries name them
 """Mini random encoders of every family: an 8 x 8 grid, attention far from uniform, no downloads."""
 
 from __future__ import annotations
