@@ -34,7 +34,7 @@ MEAN_HEADS = (
 """Heads that average the patch tokens."""
 
 
-def _first(module: nn.Module, *names: str) -> Any:
+def _first(module: Any, *names: str) -> Any:
     """The first of these attributes that the module has."""
     return next((x for n in names if (x := getattr(module, n, None)) is not None), None)
 
@@ -82,14 +82,14 @@ def _bias(call: Call, bias: Tensor) -> Call:
     return args, {**kwargs, "attention_mask": bias}
 
 
-def _takes_mask(attn: nn.Module) -> bool:
+def _takes_mask(attn: Any) -> bool:
     """Whether the attention forwards an additive mask to a kernel that can use it."""
     kernel = str(getattr(getattr(attn, "config", None), "_attn_implementation", "sdpa"))
     takes = "attention_mask" in inspect.signature(attn.forward).parameters
     return takes and "flash" not in kernel and "flex" not in kernel
 
 
-def _block(block: nn.Module) -> BlockSites:
+def _block(block: Any) -> BlockSites:
     attn = _first(block, "self_attn", "attention")
     attn = getattr(attn, "attention", attn)  # DINOv2 and ViT up to 5.17
     query, key = _first(attn, "q_proj", "query"), _first(attn, "k_proj", "key")
@@ -126,7 +126,7 @@ def _same(call: Call) -> Call:
     return call
 
 
-def locate(model: nn.Module) -> VisionSites | None:
+def locate(model: Any) -> VisionSites | None:
     """Sites of a Hugging Face vision encoder or dual encoder, None for any other model."""
     if not is_a(model, "transformers.modeling_utils.PreTrainedModel"):
         return None
@@ -134,7 +134,7 @@ def locate(model: nn.Module) -> VisionSites | None:
     if found is None or not is_a(found[1][0], *BLOCKS):
         return None
     tower, blocks = found
-    config = tower.config
+    config: Any = tower.config
     family = next(name for name in BLOCKS if is_a(blocks[0], name))
     pool = "mean" if is_a(model, *MEAN_HEADS) else BLOCKS[family]
     if pool == "map" and getattr(tower, "head", None) is None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,13 +16,13 @@ from .base import BlockSites, Call, VisionSites, is_a, mlp_width
 QUERY, KEY = 0, 1
 
 
-def _weights(attn: nn.Module, part: int) -> tuple[Tensor, Tensor | None]:
+def _weights(attn: Any, part: int) -> tuple[Tensor, Tensor | None]:
     """Rows of the packed projection, (C, C), and its bias (C,)."""
     bias = attn.in_proj_bias
     return attn.in_proj_weight.chunk(3)[part], None if bias is None else bias.chunk(3)[part]
 
 
-def _project(attn: nn.Module, part: int, call: Call, rows: slice) -> Tensor:
+def _project(attn: Any, part: int, call: Call, rows: slice) -> Tensor:
     """Queries or keys (B, H, R, d), as attention sees them."""
     y = F.linear(call[0][0][:, rows], *_weights(attn, part))
     y = y.unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
@@ -29,7 +30,7 @@ def _project(attn: nn.Module, part: int, call: Call, rows: slice) -> Tensor:
     return y if norm is None else norm(y)
 
 
-def _key_mean(attn: nn.Module, call: Call) -> Tensor:
+def _key_mean(attn: Any, call: Call) -> Tensor:
     """(B, T, d) head-averaged keys, by way of a head-averaged projection."""
     weight, bias = _weights(attn, KEY)
     weight = weight.unflatten(0, (attn.num_heads, -1)).mean(0)
@@ -53,8 +54,8 @@ def _bias_own(call: Call, bias: Tensor) -> Call:
     return args, {**kwargs, "attn_mask": bias if mask is None else mask + bias}
 
 
-def _block(block: nn.Module) -> BlockSites:
-    attn = getattr(block, "attn", None)
+def _block(block: Any) -> BlockSites:
+    attn: Any = getattr(block, "attn", None)
     torch_attention = isinstance(attn, nn.MultiheadAttention)
     plain = is_a(block, "ResidualAttentionBlock") and torch_attention
     custom = is_a(block, "CustomResidualAttentionBlock") and not getattr(
@@ -80,13 +81,13 @@ def _block(block: nn.Module) -> BlockSites:
     )
 
 
-def _pool(tower: nn.Module) -> str:
+def _pool(tower: Any) -> str:
     if tower.attn_pool is not None:
         return "map"
     return {"tok": "cls", "avg": "mean"}.get(tower.pool_type, "none")
 
 
-def locate(model: nn.Module) -> VisionSites | None:
+def locate(model: Any) -> VisionSites | None:
     """Sites of an open_clip model or its visual tower, None for any other model.
 
     Raises:

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..reduction import gather_tokens
@@ -19,7 +20,7 @@ POOLS = {"token": "cls", "map": "map", "prr": "map", "": "none"}
 QUERY, KEY = 0, 1
 
 
-def _rotate(attn: nn.Module, x: Tensor, rows: slice, call: Call) -> Tensor:
+def _rotate(attn: Any, x: Tensor, rows: slice, call: Call) -> Tensor:
     """Rotary embedding of queries or keys x (B, H, R, d) of the tokens ``rows``."""
     args, kwargs = call
     rope = kwargs.get("rope", args[1] if len(args) > 1 else None)
@@ -36,14 +37,14 @@ def _rotate(attn: nn.Module, x: Tensor, rows: slice, call: Call) -> Tensor:
     return torch.cat([x[:, :, :bare], patches], 2)
 
 
-def _groups(attn: nn.Module, x: Tensor) -> Tensor:
+def _groups(attn: Any, x: Tensor) -> Tensor:
     """One key head for each query head."""
     return (
         x.repeat_interleave(attn.num_heads // x.shape[1], 1) if x.shape[1] < attn.num_heads else x
     )
 
 
-def _project(attn: nn.Module, part: int, call: Call, rows: slice) -> Tensor:
+def _project(attn: Any, part: int, call: Call, rows: slice) -> Tensor:
     """Queries or keys (B, H, R, d), as attention sees them."""
     x = call[0][0][:, rows]
     if attn.qkv is None:
@@ -60,7 +61,7 @@ def _project(attn: nn.Module, part: int, call: Call, rows: slice) -> Tensor:
     return _groups(attn, _rotate(attn, y, rows, call))
 
 
-def _split(attn: nn.Module, keys: Tensor, call: Call) -> Tensor:
+def _split(attn: Any, keys: Tensor, call: Call) -> Tensor:
     """The output of k_norm, (B, H, T, d), rotated."""
     return _groups(attn, _rotate(attn, keys, slice(None), call))
 
@@ -88,8 +89,8 @@ def _gather(prefix: int, call: Call, keep: Tensor) -> Call:
     return args, {**kwargs, "rope": table}
 
 
-def _block(block: nn.Module, prefix: int) -> BlockSites:
-    attn = getattr(block, "attn", None)
+def _block(block: Any, prefix: int) -> BlockSites:
+    attn: Any = getattr(block, "attn", None)
     if not is_a(block, "Block", "EvaBlock") or not is_a(
         attn, "Attention", "EvaAttention", "AttentionRope"
     ):
@@ -118,7 +119,7 @@ def _resize(call: Call) -> Call:
     return call
 
 
-def locate(model: nn.Module) -> VisionSites | None:
+def locate(model: Any) -> VisionSites | None:
     """Sites of a timm ViT, None for any other model.
 
     Raises:

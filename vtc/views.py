@@ -200,10 +200,10 @@ class FeaturesView:
         """
         projections = self._layer(layer)
         rows = projections.key().shape[2]
-        total = sum(
+        parts = [
             projections.attention(slice(i, i + chunk)).sum(2).mean(1) for i in range(0, rows, chunk)
-        )
-        return self._patches(total / rows, layer, "sum")
+        ]
+        return self._patches(torch.stack(parts).sum(0) / rows, layer, "sum")
 
     def key(self, layer: int) -> Tensor:
         """(B, N, H, d) keys of block ``layer``."""

@@ -299,7 +299,7 @@ class VisionEngine:
         name = next((k for k, x in kwargs.items() if _is_image(x)), None)
         if place is None and name is None:
             return None
-        pixels: Tensor = kwargs[name] if place is None else args[place]
+        pixels: Tensor = args[place] if place is not None else kwargs[str(name)]
         patch, batch = self.sites.patch, len(pixels)
         grid = small = (pixels.shape[2] // patch, pixels.shape[3] // patch)
         for _, m in self.resizing:
@@ -325,7 +325,7 @@ class VisionEngine:
             resized = F.interpolate(pixels.float(), edge, mode="bicubic", antialias=True)
         resized = resized.to(pixels.dtype)
         if place is None:
-            call = args, {**kwargs, name: resized}
+            call = args, {**kwargs, str(name): resized}
         else:
             call = (*args[:place], resized, *args[place + 1 :]), kwargs
         assert self.sites.resize is not None  # checked at construction
@@ -375,8 +375,9 @@ class VisionEngine:
 
     def _keys(self, i: int, module: nn.Module, args: tuple, output: Tensor) -> None:
         """Keep a reference to the keys that attention has projected."""
-        if self.state is not None and i in self.state.projections:
-            self.state.projections[i].key.output = output
+        st = self.state
+        if st is not None and i in st.projections and isinstance(st.projections[i].key, _Keys):
+            st.projections[i].key.output = output  # type: ignore[attr-defined]
 
     def _middle(self, i: int, module: nn.Module, args: tuple) -> tuple | None:
         """Between attention and MLP: shorten what the second norm and the MLP see."""
