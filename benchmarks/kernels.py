@@ -33,6 +33,9 @@ from ..kernels.dispatch import has_triton
 PEAKS = {"A100": (312e12, 1.94e12), "H100": (989e12, 3.35e12)}
 """Dense bf16 FLOP/s and bytes/s of the data sheets (A100 80 GB PCIe/SXM, H100 SXM)."""
 
+WRONG = 0.02
+"""Relative error above which a kernel is not timed: bf16 outputs round by 0.4 %."""
+
 COLUMNS = (
     "device",
     "kernel",
@@ -213,11 +216,10 @@ def _leaves(out: Any) -> list[Tensor]:
 
 
 def verify(case: Case) -> float:
-    """Largest error against the eager formula in fp32, relative to the largest value.
+    """Largest error against the eager formula in fp32, relative to its largest value.
 
-    Raises:
-        RuntimeError: more than 2 % off, or NaN. (Eager torch rounds products of bf16 to bf16, so
-            the comparison is with fp32 inputs; the bound on the kernels is in tests/kernels.)
+    What the tests allow is far stricter than `WRONG`; here a kernel is caught that is wrong on
+    this device.
     """
     widened = [
         [t.float() if t.is_floating_point() else t for t in x]
@@ -235,12 +237,10 @@ def verify(case: Case) -> float:
         b = b.double()
         gap = (a.double() - b).abs().max() / b.abs().max().clamp(min=1e-6)
         worst = max(worst, float(gap.nan_to_num(torch.inf)))
-    if worst > 0.02:
-        raise RuntimeError(f"{case.kernel} {case.shape}: off by {worst:.2%}, not timed")
     return worst
 
 
-def median_us(run: Callable[[], Any], device: str, budget_ms: float = 200) -> float:
+def median_us(run: Callable[[], Any], device: str, budget_ms: float = 100) -> float:
     """Median microseconds of a call: CUDA events with a cold L2, or the wall clock."""
     if device == "cuda":
         from triton.testing import do_bench
@@ -306,13 +306,12 @@ def roofline(case: Case, name: str) -> tuple[str, float | None]:
 def measure(
     device: str, dtype: torch.dtype, say: Callable[[str], None] = lambda text: None
 ) -> list[dict[str, Any]]:
-    """One row for each case; raises if a kernel is wrong."""
+    """One row for each case; no times where a kernel is wrong."""
     name = device_name(device)
     gpu = device == "cuda"
     rows = []
     for case in cases(device, dtype, small=not gpu):
         error = verify(case)
-        eager = lambda case=case: case.eager(*case.inputs)  # noqa: E731
         bound, bound_us = roofline(case, name)
         row: dict[str, Any] = {
             "device": name,
@@ -320,22 +319,24 @@ def measure(
             "shape": case.shape,
             "dtype": str(dtype).removeprefix("torch."),
             "error": error,
-            "us": median_us(case.run, device),
-            "eager_us": median_us(eager, device),
-            "peak_mb": peak_mb(case.run, device),
-            "eager_peak_mb": peak_mb(eager, device),
             "mbytes": case.bytes / 1e6,
             "gflops": case.flops / 1e9,
             "bound": bound,
             "bound_us": bound_us,
         }
+        rows.append(row)
+        if error > WRONG:
+            say(f"{case.kernel} {case.shape}: off by {error:.2%}, not timed")
+            continue
+        eager = functools.partial(case.eager, *case.inputs)
+        row["us"], row["eager_us"] = median_us(case.run, device), median_us(eager, device)
+        row["peak_mb"], row["eager_peak_mb"] = peak_mb(case.run, device), peak_mb(eager, device)
         if gpu:
             torch._dynamo.reset()
             fast = torch.compile(case.eager, dynamic=False)
-            compiled = lambda case=case, fast=fast: fast(*case.inputs)  # noqa: E731
+            compiled = functools.partial(fast, *case.inputs)
             row["compiled_us"] = median_us(compiled, device)
             row["compiled_peak_mb"] = peak_mb(compiled, device)
-        rows.append(row)
         say(f"{case.kernel} {case.shape}: {row['us']:.0f} us, eager {row['eager_us']:.0f} us")
     return rows
 
@@ -484,6 +485,9 @@ def bench_kernels(
         _write(rows, written[0], COLUMNS)
         steps = merge_step(device, rounds=5, say=say)
         _write(steps, written[1], list(steps[0]))
+    wrong = [f"{row['kernel']} {row['shape']}" for row in rows if row["error"] > WRONG]
+    if wrong:
+        raise RuntimeError(f"wrong results on this device: {'; '.join(wrong)}")
     return written
 
 

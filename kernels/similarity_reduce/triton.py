@@ -118,10 +118,9 @@ def similarity_kernel(
         else:
             if KIND == ELU:
                 s = s - margin
-                s = tl.where(s > 0, s, alpha * (tl.exp(tl.minimum(s, 0.0)) - 1.0))
+                s = tl.where(s < 0, alpha * (tl.exp(s) - 1.0), s)  # NaN stays NaN
             elif KIND == PAPER:
-                negative = alpha * (tl.exp(tl.minimum(s - margin, 0.0)) - 1.0)
-                s = tl.where(s >= margin, s, negative)
+                s = tl.where(s < margin, alpha * (tl.exp(s - margin) - 1.0), s)
             elif KIND == COUNT:
                 s = tl.where(s > margin, 1.0, 0.0)
             total += tl.sum(tl.where(inside, s, 0.0), 1)
