@@ -36,7 +36,7 @@ err = Console(stderr=True)
 DEFAULT_TASKS = ("easy-vqa", "scenes")
 DEFAULT_METHODS = ("fastv", "visionzip", "divprune", "pitome", "random", "downsample")
 DEFAULT_KEEP = "1,0.5,0.33,0.22,0.11"
-DEFAULT_SAMPLES = 75
+DEFAULT_SAMPLES = 80
 FULL_SAMPLES = 500
 
 
@@ -162,7 +162,7 @@ def bench(
         methods=names,
         keep=budgets,
         batch_size=batch_size,
-        repeats=repeats if repeats is not None else (15 if full else 5),
+        repeats=repeats if repeats is not None else (9 if full else 5),
         seed=seed,
     )
     count = samples or (FULL_SAMPLES if full else DEFAULT_SAMPLES)
@@ -249,7 +249,7 @@ class _progress:
     """A bar on the standard error, or nothing."""
 
     def __init__(self, title: str, quiet: bool) -> None:
-        self.title = title
+        self.title, self.quiet = title, quiet
         self.bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -263,6 +263,8 @@ class _progress:
         self.task: Any = None
 
     def __enter__(self) -> Callable[[str, int, int], None]:
+        if not self.quiet and not err.is_terminal:
+            err.print(f"{self.title} ...")
         self.bar.start()
         self.task = self.bar.add_task(self.title, total=None)
 
