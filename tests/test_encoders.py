@@ -398,7 +398,6 @@ def last_tokens(model: nn.Module, run: Any) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="the clock of the session reads the time, which Dynamo cannot trace")
 def test_a_wrapped_encoder_compiles_to_one_graph() -> None:
     model, pixels = ENCODERS["timm-vit"](), images()
     vtc.wrap(model, "pitome", keep_ratio=0.5)

@@ -10,39 +10,33 @@ import argparse
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from ..runner import evaluate, make_batches
 from ..tasks import scenes
 from ..tasks.base import Item, Task, score
-from .models import ASSETS, PROMPT, Retrieval, load_llava, load_retrieval, pool
-
-
-@torch.no_grad()
-def answer(model, processor, items: Sequence[Item], blank: bool = False) -> list[str]:
-    """Return the greedy answers to a batch of items; every image a uniform gray if `blank`."""
-    prompts = [PROMPT.format(question=item.question) for item in items]
-    images = [Image.new("RGB", (336, 336), (128,) * 3) if blank else item.image for item in items]
-    inputs = processor(text=prompts, images=images, padding=True, return_tensors="pt")
-    inputs = inputs.to(model.device, model.dtype)
-    out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    return processor.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+from .models import ASSETS, Retrieval, load_llava, load_retrieval, pool
 
 
 def accuracy(
     model, processor, items: Sequence[Item], blank: bool = False, batch: int = 16
 ) -> dict[str, float]:
-    """Return accuracies by question kind, and "all"."""
-    right: dict[str, list[bool]] = defaultdict(list)
-    for start in range(0, len(items), batch):
-        part = items[start : start + batch]
-        for item, text in zip(part, answer(model, processor, part, blank), strict=True):
-            right[item.kind].append(score(text, item.answer))
-            right["all"].append(right[item.kind][-1])
-    return {kind: sum(r) / len(r) for kind, r in sorted(right.items())}
+    """Return accuracies by question kind, and "all"; every image a uniform gray if `blank`."""
+    if blank:
+        gray = Image.new("RGB", (336, 336), (128,) * 3)
+        items = [replace(item, image=gray) for item in items]
+    batches = make_batches(processor, items, batch)
+    _, scores = evaluate(model, processor, batches, score, max_new_tokens=4)
+    kinds: dict[str, list[float]] = defaultdict(list)
+    for item, right in zip((i for b in batches for i in b.items), scores, strict=True):
+        kinds[item.kind].append(right)
+        kinds["all"].append(right)
+    return {kind: sum(r) / len(r) for kind, r in sorted(kinds.items())}
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from .data import LENGTH, ScenePool, easy_arrays
 from .extract import build_tower
 from .models import BOS, ImageProjection, llava_config, make_tokenizer, pool, text_config
 
-PACKED = 8  # pairs behind one image
+PACKED = 16  # pairs behind one image
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -127,12 +128,14 @@ class Trainer:
         size = (scenes.SIDE, scenes.SIDE)
         return F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 255).round()
 
+    def pixels(self, images: np.ndarray) -> torch.Tensor:
+        """Return (B, 336, 336, 3) uint8 as (B, 3, 336, 336) in 0..255, in one memory layout."""
+        return torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float().contiguous()
+
     def batch(self, count: int, easy: int) -> tuple:
         """Return pixels, tokens (B, PACKED, LENGTH), starts (B, PACKED) and the scenes' indices."""
         index = self.rng.integers(0, max(1, self.scenes.filled()), count - easy)
-        pixels = (
-            torch.from_numpy(self.scenes.images[index]).to(self.device).permute(0, 3, 1, 2).float()
-        )
+        pixels = self.pixels(self.scenes.images[index])
         tokens = torch.from_numpy(self.scenes.tokens[index])
         starts = torch.from_numpy(self.scenes.starts[index])
         if easy:
@@ -144,6 +147,15 @@ class Trainer:
         chosen = torch.from_numpy(self.rng.random(starts.shape).argsort(1)[:, :PACKED])
         tokens = tokens.gather(1, chosen[..., None].expand(-1, -1, LENGTH)).long().to(self.device)
         return pixels, tokens, starts.gather(1, chosen).long().to(self.device), index
+
+    def ahead(self, count: int, easy: int):
+        """Yield batches that a thread prepares while the last one is trained on."""
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(self.batch, count, easy)
+            while True:
+                batch = coming.result()
+                coming = pool.submit(self.batch, count, easy)
+                yield batch
 
     # ---------------------------------------------------------------------------------- models
 
@@ -164,11 +176,13 @@ class Trainer:
             use_cache=False,
         ).last_hidden_state
 
-    def answer_logits(self, features, tokens, starts) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits (B, PACKED, 2, V) and targets (B, PACKED, 2) of answer and </s>."""
-        batch = len(features)
+    def answer_logits(self, image, tokens, starts) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits (B, PACKED, 2, V) and targets (B, PACKED, 2) of answer and </s>.
+
+        `image` (B, 576, D) are the projected patches.
+        """
+        batch = len(image)
         with self.autocast():
-            image = self.projector(features)
             before = self.decoder.embed_tokens(self.prefix_ids).expand(batch, -1, -1)
             pairs = self.decoder.embed_tokens(tokens).flatten(1, 2)
             embeds = torch.cat([before.to(image.dtype), image, pairs.to(image.dtype)], dim=1)
@@ -217,29 +231,31 @@ class Trainer:
         with (self.args.work / "log.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
+    def patch_loss(self, image: torch.Tensor, index: np.ndarray) -> tuple[torch.Tensor, list]:
+        """Cross-entropy of naming shape, colour and digit of every projected patch.
+
+        Patches (B, 576, D) of the scenes `index` are compared with the word embeddings by cosine.
+        Also returns the three accuracies over the patches of objects.
+        """
+        labels = torch.from_numpy(self.scenes.labels[index]).to(self.device).flatten(1, 2).long()
+        patches, loss, right = F.normalize(image.float(), dim=-1), 0.0, []
+        for k, ids in enumerate(self.classes):
+            target = labels[..., k]
+            logits = 16.0 * patches @ F.normalize(self.words[ids], dim=-1).T
+            loss = loss + F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-1)
+            objects = target >= 0 if k else target < len(scenes.SHAPES)
+            right.append((logits.argmax(-1) == target)[objects].float().mean())
+            if k == 0:  # objects are a small part of the patches
+                loss = loss + F.cross_entropy(logits[objects], target[objects])
+        return loss, right
+
     def align(self, seconds: float, optimizer) -> None:
         """Train projector and word embeddings to name what every patch shows."""
-        scale = 16.0
         for step, share in self.ticks("align", seconds, optimizer, 2e-3, 50):
             index = self.rng.integers(0, max(1, self.scenes.filled()), self.args.batch)
-            pixels = torch.from_numpy(self.scenes.images[index]).to(self.device)
-            features, pooled = self.tower_features(pixels.permute(0, 3, 1, 2).float())
+            features, pooled = self.tower_features(self.pixels(self.scenes.images[index]))
             self.remember(index, pooled)
-            labels = (
-                torch.from_numpy(self.scenes.labels[index]).to(self.device).flatten(1, 2).long()
-            )
-            loss, right = 0.0, []
-            patches = F.normalize(self.projector(features.float()), dim=-1)
-            for k, ids in enumerate(self.classes):
-                target = labels[..., k]
-                logits = scale * patches @ F.normalize(self.words[ids], dim=-1).T
-                loss = loss + F.cross_entropy(
-                    logits.flatten(0, 1), target.flatten(), ignore_index=-1
-                )
-                objects = target >= 0 if k else target < len(scenes.SHAPES)
-                right.append((logits.argmax(-1) == target)[objects].float().mean())
-                if k == 0:  # objects are a small part of the patches
-                    loss = loss + F.cross_entropy(logits[objects], target[objects])
+            loss, right = self.patch_loss(self.projector(features.float()), index)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -262,12 +278,17 @@ class Trainer:
         """Train projector and decoder to answer."""
         easy = round(self.args.batch * self.args.easy)
         began, images, checked = time.perf_counter(), 0, time.perf_counter()
+        batches = self.ahead(self.args.batch, easy)
         for step, share in self.ticks("llava", seconds, optimizer, self.args.lr):
-            pixels, tokens, starts, index = self.batch(self.args.batch, easy)
+            pixels, tokens, starts, index = next(batches)
             features, pooled = self.tower_features(pixels)
             self.remember(index, pooled)
-            logits, targets = self.answer_logits(features, tokens, starts)
+            with self.autocast():
+                image = self.projector(features)
+            logits, targets = self.answer_logits(image, tokens, starts)
             loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten())
+            named, right_patches = self.patch_loss(image[: len(index)], index)
+            loss = loss + self.args.patch_weight * named
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(params, 1.0)
@@ -276,6 +297,7 @@ class Trainer:
             if step % 100 == 0 or step < 3:
                 right = (logits[:, :, 0].argmax(-1) == targets[..., 0]).float()
                 self.log(stage="llava", step=step, share=share, loss=loss.item(),
+                         patches=[round(r.item(), 3) for r in right_patches],
                          scenes=right[: len(right) - easy].mean().item(),
                          easy=right[len(right) - easy :].mean().item(),
                          images_s=images / (time.perf_counter() - began),
@@ -301,14 +323,14 @@ class Trainer:
                 right = []
                 for at in range(0, len(images), self.args.batch):
                     part = slice(at, at + self.args.batch)
-                    pixels = (
-                        torch.from_numpy(images[part]).to(self.device).permute(0, 3, 1, 2).float()
-                    )
+                    pixels = self.pixels(images[part])
                     if blank:
                         pixels = torch.full_like(pixels, 128)
                     ids = torch.from_numpy(tokens[part, :PACKED]).long().to(self.device)
                     start = torch.from_numpy(starts[part, :PACKED]).long().to(self.device)
-                    logits, targets = self.answer_logits(self.tower_features(pixels)[0], ids, start)
+                    with self.autocast():
+                        image = self.projector(self.tower_features(pixels)[0])
+                    logits, targets = self.answer_logits(image, ids, start)
                     right.append((logits.argmax(-1) == targets).all(-1).float().flatten())
                 result[name + ("_blank" if blank else "")] = torch.cat(right).mean().item()
         return result
@@ -366,13 +388,16 @@ class Trainer:
         if missing or unexpected:
             raise ValueError(f"{path} does not fit: missing {missing}, unexpected {unexpected}")
 
-    def export(self) -> None:
-        """Write the trained weights in fp16."""
-        for name, state in (
-            ("llava", self.trained()),
-            ("text", self.text.state_dict()),
-            ("visual_projection", self.visual.state_dict()),
-        ):
+    def export(self, stage: str) -> None:
+        """Write the weights that the stage has trained, in fp16."""
+        if stage == "text":
+            states = {
+                "text": self.text.state_dict(),
+                "visual_projection": self.visual.state_dict(),
+            }
+        else:
+            states = {"llava": self.trained()}
+        for name, state in states.items():
             half = {k: v.detach().half().cpu().contiguous() for k, v in state.items()
                     if v.is_floating_point()}  # fmt: skip
             save_file(half, self.args.work / f"{name}.safetensors")
@@ -399,7 +424,9 @@ class Trainer:
     def warm_up(self) -> None:
         """Compile before the clock of a stage runs."""
         pixels, tokens, starts, _ = self.batch(self.args.batch, 0)
-        logits, _ = self.answer_logits(self.tower_features(pixels)[0], tokens, starts)
+        with self.autocast():
+            image = self.projector(self.tower_features(pixels)[0])
+        logits, _ = self.answer_logits(image, tokens, starts)
         logits.sum().backward()
         self.model.zero_grad()
 
@@ -428,7 +455,7 @@ class Trainer:
         order = list(stages)
         for stage in order[order.index(resume["stage"]) if resume else 0 :]:
             seconds, modules = stages[stage]
-            if args.init and stage == "align":
+            if seconds <= 0 or (args.init and stage == "align"):
                 continue
             optimizer = self.optimizer(modules, args.lr, 0.05 if stage == "llava" else 0.01)
             if stage == "text":
@@ -441,7 +468,7 @@ class Trainer:
                 self.llava(seconds, optimizer, [p for m in modules for p in m.parameters()])
             else:
                 self.train_text(seconds, optimizer)
-            self.export()
+            self.export(stage)
         self.scenes.close()
         self.val.close()
 
@@ -464,6 +491,9 @@ def main() -> None:
     parser.add_argument("--text-batch", type=int, default=1024)
     parser.add_argument(
         "--easy", type=float, default=0.15, help="share of easy-VQA images in a batch"
+    )
+    parser.add_argument(
+        "--patch-weight", type=float, default=0.2, help="of the align loss in the llava stage"
     )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--scenes", type=int, default=200_000, help="338 KB of memory each")
