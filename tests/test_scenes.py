@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rendered scenes: deterministic, disjoint splits, answers that follow from the objects."""
 
 import random

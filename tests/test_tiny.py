@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The embedded tiny models load with stock classes and see their images."""
 
 import pytest
@@ -7,22 +8,15 @@ from vtc.benchmarks.tasks.base import Task
 from vtc.benchmarks.tiny.models import ASSETS, load_llava, load_retrieval, make_tokenizer
 from vtc.benchmarks.tiny.train import packed_layout
 
-needs_assets = pytest.mark.skipif(
-    not (ASSETS / "tiny-llava").exists(), reason="the tiny models are not in this checkout"
-)
-
-
 @pytest.fixture(scope="module")
 def llava():
     return load_llava()
 
 
-@needs_assets
 def test_assets_are_small():
     assert sum(f.stat().st_size for f in ASSETS.rglob("*") if f.is_file()) < 60e6
 
 
-@needs_assets
 def test_geometry_is_that_of_llava(llava):
     model, processor = llava
     prompt = processor.apply_chat_template(
@@ -60,7 +54,6 @@ def test_packed_pairs_see_the_image_and_themselves():
     assert positions.tolist() == [0, 1, 2, 3, 4, 3, 4]
 
 
-@needs_assets
 @pytest.mark.slow
 def test_retrieval():
     from vtc.benchmarks.tiny.evaluate import recall
@@ -69,12 +62,13 @@ def test_retrieval():
     assert min(recall(load_retrieval())) >= 0.9
 
 
-@needs_assets
 @pytest.mark.slow
-def test_answers_need_the_image(llava):
+@pytest.mark.parametrize(("task", "least"), [("scenes", 0.8), ("easy-vqa", 0.9)])
+def test_answers_need_the_image(llava, task, least):
+    """On 80 questions; `python -m vtc.benchmarks.tiny.evaluate` measures on many more."""
     from vtc.benchmarks.tiny.evaluate import accuracy
 
-    items = Task("scenes", n=60)[:]
+    items = Task(task, n=80)[:]
     seen, blank = accuracy(*llava, items)["all"], accuracy(*llava, items, blank=True)["all"]
-    assert seen >= 0.65
+    assert seen >= least
     assert blank <= seen - 0.25

@@ -184,7 +184,7 @@ class DecoderEngine:
                 visual |= ids == token
         else:
             embeds = kwargs["inputs_embeds"]
-            table = module.get_input_embeddings()
+            table = self.sites.base.get_input_embeddings()
             visual = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
             for token in self.sites.token_ids:
                 row = table(torch.tensor(token, device=embeds.device)).to(embeds.dtype)

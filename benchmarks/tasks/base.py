@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every task yields: items with an image, a question and a one-word answer."""
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ class Task(Sequence[Item]):
     def __init__(self, name: str, split: str = "test", n: int | None = 500, seed: int = 0):
         if name not in TASKS:
             raise ValueError(f"unknown task {name!r}; one of {', '.join(TASKS)}")
-        module, options = TASKS[name]
-        module = importlib.import_module(f"{__package__}.{module}")
+        module_name, options = TASKS[name]
+        module = importlib.import_module(f"{__package__}.{module_name}")
         self.name, self.split = name, split
         self.entries: list[Entry] = module.entries(split, n, seed, **options)
         self._last: tuple[int, Image.Image] | None = None

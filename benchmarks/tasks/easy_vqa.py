@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The easy-VQA data set (PyPI package ``easy-vqa``): one shape per 64 x 64 image, 13 answers."""
 
 from __future__ import annotations

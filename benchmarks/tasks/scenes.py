@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rendered scenes of coloured shapes with questions whose answers are known.
 
 A scene is fully determined by (level, split, seed, index); the splits draw from different random
@@ -139,7 +140,7 @@ def _outline(shape: str, angle: float) -> list[tuple[float, float]]:
 
 
 @lru_cache(maxsize=256)
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
@@ -166,8 +167,8 @@ def _background(scene: Scene, rng: np.random.Generator) -> Image.Image:
     slope = np.linspace(-1, 1, side, dtype=np.float32)
     a, b = rng.uniform(-22, 22, 2).astype(np.float32)
     cells = int(rng.integers(4, 13))
-    coarse = 128 + rng.normal(0, rng.uniform(2, 11), (cells, cells, 3))
-    coarse = Image.fromarray(coarse.clip(0, 255).astype(np.uint8))
+    noise = 128 + rng.normal(0, rng.uniform(2, 11), (cells, cells, 3))
+    coarse = Image.fromarray(noise.clip(0, 255).astype(np.uint8))
     image = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC), np.float32) - 128
     image += base + rng.normal(0, 8, 3).astype(np.float32)
     fine = rng.standard_normal((side, side), dtype=np.float32) * np.float32(rng.uniform(0, 7))
@@ -305,15 +306,15 @@ def _exist(scene: Scene, rng: random.Random):
         options = sorted(present) if wanted else (near if rng.random() < 0.7 else far)
         noun = " ".join(rng.choice(options))
     elif kind == 1:
-        present = {o.color for o in scene.objects}
-        options = sorted(present) if wanted else [c for c in COLORS if c not in present]
-        noun = f"{rng.choice(options)} object"
+        colors = {o.color for o in scene.objects}
+        named = sorted(colors) if wanted else [c for c in COLORS if c not in colors]
+        noun = f"{rng.choice(named)} object"
     else:
-        present = {o.shape for o in scene.objects}
-        options = sorted(present) if wanted else [s for s in SHAPES if s not in present]
-        if not options:
+        shapes = {o.shape for o in scene.objects}
+        choices = sorted(shapes) if wanted else [s for s in SHAPES if s not in shapes]
+        if not choices:
             return None
-        noun = rng.choice(options)
+        noun = rng.choice(choices)
     article = "an" if noun[0] in "aeiou" else "a"
     return f"is there {article} {noun}?", "yes" if wanted else "no"
 

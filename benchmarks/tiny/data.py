@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training data: a pool of rendered scenes in shared memory, and easy-VQA as arrays."""
 
 from __future__ import annotations
@@ -125,8 +126,8 @@ def easy_arrays(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         pairs = list(grouped[image_id])
         rng.shuffle(pairs)
         pairs = (pairs + rng.choices(pairs, k=PAIRS))[:PAIRS]
-        rows = [cache.setdefault(p, None) or encoder.pair(*p) for p in pairs]
-        cache.update(zip(pairs, rows, strict=True))
+        cache.update({p: encoder.pair(*p) for p in pairs if p not in cache})
+        rows = [cache[p] for p in pairs]
         tokens.append([row for row, _ in rows])
         starts.append([start for _, start in rows])
     return np.stack(images), np.array(tokens, np.int16), np.array(starts, np.int8)

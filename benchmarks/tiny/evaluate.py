@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measure the exported models with ordinary greedy generation and print every figure.
 
 python -m vtc.benchmarks.tiny.evaluate                  # 1,000 questions per task
@@ -48,7 +49,8 @@ def recall(retrieval: Retrieval, count: int = 100, seed: int = 0) -> tuple[float
     for start in range(0, count, 16):
         pixels = retrieval.image_processor(images[start : start + 16], return_tensors="pt")
         pixels = pixels.pixel_values.to(device, dtype)
-        embeds.append(retrieval.projection(pool(retrieval.vision(pixels).last_hidden_state)))
+        hidden: torch.Tensor = retrieval.vision(pixels).last_hidden_state
+        embeds.append(retrieval.projection(pool(hidden)))
     ids = retrieval.tokenizer(
         [scenes.caption(s) for s in held], padding=True, return_tensors="pt"
     ).to(device)

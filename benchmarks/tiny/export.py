@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Assemble the asset folders from the pretrained tower and the trained weights.
 
 python -m vtc.benchmarks.tiny.export --tower dinov2.safetensors --trained run --assets vtc/assets

