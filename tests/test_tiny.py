@@ -8,6 +8,7 @@ from vtc.benchmarks.tasks.base import Task
 from vtc.benchmarks.tiny.models import ASSETS, load_llava, load_retrieval, make_tokenizer
 from vtc.benchmarks.tiny.train import packed_layout
 
+
 @pytest.fixture(scope="module")
 def llava():
     return load_llava()

@@ -45,6 +45,7 @@ class _Forward:
     filler: Tensor | None = None  # (B, T) dropped tokens that only keep the batch rectangular
     shift: Tensor | None = None  # (B, T) positions lost before each token ("compact")
     scratch: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # (B, N, ...) by method
+    places: tuple[Tensor, Tensor | None] | None = None  # (B, N) columns of visual tokens, valid
 
 
 def split_images(
@@ -346,10 +347,14 @@ class DecoderEngine:
         self, layer: int, st: _Forward, hidden: Tensor, scratch: dict[str, Tensor]
     ) -> DecoderView:
         visual = st.visual.to(hidden.device)
-        counts = visual.sum(1)
-        n = int(counts.max())
-        index = visual.long().argsort(dim=1, descending=True, stable=True)[:, :n]
-        valid = torch.arange(n, device=hidden.device) < counts[:, None]
+        if st.places is None:  # the same until something is dropped again
+            counts = visual.sum(1)
+            n = int(counts.max())
+            index = visual.long().argsort(dim=1, descending=True, stable=True)[:, :n]
+            valid = torch.arange(n, device=hidden.device) < counts[:, None]
+            st.places = index, None if bool(valid.all()) else valid
+        index = st.places[0].to(hidden.device)
+        short = None if st.places[1] is None else st.places[1].to(hidden.device)
         return DecoderView(
             hidden=hidden,
             layer=layer,
@@ -357,7 +362,7 @@ class DecoderEngine:
             visual=visual,
             text=st.real.to(hidden.device) & ~visual,
             visual_index=index,
-            valid=None if bool(valid.all()) else valid,
+            valid=short,
             image=st.image.to(hidden.device).gather(1, index),
             position=st.position.to(hidden.device).gather(1, index),
             images=st.images,
@@ -411,7 +416,7 @@ class DecoderEngine:
                 shift = shift + st.shift.to(hidden.device)
             st.shift = gather_tokens(shift, index)
         st.local = gather_tokens(local, index)
-        st.visual = gather_tokens(visual & kept, index)
+        st.visual, st.places = gather_tokens(visual & kept, index), None
         st.real = gather_tokens(real & (~visual | kept), index)
         st.image = gather_tokens(st.image.to(hidden.device), index)
         st.position = gather_tokens(st.position.to(hidden.device), index)
