@@ -572,8 +572,9 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def describe_model(model: Any) -> dict[str, Any]:
     """Architecture, parameters and dtype."""
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     return {
-        "name": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        "name": Path(name).name if Path(name).exists() else name,  # a hub id keeps its owner
         "class": type(model).__name__,
         "parameters_m": round(sum(p.numel() for p in model.parameters()) / 1e6, 1),
         "dtype": str(model.dtype).removeprefix("torch."),
