@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ..kernels import attention_reduce, compact_tokens, merge_tokens, similarity_reduce
 from ..kernels.dispatch import has_triton
+from ..reduction import Reduction
 
 PEAKS = {"A100": (312e12, 1.94e12), "H100": (989e12, 3.35e12)}
 """Dense bf16 FLOP/s and bytes/s of the data sheets (A100 80 GB PCIe/SXM, H100 SXM)."""
@@ -133,7 +134,7 @@ def cases(device: str, dtype: torch.dtype, small: bool = False) -> list[Case]:
             Case(
                 "best_match",
                 f"B={b} A={half} B'={y.shape[1]} C={c}",
-                lambda a=a, y=y: similarity_reduce.best_match(a, y),
+                functools.partial(similarity_reduce.best_match, a, y),
                 eager_match,
                 (a, y),
                 b * n * c * word + b * half * 12,
@@ -146,7 +147,7 @@ def cases(device: str, dtype: torch.dtype, small: bool = False) -> list[Case]:
             Case(
                 "column_sums",
                 f"B={b} H={h}/{kv} T={t} d={d}",
-                lambda q=q, k=k: attention_reduce.column_sums(q, k),
+                functools.partial(attention_reduce.column_sums, q, k),
                 eager_column_sums,
                 (q, k),
                 2 * b * (h + kv) * t * d * word + 3 * b * h * t * 4,
@@ -156,39 +157,37 @@ def cases(device: str, dtype: torch.dtype, small: bool = False) -> list[Case]:
     for b, n, c in ((8, 577, 1024), (8, 4096, 1024), (8, 4096, 64)):
         x = tokens(b, n, c)
         size = torch.rand(b, n, generator=g).to(device) + 0.5
-        k = n - n // 10
+        slots = n - n // 10
         target = torch.arange(n).repeat(b, 1)
         for row in target:
             folded = torch.randperm(n, generator=g)
-            row[folded[: n - k]] = folded[n - k : 2 * (n - k)]
-        from ..reduction import Reduction
-
-        group = Reduction.from_merge(target, k).group.to(device)
+            row[folded[: n - slots]] = folded[n - slots : 2 * (n - slots)]
+        group = Reduction.from_merge(target, slots).group.to(device)
         out.append(
             Case(
                 "merge_tokens",
-                f"B={b} N={n} K={k} C={c}",
-                lambda x=x, s=size, m=group, k=k: merge_tokens.merge(x, s, m, k),
+                f"B={b} N={n} K={slots} C={c}",
+                functools.partial(merge_tokens.merge, x, size, group, slots),
                 eager_merge,
-                (x, size, group, k),
-                b * (n + k) * c * word + b * n * (8 + 4 * 3) + b * k * 12,
+                (x, size, group, slots),
+                b * (n + slots) * c * word + b * n * (8 + 4 * 3) + b * slots * 12,
                 2.0 * b * n * c,
             )
         )
     for b, n, c in ((8, 640, 4096), (8, 2304, 4096)):
         tensors = [tokens(b, n, c), torch.arange(n, device=device).repeat(b, 1)]
         tensors += [torch.rand(b, n, generator=g).to(device) > 0.5, tokens(b, n, 128)]
-        k = n // 4
-        keep = torch.rand(b, n, generator=g).argsort(1)[:, :k].sort(1).values.to(device)
+        slots = n // 4
+        keep = torch.rand(b, n, generator=g).argsort(1)[:, :slots].sort(1).values.to(device)
         row = sum(math.prod(x.shape[2:]) * x.element_size() for x in tensors)
         out.append(
             Case(
                 "compact_tokens",
-                f"B={b} N={n} K={k} C={c}+1+1+128",
-                lambda ts=tensors, keep=keep: compact_tokens.compact(ts, keep),
+                f"B={b} N={n} K={slots} C={c}+1+1+128",
+                functools.partial(compact_tokens.compact, tensors, keep),
                 eager_compact,
                 (tensors, keep),
-                2.0 * b * k * row + 8 * b * k,
+                2.0 * b * slots * row + 8 * b * slots,
                 0.0,
             )
         )
@@ -371,8 +370,6 @@ def fused_step(
     x: Tensor, hidden: Tensor, size: Tensor, margin: float, r: int
 ) -> tuple[Tensor, Tensor]:
     """The same through the operators; survivors in raster order."""
-    from ..reduction import Reduction
-
     energy = similarity_reduce.energy(x, margin)
     order = energy.argsort(dim=1, descending=True, stable=True)[:, : 2 * r]
     a, b = order[:, 0::2], order[:, 1::2]
@@ -406,7 +403,7 @@ def merge_step(
             batch, 1, width, generator=g
         )
         hidden, size = torch.randn(batch, n, hidden_width, generator=g), torch.ones(batch, n)
-        args = (*(t.to(device) for t in (x, hidden, size)), 0.45, n // 10)
+        args: Any = (*(t.to(device) for t in (x, hidden, size)), 0.45, n // 10)
         merged, sizes_ = fused_step(*args)
         expected, expected_sizes = plain_step(*args)
         for m, w in ((merged, sizes_), (expected, expected_sizes)):  # nothing may get lost

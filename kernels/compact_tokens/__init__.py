@@ -42,7 +42,7 @@ def _backward(ctx, grads):
     if destination is not None:
         place = destination
     rows = torch.arange(keep.shape[0], device=keep.device)[:, None]
-    out = []
+    out: list[Tensor | None] = []
     for grad, shape in zip(grads, ctx.shapes):
         if grad is None or shape[1] == 0:
             out.append(None)

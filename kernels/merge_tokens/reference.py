@@ -11,8 +11,8 @@ from torch import Tensor
 def merge(x: Tensor, size: Tensor | None, group: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See `vtc.kernels.merge_tokens`.
 
-    A weighted bag of rows for each slot: on the CPU up to 2.4 times as fast as ``index_add_`` of the
-    weighted tokens, and without a copy of them.
+    A weighted bag of rows for each slot: on the CPU up to 2.4 times as fast as ``index_add_`` of
+    the weighted tokens, and without a copy of them.
     """
     batch, n, c = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
