@@ -81,6 +81,13 @@ def test_models_without_images() -> None:
         vtc.wrap("llava-hf/llava-1.5-7b-hf", "fastv")
 
 
+def test_layer_behind_the_last() -> None:
+    with pytest.raises(
+        vtc.UnsupportedError, match=r"fastv\(k=9\) acts after LLM layer 8 and there are 5"
+    ):
+        vtc.wrap(mini.build(), "fastv", k=9)
+
+
 def test_llm_method_on_an_encoder() -> None:
     tower = mini.build().model.vision_tower
     with pytest.raises(

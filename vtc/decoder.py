@@ -46,6 +46,19 @@ class _Forward:
     shift: Tensor | None = None  # (B, T) positions lost before each token ("compact")
     scratch: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # (B, N, ...) by method
     places: tuple[Tensor, Tensor | None] | None = None  # (B, N) columns of visual tokens, valid
+    memo: dict[str, tuple] = field(default_factory=dict)
+
+    def once(self, name: str, source: Any, device: torch.device, compute: Any) -> Any:
+        """What Hugging Face hands to all layers alike is gathered once between reductions."""
+        known = self.memo.get(name)
+        if (
+            known is None
+            or known[0] is not source
+            or known[1] is not self.local
+            or known[2] != device
+        ):
+            self.memo[name] = known = (source, self.local, device, compute())
+        return known[3]
 
 
 def split_images(
@@ -109,7 +122,11 @@ class DecoderEngine:
         """
         self.sites, self.methods, self.sentinel, self.record = sites, methods, sentinel, record
         self.layers: list[Any] = list(sites.decoder.layers)
-        self.on_decoder = [(i, m) for i, m in enumerate(methods) if "decoder" in m.stages]
+        self.on_decoder = [
+            (i, m, frozenset(m.decoder_layers(len(self.layers))))
+            for i, m in enumerate(methods)
+            if "decoder" in m.stages
+        ]
         self.on_cache = [(i, m) for i, m in enumerate(methods) if "cache" in m.stages]
         self.compact = any(m.positions == "compact" for m in methods)
         self.pending: tuple[Tensor, Tensor | None] | None = None
@@ -124,6 +141,13 @@ class DecoderEngine:
 
     def _check_model(self) -> None:
         config = self.sites.decoder.config
+        depth = len(self.layers)
+        for _, method, layers in self.on_decoder:
+            if layers.isdisjoint(range(-1, depth - 1)):
+                raise UnsupportedError(
+                    f"{method} acts after LLM layer {min(layers)} and there are {depth}: nothing would "
+                    "be compressed; choose an earlier layer"
+                )
         if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
             types = getattr(config, "layer_types", None)
             if types is None or any("sliding" in t for t in types):
@@ -160,7 +184,7 @@ class DecoderEngine:
         if self.on_decoder:
             attentions = [layer.self_attn for layer in self.layers]
             self.stock, self.taps = tap.install(sites.decoder, attentions)
-            if any("sublayers" in m.needs for _, m in self.on_decoder):
+            if any("sublayers" in m.needs for _, m, _ in self.on_decoder):
                 for layer, t in zip(self.layers, self.taps, strict=True):
                     for name, module in (("attention", layer.self_attn), ("mlp", layer.mlp)):
                         hook = partial(self._sublayer_post, t, name)
@@ -285,7 +309,9 @@ class DecoderEngine:
                 hidden = self._apply(st, hidden, view, left, merge=False)
         if i == 0 and self.carried is not None:
             self._carry(st, hidden, *self.carried)
-        for index, method in self.on_decoder:
+        for index, method, layers in self.on_decoder:
+            if i - 1 not in layers:
+                continue
             view = self._view(i - 1, st, hidden, st.scratch.setdefault(index, {}))
             reduction = method.on_decoder_layer(view)
             if reduction is not None:
@@ -427,14 +453,15 @@ class DecoderEngine:
     # ---- what Hugging Face hands to every layer, for the tokens that are left ------------------
 
     def _gathered(
-        self, st: _Forward | None, hidden: Tensor, layer: Any, cache: Any, kwargs: dict[str, Any]
+        self, st: Any, hidden: Tensor, layer: Any, cache: Any, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         kwargs = dict(kwargs)
         device = hidden.device
         local = None if st is None or st.local is None else st.local.to(device)
         if local is not None:
-            kwargs["position_embeddings"] = tuple(
-                kv.take_rows(t, local) for t in kwargs["position_embeddings"]
+            tables = kwargs["position_embeddings"]
+            kwargs["position_embeddings"] = st.once(
+                "tables", tables, device, lambda: tuple(kv.take_rows(t, local) for t in tables)
             )
         positions = kwargs.get("position_ids")
         if positions is not None and local is not None:
@@ -461,9 +488,13 @@ class DecoderEngine:
                 new = torch.zeros_like(rows, dtype=torch.bool) if filler is None else filler
                 filler = torch.cat([layer.padded("filler", device), new], 1)
             columns = torch.cat([past, columns], 1)
-        kwargs["attention_mask"] = _gather_mask(
-            kwargs.get("attention_mask"), rows, local is not None, base, columns, filler, flash
-        )
+        mask = kwargs.get("attention_mask")
+
+        def gathered() -> Tensor | None:
+            return _gather_mask(mask, rows, local is not None, base, columns, filler, flash)
+
+        fresh = st is not None and (layer is None or not layer.physical_length())
+        kwargs["attention_mask"] = st.once("mask", mask, device, gathered) if fresh else gathered()
         return kwargs
 
     def _shift(self, st: _Forward | None, layer: Any, device: torch.device) -> Tensor | None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -153,6 +153,10 @@ class Method:
         """Encoder blocks whose queries and keys `on_features` reads, of ``depth`` blocks."""
         return ()
 
+    def decoder_layers(self, depth: int) -> Iterable[int]:
+        """LLM layers, of ``depth``, after which `on_decoder_layer` is called; -1 is before all."""
+        return range(-1, depth)
+
     def __str__(self) -> str:
         shown = [
             f"{f.name}={getattr(self, f.name)!r}"
@@ -185,12 +189,15 @@ class Scorer(Method):
     def stages(self) -> frozenset[Stage]:
         return frozenset({self.stage})
 
+    def decoder_layers(self, depth: int) -> Iterable[int]:
+        return (self.after_layer,)
+
     def on_features(self, v: FeaturesView) -> Reduction | None:
         k = min(self.budget(v.total, v.grid), v.count)
         return None if k == v.count else Reduction.from_scores(self.score(v), k)
 
     def on_decoder_layer(self, v: DecoderView) -> Reduction | None:
-        if v.layer != self.after_layer or v.within_budget(self):
+        if v.within_budget(self):
             return None
         return Reduction.from_scores(self.score(v), v.budget(self), v.valid)
 
