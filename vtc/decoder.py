@@ -145,8 +145,8 @@ class DecoderEngine:
         for _, method, layers in self.on_decoder:
             if layers.isdisjoint(range(-1, depth - 1)):
                 raise UnsupportedError(
-                    f"{method} acts after LLM layer {min(layers)} and there are {depth}: nothing would "
-                    "be compressed; choose an earlier layer"
+                    f"{method} acts after LLM layer {min(layers)} and there are {depth}: nothing "
+                    "would be compressed; choose an earlier layer"
                 )
         if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
             types = getattr(config, "layer_types", None)
