@@ -492,7 +492,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128, help="images per step")
     parser.add_argument("--text-batch", type=int, default=1024)
     parser.add_argument(
-        "--easy", type=float, default=0.15, help="share of easy-VQA images in a batch"
+        "--easy", type=float, default=0.25, help="share of easy-VQA images in a batch"
     )
     parser.add_argument(
         "--patch-weight", type=float, default=0.2, help="of the align loss in the llava stage"
