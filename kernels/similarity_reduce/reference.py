@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 1 << 22
-"""Similarities held at once, 16 MB. On one thread any size from 1 to 16 MB takes the same time; on
+"""Similarities held at once, 16 MB. On one thread sizes from 4 to 16 MB take the same time; on
 several every operation on a block waits for all of them, which speaks for few blocks."""
 
 
