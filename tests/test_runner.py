@@ -260,7 +260,9 @@ def test_speed_rows_hold_together(model, processor, monkeypatch):
     inputs = dict(batch.text, pixel_values=batch.pixels)
     methods = [vtc.method.resolve(n, keep_tokens=4)[0] for n in ("fastv", "divprune")]
     monkeypatch.setattr(speed, "TEXT_TOKENS", int(batch.text["attention_mask"].sum()) - 16)
-    rows = speed.compare(model, lambda: model(**inputs, use_cache=True), methods, repeats=2)
+    *rows, floor = speed.compare(model, lambda: model(**inputs, use_cache=True), methods, repeats=2)
+    assert len(speed.cells(floor)) == len(speed.COLUMNS)
+    assert floor["promised"] == max(row["promised"] for row in rows)
     for row in rows:
         assert row["promised"] == pytest.approx(1 / row["flops_share"])
         assert row["measured"] == pytest.approx(row["stock_ms"] / row["ms"])
