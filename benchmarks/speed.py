@@ -196,7 +196,7 @@ def compare(
         if inner is not None:
             length = TEXT_TOKENS + round(min(row["final_tokens"] for row in rows))
             ids = (5 + torch.arange(length, device=inner.device) % 50).expand(batch, -1)
-            _, part, _ = timed(model, lambda ids=ids: model(input_ids=ids, logits_to_keep=1), inner)
+            _, part, _ = timed(model, partial(model, input_ids=ids, logits_to_keep=1), inner)
             if round_:
                 shorter.append(part)
     key = "whole" if inner is None else "inner"
