@@ -137,6 +137,33 @@ def test_second_turn(attention: str, after: tuple, image: bool) -> None:
 
 
 @torch.no_grad()
+def test_reordering_the_cache_takes_the_map_along() -> None:
+    model = vtc.wrap(mini.build(), Prune(after=(0, 2)))
+    inputs = mini.prompt([1, 1], pad="left")
+
+    def decode(swap: list[int]) -> torch.Tensor:
+        cache = model(**inputs, use_cache=True).past_key_values
+        order = torch.tensor(swap)
+        cache.reorder_cache(order)
+        mask = inputs["attention_mask"][order]
+        mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
+        ids = torch.tensor([[5], [6]])[order]
+        positions = mask.cumsum(1)[:, -1:] - 1
+        out = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache
+        )
+        assert all(torch.equal(layer.kept, kept[i][order]) for i, layer in pruned(cache))
+        return out.logits[:, -1]
+
+    def pruned(cache: Any) -> list:
+        return [(i, layer) for i, layer in enumerate(cache.layers) if hasattr(layer, "kept")]
+
+    kept = {i: layer.kept for i, layer in pruned(model(**inputs, use_cache=True).past_key_values)}
+    assert not torch.equal(kept[3][0], kept[3][1])
+    torch.testing.assert_close(decode([1, 0]), decode([0, 1]).flip(0), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_two_generations_interleave() -> None:
     model = vtc.wrap(mini.build(), Prune(after=(0, 2)))
     a, b = mini.prompt(1, batch=1, seed=1), mini.prompt(2, batch=1, seed=2)
@@ -374,8 +401,8 @@ def test_views_tell_the_truth() -> None:
                 seen["hidden"], seen["normed"] = v.hidden, v.attention_input
                 seen["rows"], seen["columns"] = v.prompt, v.visual_index
 
-    for attention in ("sdpa", "eager"):
-        inputs = mini.prompt([1, 1], pad="left")
+    for attention, pad in (("sdpa", "left"), ("eager", "left"), ("sdpa", None)):
+        inputs = mini.prompt([1, 1], pad=pad)
         model = mini.build("clip", "qwen2", attention)
         vtc.wrap(model, Look())
         model(**inputs)
