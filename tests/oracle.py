@@ -19,8 +19,8 @@ def recording(engine: DecoderEngine) -> Iterator[dict[int, Tensor]]:
     alive: dict[int, Tensor] = {}
     stock = engine._reduce
 
-    def reduce(i: int, st: Any, hidden: Tensor, cache: Any) -> Tensor:
-        hidden = stock(i, st, hidden, cache)
+    def reduce(i: int, st: Any, hidden: Tensor, cache: Any, kwargs: dict[str, Any]) -> Tensor:
+        hidden = stock(i, st, hidden, cache, kwargs)
         if i not in alive:
             mask = torch.ones(hidden.shape[0], st.length, dtype=torch.bool)
             if st.local is not None:

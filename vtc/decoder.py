@@ -22,7 +22,7 @@ from . import cache as kv
 from . import tap
 from .adapters.base import DecoderSites
 from .errors import UnsupportedError
-from .method import Method
+from .method import Method, split_answer
 from .reduction import Reduction, gather_tokens
 from .report import Record
 from .views import CacheView, DecoderView
@@ -45,6 +45,7 @@ class _Forward:
     filler: Tensor | None = None  # (B, T) dropped tokens that only keep the batch rectangular
     shift: Tensor | None = None  # (B, T) positions lost before each token ("compact")
     scratch: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # (B, N, ...) by method
+    memos: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # (B, ...) by method
     places: tuple[Tensor, Tensor | None] | None = None  # (B, N) columns of visual tokens, valid
     memo: dict[str, tuple] = field(default_factory=dict)
 
@@ -147,6 +148,13 @@ class DecoderEngine:
                 raise UnsupportedError(
                     f"{method} acts after LLM layer {min(layers)} and there are {depth}: nothing "
                     "would be compressed; choose an earlier layer"
+                )
+        for _, method, _ in self.on_decoder:
+            if "ahead" in method.needs and not all(map(tap.Ahead.fits, self.layers)):
+                raise UnsupportedError(
+                    f"{method.name} ranks by the attention of a layer that has not run yet, and "
+                    f"{type(self.layers[0]).__name__} does not have the parts of a Llama layer "
+                    "(input_layernorm, q_proj, k_proj, rotary embedding)"
                 )
         if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
             types = getattr(config, "layer_types", None)
@@ -279,12 +287,12 @@ class DecoderEngine:
         hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         if st is not None:
             with self.record.clock.measure("method"):
-                hidden = self._reduce(i, st, hidden, cache)
+                hidden = self._reduce(i, st, hidden, cache, kwargs)
             self.record.layer(i, st.visual)
             if st.local is not None and cache is not None:
                 layer = kv.pruned_layer(cache, i, hidden.shape[0], hidden.device)
         if layer is not None or (st is not None and st.local is not None):
-            kwargs = self._gathered(st, hidden, layer, cache, kwargs)
+            kwargs = self._gathered(st, hidden, layer, kwargs)
             if st is not None and layer is not None:
                 local = st.local if st.local is not None else _arange(hidden)
                 layer.append(
@@ -295,27 +303,31 @@ class DecoderEngine:
                 )
         return (hidden, *rest), kwargs
 
-    def _reduce(self, i: int, st: _Forward, hidden: Tensor, cache: Any) -> Tensor:
+    def _reduce(
+        self, i: int, st: _Forward, hidden: Tensor, cache: Any, kwargs: dict[str, Any]
+    ) -> Tensor:
         """Drop sentinel rows before layer 0, then what the methods ask for after layer i - 1."""
         if i == 0 and self.sentinel:
             dropped = hidden[..., 0].isnan() & st.visual.to(hidden.device)
-            view = self._view(-1, st, hidden, {})
+            view = self._view(-1, st, hidden, {}, {})
             alive = ~gather_tokens(dropped, view.visual_index)
             if view.valid is not None:
                 alive &= view.valid
             self._check_features(st, view, alive)
             left = Reduction.from_mask(alive)
             if left.valid is not None or view.valid is not None or left.count < view.count:
-                hidden = self._apply(st, hidden, view, left, merge=False)
+                hidden = self._apply(st, hidden, view, left)
         if i == 0 and self.carried is not None:
             self._carry(st, hidden, *self.carried)
         for index, method, layers in self.on_decoder:
             if i - 1 not in layers:
                 continue
-            view = self._view(i - 1, st, hidden, st.scratch.setdefault(index, {}))
-            reduction = method.on_decoder_layer(view)
+            view = self._method_view(index, i, st, hidden, cache, kwargs)
+            reduction, tokens = split_answer(method.on_decoder_layer(view))
             if reduction is not None:
-                hidden = self._apply(st, hidden, view, reduction, method.merges)
+                if tokens is None and method.merges:
+                    tokens = reduction.merge(view.tokens)[0]
+                hidden = self._apply(st, hidden, view, reduction, tokens)
         if i > 0 and self.taps:
             self.taps[i - 1].clear()
         return hidden
@@ -328,7 +340,7 @@ class DecoderEngine:
         Images are recognised by their first surviving feature, which arrives here unchanged, so the
         order of encoding, beams and features encoded long before need no bookkeeping.
         """
-        view = self._view(-1, st, hidden, {})
+        view = self._view(-1, st, hidden, {}, {})
         alive = ~projected[..., 0].isnan()
         first = projected[
             torch.arange(len(projected), device=alive.device), alive.long().argmax(1)
@@ -369,8 +381,39 @@ class DecoderEngine:
                     "overflow in the encoder (try bfloat16 or float32)"
                 )
 
+    def _method_view(
+        self, index: int, i: int, st: _Forward, hidden: Tensor, cache: Any, kwargs: dict[str, Any]
+    ) -> DecoderView:
+        """What method ``index`` sees in front of layer i."""
+        return self._view(
+            i - 1,
+            st,
+            hidden,
+            st.scratch.setdefault(index, {}),
+            st.memos.setdefault(index, {}),
+            lambda: self._ahead(i, st, hidden, cache, kwargs),
+        )
+
+    def _ahead(
+        self, i: int, st: _Forward, hidden: Tensor, cache: Any, kwargs: dict[str, Any]
+    ) -> tap.Ahead:
+        """Attention of layer i, which has not run yet, on the tokens that are left now."""
+        layer, stored, past = self.layers[i], kv.existing_pruned(cache, i), None
+        if stored is not None or st.local is not None:
+            kwargs = self._gathered(st, hidden, stored, kwargs, commit=False)
+        if cache is not None and i < len(cache.layers) and cache.layers[i].get_seq_length():
+            past = cache.layers[i].keys
+        tables, mask = kwargs["position_embeddings"], kwargs.get("attention_mask")
+        return tap.Ahead(layer.self_attn, layer.input_layernorm(hidden), tables, mask, past)
+
     def _view(
-        self, layer: int, st: _Forward, hidden: Tensor, scratch: dict[str, Tensor]
+        self,
+        layer: int,
+        st: _Forward,
+        hidden: Tensor,
+        scratch: dict[str, Tensor],
+        memo: dict[str, Tensor],
+        ahead: Any = None,
     ) -> DecoderView:
         visual = st.visual.to(hidden.device)
         if st.places is None:  # the same until something is dropped again
@@ -393,15 +436,26 @@ class DecoderEngine:
             position=st.position.to(hidden.device).gather(1, index),
             images=st.images,
             tap=self.taps[layer] if self.taps and layer >= 0 else None,
+            ahead=ahead,
+            memo=memo,
             scratch=scratch,
         )
 
     def _apply(
-        self, st: _Forward, hidden: Tensor, view: DecoderView, reduction: Reduction, merge: bool
+        self,
+        st: _Forward,
+        hidden: Tensor,
+        view: DecoderView,
+        reduction: Reduction,
+        merged: Tensor | None = None,
     ) -> Tensor:
-        """Carry out a reduction of the N visual tokens on the sequence and all that is aligned."""
-        if merge:
-            merged, _ = reduction.merge(view.tokens)
+        """Carry out a reduction of the N visual tokens on the sequence and all that is aligned.
+
+        Args:
+            merged: (B, K, D) new hidden states of the survivors; None to keep theirs.
+        """
+        if merged is not None:
+            merged = merged.to(hidden.dtype)
             target = view.visual_index.gather(1, reduction.keep)
             if reduction.valid is not None:  # padding slots write what is there already
                 merged = merged.where(reduction.valid[..., None], gather_tokens(hidden, target))
@@ -453,7 +507,7 @@ class DecoderEngine:
     # ---- what Hugging Face hands to every layer, for the tokens that are left ------------------
 
     def _gathered(
-        self, st: Any, hidden: Tensor, layer: Any, cache: Any, kwargs: dict[str, Any]
+        self, st: Any, hidden: Tensor, layer: Any, kwargs: dict[str, Any], commit: bool = True
     ) -> dict[str, Any]:
         kwargs = dict(kwargs)
         device = hidden.device
@@ -469,7 +523,7 @@ class DecoderEngine:
             index = local.expand(*positions.shape[:-1], -1) if positions.dim() > 2 else local
             positions = positions.to(device).gather(-1, index)
             kwargs["position_ids"] = positions
-        shift = self._shift(st, layer, device)
+        shift = self._shift(st, layer, device, commit)
         if shift is not None:
             kwargs["position_ids"] = positions = kwargs["position_ids"] - shift
             kwargs["position_embeddings"] = self.sites.decoder.rotary_emb(hidden, positions)
@@ -497,13 +551,19 @@ class DecoderEngine:
         kwargs["attention_mask"] = st.once("mask", mask, device, gathered) if fresh else gathered()
         return kwargs
 
-    def _shift(self, st: _Forward | None, layer: Any, device: torch.device) -> Tensor | None:
-        """(B, T) positions to subtract under "compact", or None."""
+    def _shift(
+        self, st: _Forward | None, layer: Any, device: torch.device, commit: bool
+    ) -> Tensor | None:
+        """(B, T) positions to subtract under "compact", or None.
+
+        Args:
+            commit: remember on the cache layer what this forward lost.
+        """
         if not self.compact:
             return None
         past = None if layer is None else layer.shift
         now = None if st is None else st.shift
-        if layer is not None and st is not None and now is not None:
+        if commit and layer is not None and st is not None and now is not None:
             total = now.amax(1) if past is None else now.amax(1) + past.to(device)
             layer.shift = total
         if now is None and past is None:

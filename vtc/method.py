@@ -18,13 +18,17 @@ from .reduction import Reduction
 if TYPE_CHECKING:
     from .views import CacheView, DecoderView, FeaturesView, VisionView
 
-Stage = Literal["pixels", "vision", "features", "decoder", "cache"]
+Stage = Literal["pixels", "vision", "features", "decoder", "bypass", "cache"]
+
+Answer = Reduction | tuple[Reduction, Tensor] | None
+"""What a hook returns: a reduction, or one with the survivors' new hidden states, or nothing."""
 
 STAGE_HOOKS: dict[Stage, str] = {
     "pixels": "on_pixels",
     "vision": "on_vision_layer",
     "features": "on_features",
     "decoder": "on_decoder_layer",
+    "bypass": "on_bypass",
     "cache": "on_cache",
 }
 
@@ -34,8 +38,9 @@ class Method:
     """A way to choose visual tokens. Subclasses add hyper-parameters and override hooks.
 
     A hook gets a read-only view of one place in the model and returns a `Reduction`, or None to
-    leave the tokens alone. Methods hold no state: what must be remembered between hooks goes into
-    ``view.scratch``.
+    leave the tokens alone. A hook that makes its own survivors, other than the mean of a group,
+    returns ``(reduction, tokens)`` with the new hidden states (B, K, ...). Methods hold no state:
+    what must be remembered between hooks goes into ``view.scratch``.
 
     Args:
         keep_ratio: fraction in (0, 1] of the original visual tokens that remain at the end.
@@ -67,6 +72,8 @@ class Method:
     """Encoder blocks add the log of the token sizes to the attention scores of their keys."""
     track_size: ClassVar[bool] = True
     """Merge by size-weighted mean; else each merge takes the plain mean of its tokens."""
+    bypass: ClassVar[Literal["attention", "layer"]] = "layer"
+    """What the tokens that `on_bypass` leaves out jump over; the MLP still acts in "attention"."""
     presets: ClassVar[dict[tuple[str, int], dict[str, Any]]] = {}
     """Published settings: (model, tokens) -> hyper-parameters."""
 
@@ -94,20 +101,30 @@ class Method:
         """Before the encoder: the patch grid (rows, columns) to resize the image to, or None."""
         return None
 
-    def on_vision_layer(self, v: VisionView) -> Reduction | None:
+    def on_vision_layer(self, v: VisionView) -> Answer:
         """Inside the vision encoder, once for each block."""
         return None
 
-    def on_features(self, v: FeaturesView) -> Reduction | None:
+    def on_features(self, v: FeaturesView) -> Answer:
         """After the encoder, before the LLM."""
         return None
 
-    def on_decoder_layer(self, v: DecoderView) -> Reduction | None:
+    def on_decoder_layer(self, v: DecoderView) -> Answer:
         """Between LLM layers at prefill; ``v.layer`` is the layer that has just run."""
         return None
 
+    def on_bypass(self, v: DecoderView) -> Reduction | None:
+        """Visual tokens that take part in layer ``v.layer + 1``; the others jump over it and stay.
+
+        Over its attention only, or over all of it, as `bypass` says; they get no KV there.
+        """
+        return None
+
+    def note_cache(self, v: CacheView) -> None:
+        """Right after a layer has run: what `on_cache` will need of its attention, into scratch."""
+
     def on_cache(self, v: CacheView) -> Reduction | None:
-        """On one layer of the KV cache, after prefill and after every decode step."""
+        """On each layer of the KV cache in turn, once a forward is complete."""
         return None
 
     # ---- budget --------------------------------------------------------------------------------
@@ -156,6 +173,10 @@ class Method:
     def decoder_layers(self, depth: int) -> Iterable[int]:
         """LLM layers, of ``depth``, after which `on_decoder_layer` is called; -1 is before all."""
         return range(-1, depth)
+
+    def bypass_layers(self, depth: int) -> Iterable[int]:
+        """LLM layers, of ``depth``, that `on_bypass` is asked about."""
+        return range(depth)
 
     def __str__(self) -> str:
         shown = [
@@ -275,6 +296,25 @@ def resolve(method: str | Method | Chain, **kwargs: Any) -> tuple[Method, ...]:
     if isinstance(method, Method):
         return (method,)
     raise ValueError(f"expected a method name, a Method or vtc.chain(...), got {method!r}")
+
+
+def split_answer(answer: Answer) -> tuple[Reduction | None, Tensor | None]:
+    """What a hook returned as (reduction, survivors made by the method); None for what is not."""
+    return answer if isinstance(answer, tuple) else (answer, None)
+
+
+def relative_layers(layers: Iterable[int], of: int, depth: int) -> tuple[int, ...]:
+    """The layers of a decoder of ``depth`` at the relative depth of ``layers`` in one of ``of``.
+
+    Ascending and distinct; the last two layers are never among them, as long as there is room.
+    """
+    out: list[int] = []
+    chosen = list(layers)
+    for i, layer in enumerate(chosen):
+        wanted = layer if depth == of else round(layer * depth / of)
+        last = depth - 2 - (len(chosen) - 1 - i)
+        out.append(max(min(wanted, last), out[-1] + 1 if out else 0))
+    return tuple(out)
 
 
 def geometric_counts(n: int, k: int, steps: int, floor: float = 0.5) -> list[int]:

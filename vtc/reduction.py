@@ -94,23 +94,28 @@ class Reduction:
     def from_merge(cls, target: Tensor, k: int | None = None) -> Reduction:
         """Merge: each token folds into the token at target (B, N); -1 drops it.
 
-        A token with ``target[i] == i`` survives and stands for its group. Every row must have the
-        same number of survivors, and every target must itself survive.
+        A token with ``target[i] == i`` survives and stands for its group. Every target must itself
+        survive.
 
         Args:
             target: (B, N) int64.
-            k: the number of survivors; counted, which waits for the device, when None.
+            k: the number of survivors of every row; when None they are counted, which waits for the
+                device, and rows may differ.
         """
         batch, n = target.shape
         index = torch.arange(n, device=target.device).expand(batch, n)
         own = target == index
+        valid = None
         if k is None:
-            k = int(own[0].sum()) if batch else 0
+            counts = own.sum(1)
+            k = int(counts.max()) if batch else 0
+            valid = torch.arange(k, device=target.device) < counts[:, None]
+            valid = None if bool(valid.all()) else valid
         slot = own.long().cumsum(1) - 1
         keep = target.new_zeros(batch, k + 1)  # column k takes the tokens that do not survive
         keep = keep.scatter(1, slot.where(own, k), index)[:, :k]
         group = slot.gather(1, target.clamp(min=0)).where(target >= 0, -1)
-        return cls(keep, group)
+        return cls(keep, group, valid)
 
     # ---- facts --------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ are computed from them afterwards, for any architecture, with SDPA or FlashAtten
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,30 +40,85 @@ class Tap:
         """Post-softmax attention in fp32 of the query rows (B, R) to all keys: (B, H, R, T_kv)."""
         query: Any = self.query
         key: Any = self.key
-        batch, heads, q_len, dim = query.shape
-        rows = rows.to(query.device)
         q = gather_tokens(query.transpose(1, 2), rows).transpose(1, 2)
-        groups = heads // key.shape[1]
-        q = q.reshape(batch, key.shape[1], groups * rows.shape[1], dim)
-        scores = (q.float() @ key.float().transpose(-1, -2)) * self.scale
-        scores = scores.reshape(batch, heads, rows.shape[1], key.shape[2])
-        columns = torch.arange(key.shape[2], device=query.device)
-        if self.mask is None:
-            allowed = columns <= (rows + key.shape[2] - q_len)[..., None]
-            scores = scores.masked_fill(~allowed[:, None], -torch.inf)
-        elif self.mask.dim() == 2:
-            allowed = columns <= (rows + key.shape[2] - q_len)[..., None]
-            allowed = allowed & self.mask[:, None, : key.shape[2]].bool()
-            scores = scores.masked_fill(~allowed[:, None], -torch.inf)
+        return attend(q, key, self.mask, rows.to(key.device), query.shape[2], self.scale)
+
+
+@dataclass
+class Ahead:
+    """Attention rows of a layer that has not run yet, from its own weights.
+
+    Attributes:
+        attn: its attention module; x: (B, T, D) its normed input.
+        tables: cos and sin, (B or 1, T, d), for the T tokens.
+        mask: what the layer will get; past: keys in its cache, (B, H_kv, P, d), or None.
+    """
+
+    attn: Any
+    x: Tensor
+    tables: tuple[Tensor, Tensor]
+    mask: Tensor | None
+    past: Tensor | None
+
+    def attention(self, rows: Tensor) -> Tensor:
+        """As `Tap.attention`."""
+        rows = rows.to(self.x.device)
+        cos, sin = (t.to(self.x.device).expand(len(rows), -1, -1) for t in self.tables)
+        key = self._project("k", self.x, cos, sin)
+        if self.past is not None:
+            key = torch.cat([self.past.to(key), key], 2)
+        picked = (gather_tokens(t, rows) for t in (self.x, cos, sin))
+        query = self._project("q", *picked)
+        return attend(query, key, self.mask, rows, self.x.shape[1], self.attn.scaling)
+
+    def _project(self, which: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries or keys (B, H, T, d) with their norm, if the model has one, and RoPE."""
+        y = getattr(self.attn, which + "_proj")(x).unflatten(2, (-1, self.attn.head_dim))
+        norm = getattr(self.attn, which + "_norm", None)
+        y = (y if norm is None else norm(y)).transpose(1, 2)
+        rotate = sys.modules[type(self.attn).__module__].apply_rotary_pos_emb
+        return rotate(y, y, cos, sin)[0]
+
+    @staticmethod
+    def fits(layer: Any) -> bool:
+        """Whether a decoder layer has the parts this class reads."""
+        attn = getattr(layer, "self_attn", None)
+        parts = ("q_proj", "k_proj", "head_dim", "scaling")
+        return (
+            hasattr(layer, "input_layernorm")
+            and all(hasattr(attn, p) for p in parts)
+            and hasattr(sys.modules[type(attn).__module__], "apply_rotary_pos_emb")
+        )
+
+
+def attend(
+    q: Tensor, key: Tensor, mask: Tensor | None, rows: Tensor, q_len: int, scale: float
+) -> Tensor:
+    """softmax(q k^T * scale) in fp32 under the mask of a layer, (B, H, R, T_kv).
+
+    Args:
+        q: (B, H, R, d), the rows (B, R) of ``q_len`` queries; key: (B, H_kv, T_kv, d).
+        mask: None (causal), (B, T_kv), or (B, 1, q_len, T_kv), bool or additive.
+    """
+    batch, heads, r, dim = q.shape
+    q = q.reshape(batch, key.shape[1], heads // key.shape[1] * r, dim)
+    scores = (q.float() @ key.float().transpose(-1, -2)) * scale
+    scores = scores.reshape(batch, heads, r, key.shape[2])
+    columns = torch.arange(key.shape[2], device=key.device)
+    if mask is None or mask.dim() == 2:
+        allowed = columns <= (rows + key.shape[2] - q_len)[..., None]
+        if mask is not None:
+            allowed = allowed & mask[:, None, : key.shape[2]].bool()
+        scores = scores.masked_fill(~allowed[:, None], -torch.inf)
+    else:
+        mask = mask.expand(batch, -1, -1, -1)
+        index = rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+        mask = mask.gather(2, index)
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, -torch.inf)
         else:
-            mask = self.mask.expand(batch, -1, -1, -1)
-            index = rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
-            mask = mask.gather(2, index)
-            if mask.dtype == torch.bool:
-                scores = scores.masked_fill(~mask, -torch.inf)
-            else:
-                scores = scores + mask.float()
-        return scores.softmax(-1)
+            scores = scores + mask.float()
+    return scores.softmax(-1)
 
 
 def _tapped(name: str) -> Any:

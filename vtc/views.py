@@ -167,6 +167,10 @@ class FeaturesView:
         """N, the patch tokens now."""
         return self.features.shape[1]
 
+    def budget(self, method: Method) -> int:
+        """Tokens the method keeps of each image or crop in this view, at most `count`."""
+        return min(method.budget(self.total, self.grid), self.count)
+
     @cached_property
     def projected(self) -> Tensor:
         """(B, N, D) features in the space of the LLM."""
@@ -221,7 +225,9 @@ class DecoderView:
         visual_index: (B, N) columns of the visual tokens; valid: (B, N) bool, None if rectangular.
         image: (B, N) ordinal of the image in its row; position: (B, N) patch index in that image.
         images: number of images of each row, a list of per-image visual token counts.
-        scratch: this method's named tensors (B, N, ...).
+        scratch: this method's named tensors (B, N, ...), gathered with the survivors.
+        memo: this method's named tensors of this forward without a visual token axis (B, ...),
+            never gathered; text tokens never leave, so notes in the order of `text_index` hold.
     """
 
     hidden: Tensor
@@ -235,26 +241,40 @@ class DecoderView:
     position: Tensor
     images: list[list[int]]
     tap: Any
+    ahead: Callable[[], Any]
     scratch: dict[str, Tensor] = field(default_factory=dict)
+    memo: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
         """N, visual tokens now (of the longest row)."""
         return self.visual_index.shape[1]
 
+    def per_row(self, tokens: Callable[[int], int]) -> int | Tensor:
+        """Visual tokens of each row, summed over its images: one int if rows agree, else (B,).
+
+        Args:
+            tokens: of an image with n visual tokens in the prompt, how many.
+        """
+        counts = [sum(tokens(n) for n in row) for row in self.images]
+        if len(set(counts)) == 1 and self.valid is None:
+            return min(counts[0], self.count)
+        return torch.tensor(counts, device=self.hidden.device)
+
     def budget(self, method: Method) -> int | Tensor:
         """Visual tokens each row keeps: one int when all rows agree, else (B,) int64."""
-        per_row = [sum(method.budget(n) for n in row) for row in self.images]
-        if len(set(per_row)) == 1 and self.valid is None:
-            return min(per_row[0], self.count)
-        return torch.tensor(per_row, device=self.hidden.device)
+        return self.per_row(method.budget)
+
+    def within(self, tokens: Callable[[int], int]) -> bool:
+        """True when no row has more visual tokens than `per_row` would give it."""
+        now = [self.count] * len(self.images) if self.valid is None else self.valid.sum(1).tolist()
+        return all(
+            n <= sum(tokens(i) for i in row) for n, row in zip(now, self.images, strict=True)
+        )
 
     def within_budget(self, method: Method) -> bool:
         """True when no row has more visual tokens than the method would keep."""
-        now = [self.count] * len(self.images) if self.valid is None else self.valid.sum(1).tolist()
-        return all(
-            n <= sum(method.budget(i) for i in row) for n, row in zip(now, self.images, strict=True)
-        )
+        return self.within(method.budget)
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -275,23 +295,40 @@ class DecoderView:
         rows = self.text & (columns > last_visual)
         return rows.where(rows.any(1, keepdim=True), columns == self.last_row[:, None])
 
-    def attention(self, rows: Literal["last", "prompt"] = "last") -> Tensor:
-        """Attention of chosen query rows to the visual tokens in the layer that has just run.
+    @cached_property
+    def text_index(self) -> tuple[Tensor, Tensor]:
+        """Columns of the text tokens (B, M), and (B, M) bool: False where a row has fewer."""
+        return _columns_of(self.text)
+
+    @cached_property
+    def key(self) -> Tensor:
+        """(B, H_kv, T, d) keys of the current sequence in the layer just run, RoPE included."""
+        return self.tap.key[:, :, -self.hidden.shape[1] :]
+
+    def attention(
+        self, rows: Literal["last", "prompt"] | Tensor = "last", ahead: bool = False
+    ) -> Tensor:
+        """Attention of chosen query rows to the visual tokens.
 
         Softmax in fp32 over all keys the row may see, then the visual columns.
+
+        Args:
+            rows: the last token of each row, all text behind the last image, or columns (B, R).
+            ahead: False, in the layer that has just run; True, in the next one, from its own norm,
+                projections and RoPE at the positions now in use.
 
         Returns:
             (B, H, R, N); R is 1 for "last", the longest prompt for "prompt" (short rows and
             padded columns hold zeros).
         """
-        if rows == "last":
-            index, alive = self.last_row[:, None], None
+        alive = None
+        if isinstance(rows, Tensor):
+            index = rows
+        elif rows == "last":
+            index = self.last_row[:, None]
         else:
-            counts = self.prompt.sum(1)
-            r = int(counts.max())
-            index = self.prompt.long().argsort(dim=1, descending=True, stable=True)[:, :r]
-            alive = torch.arange(r, device=counts.device) < counts[:, None]
-        weights = self.tap.attention(index)
+            index, alive = _columns_of(self.prompt)
+        weights = (self.ahead() if ahead else self.tap).attention(index)
         offset = weights.shape[-1] - self.hidden.shape[1]
         columns = (self.visual_index + offset)[:, None, None, :]
         out = weights.gather(3, columns.expand(*weights.shape[:3], -1))
@@ -322,14 +359,17 @@ class DecoderView:
 
 @dataclass
 class CacheView:
-    """One layer of the KV cache after a forward.
+    """One layer of the KV cache.
 
     Attributes:
         keys, values: (B, H_kv, P, d) of the P physical slots.
         visual: (B, P) bool; valid: (B, P) bool, None when no slot is padding.
         layer: 0-based; depth: number of layers; step: 0 after prefill, then decoded tokens so far.
         budget: visual slots that the method would keep in each row, (B,) int64.
-        scratch: this method's named tensors (B, P, ...), kept on the cache layer.
+        scratch: this method's named tensors (B, P, ...), kept on the cache layer; slots decoded
+            since hold zeros.
+        reaches_end: (B, P) bool, tokens that also entered the last LLM layer (in `on_cache` only).
+        peers: this method's scratch on every layer (in `on_cache` only).
     """
 
     keys: Tensor
@@ -340,4 +380,40 @@ class CacheView:
     depth: int
     step: int
     budget: Tensor
+    tap: Any = None
     scratch: dict[str, Tensor] = field(default_factory=dict)
+    reaches_end: Tensor | None = None
+    peers: list[dict[str, Tensor]] = field(default_factory=list)
+
+    @property
+    def queries(self) -> int:
+        """Query rows of this forward; they stand at the end of the slots."""
+        return self.tap.query.shape[2]
+
+    def attention(self, rows: Tensor) -> Tensor:
+        """(B, H, R, P) attention in fp32 of this forward's query rows (B, R); `note_cache` only."""
+        return self.tap.attention(rows)
+
+    def attention_received(self, chunk: int = 256) -> Tensor:
+        """(B, P) attention each slot gets from all query rows, mean over heads, summed over rows.
+
+        Padding rows do not count. In `note_cache` only.
+        """
+        n = self.queries
+        rows = torch.arange(n, device=self.keys.device).expand(self.keys.shape[0], -1)
+        real = None if self.valid is None else self.valid[:, -n:]
+        total: Any = 0.0
+        for i in range(0, n, chunk):
+            part = self.attention(rows[:, i : i + chunk]).mean(1)
+            if real is not None:
+                part = part.where(real[:, i : i + chunk, None], 0.0)
+            total = total + part.sum(1)
+        return total
+
+
+def _columns_of(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of the True entries of (B, T), ascending, (B, M); and (B, M) bool, which are real."""
+    counts = mask.sum(1)
+    m = int(counts.max())
+    index = mask.long().argsort(dim=1, descending=True, stable=True)[:, :m]
+    return index, torch.arange(m, device=mask.device) < counts[:, None]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .adapters.base import BlockSites, Call, VisionSites
 from .errors import UnsupportedError
-from .method import Method, known_methods
+from .method import Method, known_methods, split_answer
 from .reduction import Reduction
 from .views import FeaturesView, Projections, VisionView
 
@@ -440,14 +440,14 @@ class VisionEngine:
                 projections=st.projections[i],
                 scratch=st.notes[j],
             )
-            reduction = m.on_vision_layer(view)
+            reduction, tokens = split_answer(m.on_vision_layer(view))
             if reduction is None or _is_identity(reduction):
                 continue
             _follow(st, x.device)
-            x, sizes = _apply(m, reduction, x, st.sizes)
+            x, sizes = _apply(m, reduction, x, st.sizes, tokens)
             st.advance(reduction, sizes)
             st.merged |= m.merges and getattr(m, "track_size", True)
-            merged |= m.merges
+            merged |= m.merges or tokens is not None
             done = reduction if done is None else done.then(reduction)
         return x, done, merged
 
@@ -476,10 +476,10 @@ class VisionEngine:
                 depth=st.blocks,
                 scratch=st.notes[j],
             )
-            reduction = m.on_features(view)
+            reduction, tokens = split_answer(m.on_features(view))
             if reduction is None or _is_identity(reduction):
                 continue
-            features, size = _apply(m, reduction, features, st.size)
+            features, size = _apply(m, reduction, features, st.size, tokens)
             st.advance(
                 behind_prefix(reduction, st.prefix),
                 torch.cat([st.sizes[:, : st.prefix], size], 1),
@@ -527,8 +527,16 @@ class VisionEngine:
             return scatter_tokens(output, keep, n + (valid is not None), torch.nan)[:, :n]
 
 
-def _apply(m: Method, reduction: Reduction, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """Select or merge x (B, N, C) and size (B, N) the way the method wants it."""
+def _apply(
+    m: Method, reduction: Reduction, x: Tensor, size: Tensor, tokens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Select or merge x (B, N, C) and size (B, N) the way the method wants it.
+
+    Args:
+        tokens: (B, K, C) survivors that the method made itself, or None.
+    """
+    if tokens is not None:
+        return tokens.to(x.dtype), reduction.sum(size) if m.merges else reduction.select(size)
     if not m.merges:
         return reduction.select(x), reduction.select(size)
     if getattr(m, "track_size", True):
