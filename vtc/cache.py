@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .errors import UnsupportedError
-from .reduction import gather_tokens
+from .reduction import Reduction, gather_tokens
 
 
 class PrunedMixin:
@@ -74,10 +74,10 @@ class PrunedMixin:
         self.kept = torch.cat([self.columns(device), columns], 1)
         self.dropped = logical - self.kept.shape[1]
 
-    def evict(self, keep: Tensor, valid: Tensor | None) -> None:
-        """Remove every slot but keep (B, K), ascending, from keys and values."""
+    def evict(self, reduction: Reduction) -> None:
+        """Remove the slots that do not survive, from keys, values and all notes."""
         device = self.keys.device
-        keep = keep.to(device)
+        keep, valid = reduction.keep.to(device), reduction.valid
         logical, columns = self.get_seq_length(), self.columns(device)
         if self.filler is not None or valid is not None:
             filler = self.padded("filler", device).gather(1, keep)
@@ -88,6 +88,10 @@ class PrunedMixin:
         for name in ("keys", "values"):
             x = getattr(self, name)
             setattr(self, name, x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])))
+        self.scratch = {
+            method: {name: reduction.select(x) for name, x in named.items()}
+            for method, named in self.scratch.items()
+        }
         self.dropped = logical - keep.shape[1]
 
     # ---- operations of the stock layer that must move the map too ------------------------------
@@ -223,6 +227,16 @@ def cache_bytes(cache: Cache | None) -> tuple[int, int]:
         n = layer.physical_length() if isinstance(layer, PrunedMixin) else layer.get_seq_length()
         full += size * layer.get_seq_length() // max(int(n), 1)
     return held, full
+
+
+def visual_slots(cache: Cache | None) -> list[Tensor]:
+    """(B,) visual tokens whose keys and values each compressed layer holds."""
+    out = []
+    for layer in getattr(cache, "layers", []):
+        if isinstance(layer, PrunedMixin) and layer.kept is not None:
+            visual = layer.visual
+            out.append((visual if layer.filler is None else visual & ~layer.filler).sum(1))
+    return out
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ only on the cache layers (vtc.cache).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,28 @@ from .method import Method, split_answer
 from .reduction import Reduction, gather_tokens
 from .report import Record
 from .views import CacheView, DecoderView
+
+
+@dataclass
+class _Aside:
+    """Tokens that jump over one layer, or its attention, and come back behind it.
+
+    Attributes:
+        hidden: (B, T, D) of all tokens; index: (B, T') those that take part.
+        filler: (B, T') bool, rows that take part only to keep the batch rectangular, or None.
+        over: what is jumped over.
+    """
+
+    hidden: Tensor
+    index: Tensor
+    filler: Tensor | None
+    over: str
+
+    def back(self, part: Tensor, full: Tensor) -> Tensor:
+        """Rows of the part (B, T', D) at their places in the full sequence (B, T, D)."""
+        if self.filler is not None:
+            part = part.where(~self.filler.unsqueeze(-1), gather_tokens(full, self.index))
+        return full.scatter(1, self.index.unsqueeze(-1).expand_as(part), part)
 
 
 @dataclass
@@ -47,6 +69,8 @@ class _Forward:
     scratch: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # (B, N, ...) by method
     memos: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # (B, ...) by method
     places: tuple[Tensor, Tensor | None] | None = None  # (B, N) columns of visual tokens, valid
+    aside: _Aside | None = None  # what jumps over the layer that runs now
+    partial: set[int] = field(default_factory=set)  # layers whose attention saw part of the tokens
     memo: dict[str, tuple] = field(default_factory=dict)
 
     def once(self, name: str, source: Any, device: torch.device, compute: Any) -> Any:
@@ -128,13 +152,19 @@ class DecoderEngine:
             for i, m in enumerate(methods)
             if "decoder" in m.stages
         ]
+        self.on_bypass = [
+            (i, m, frozenset(m.bypass_layers(len(self.layers))))
+            for i, m in enumerate(methods)
+            if "bypass" in m.stages
+        ]
         self.on_cache = [(i, m) for i, m in enumerate(methods) if "cache" in m.stages]
+        self.noting = [s for s in self.on_cache if type(s[1]).note_cache is not Method.note_cache]
         self.compact = any(m.positions == "compact" for m in methods)
         self.pending: tuple[Tensor, Tensor | None] | None = None
         # Projected features (images, N, D) and each method's notes on them (images, K, ...).
         self.carried: tuple[Tensor, list[dict[str, Tensor]]] | None = None
         self.forward: _Forward | None = None
-        self.real: Tensor | None = None
+        self.mask: Tensor | None = None  # (B, logical length) of this forward, False on padding
         self.handles: list[Any] = []
         self.taps: list[tap.Tap] = []
         self.stock: str | None = None
@@ -149,7 +179,10 @@ class DecoderEngine:
                     f"{method} acts after LLM layer {min(layers)} and there are {depth}: nothing "
                     "would be compressed; choose an earlier layer"
                 )
-        for _, method, _ in self.on_decoder:
+        if len(self.on_bypass) > 1:
+            names = " and ".join(m.name for _, m, _ in self.on_bypass)
+            raise UnsupportedError(f"{names} both let tokens jump over layers; chain only one")
+        for _, method, _ in self.on_decoder + self.on_bypass:
             if "ahead" in method.needs and not all(map(tap.Ahead.fits, self.layers)):
                 raise UnsupportedError(
                     f"{method.name} ranks by the attention of a layer that has not run yet, and "
@@ -186,10 +219,14 @@ class DecoderEngine:
         for i, layer in enumerate(self.layers):
             before = partial(self._layer_pre, i)
             handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-            if self.on_cache:
+            if self.on_cache or self.on_bypass:
                 after = partial(self._layer_post, i)
                 handles.append(layer.register_forward_hook(after, with_kwargs=True, prepend=True))
-        if self.on_decoder:
+            if any(m.bypass == "attention" for _, m, _ in self.on_bypass):
+                attn = layer.self_attn
+                handles.append(attn.register_forward_pre_hook(self._attn_pre, with_kwargs=True))
+                handles.append(attn.register_forward_hook(self._attn_post, prepend=True))
+        if self.on_decoder or self.on_bypass or self.noting:
             attentions = [layer.self_attn for layer in self.layers]
             self.stock, self.taps = tap.install(sites.decoder, attentions)
             if any("sublayers" in m.needs for _, m, _ in self.on_decoder):
@@ -223,10 +260,11 @@ class DecoderEngine:
                 row = table(torch.tensor(token, device=embeds.device)).to(embeds.dtype)
                 visual |= (embeds == row).all(-1)
         mask = kwargs.get("attention_mask")
-        self.pending = (visual, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+        self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self.pending = (visual, self.mask)
 
     def _base_post(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.pending = self.forward = None
+        self.pending = self.forward = self.mask = None
         for t in self.taps:
             t.clear()
 
@@ -252,13 +290,18 @@ class DecoderEngine:
 
     def _lm_post(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         st = self.forward
+        named = isinstance(output, ModelOutput)
+        cache = output.get("past_key_values") if named else kwargs.get("past_key_values")
+        if self.on_cache and cache is not None:
+            with self.record.clock.measure("method"):
+                self._cache_stage(st, cache)
         self.record.clock.stop("decode")
         self.record.clock.stop("prefill")
         if st is None:
             return None
-        named = isinstance(output, ModelOutput)
-        cache = output.get("past_key_values") if named else kwargs.get("past_key_values")
-        self.record.end(st.visual, st.image, st.position, kv.cache_bytes(cache))
+        self.record.end(
+            st.visual, st.image, st.position, kv.cache_bytes(cache), kv.visual_slots(cache)
+        )
         if st.local is None:
             return None
         # Callers index logits by the positions of the prompt they passed, so the output is laid out
@@ -285,23 +328,72 @@ class DecoderEngine:
         if plain and kwargs.get("attention_mask") is None:  # decoding: every key is seen
             return None
         hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        active = st
         if st is not None:
             with self.record.clock.measure("method"):
                 hidden = self._reduce(i, st, hidden, cache, kwargs)
-            self.record.layer(i, st.visual)
-            if st.local is not None and cache is not None:
+                active, hidden = self._step_aside(i, st, hidden, cache, kwargs)
+            if active.local is not None and cache is not None:
                 layer = kv.pruned_layer(cache, i, hidden.shape[0], hidden.device)
-        if layer is not None or (st is not None and st.local is not None):
-            kwargs = self._gathered(st, hidden, layer, kwargs)
-            if st is not None and layer is not None:
-                local = st.local if st.local is not None else _arange(hidden)
+        if layer is not None or (active is not None and active.local is not None):
+            kwargs = self._gathered(active, hidden, layer, kwargs)
+            if active is not None and layer is not None:
+                local = active.local if active.local is not None else _arange(hidden)
                 layer.append(
-                    (st.base + local).to(hidden.device),
-                    st.visual.to(hidden.device),
-                    None if st.filler is None else st.filler.to(hidden.device),
-                    st.base + st.length,
+                    (active.base + local).to(hidden.device),
+                    active.visual.to(hidden.device),
+                    None if active.filler is None else active.filler.to(hidden.device),
+                    active.base + active.length,
                 )
+        if st is not None and st.aside is not None and st.aside.over == "attention":
+            hidden = st.aside.hidden  # the MLP acts on all tokens; `_attn_pre` takes the part
         return (hidden, *rest), kwargs
+
+    def _step_aside(
+        self, i: int, st: _Forward, hidden: Tensor, cache: Any, kwargs: dict[str, Any]
+    ) -> tuple[_Forward, Tensor]:
+        """The state and hidden states of the tokens that take part in layer i; usually all."""
+        st.aside = None
+        for index, method, layers in self.on_bypass:
+            if i not in layers:
+                continue
+            view = self._method_view(index, i, st, hidden, cache, kwargs)
+            reduction = method.on_bypass(view)
+            if reduction is None:
+                continue
+            part = replace(st, scratch={}, memos={}, memo={})
+            short = self._apply(part, hidden, view, reduction)
+            here: Any = part.local
+            if st.local is not None:
+                rows = st.local.to(hidden.device).contiguous()
+                here = torch.searchsorted(rows, part.local.contiguous())  # type: ignore[union-attr]
+            part.shift = None if st.shift is None else gather_tokens(st.shift, here)
+            st.aside = _Aside(hidden, here, part.filler, method.bypass)
+            st.partial.add(i)
+            processed = st.visual if method.bypass == "attention" else part.visual
+            self.record.layer(i, processed, part.visual)
+            return part, short
+        self.record.layer(i, st.visual, st.visual)
+        return st, hidden
+
+    def _attn_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Only some tokens enter the attention of this layer."""
+        st = self.forward
+        if st is None or st.aside is None:
+            return None
+        if args:
+            return (gather_tokens(args[0], st.aside.index), *args[1:]), kwargs
+        hidden = gather_tokens(kwargs["hidden_states"], st.aside.index)
+        return args, {**kwargs, "hidden_states": hidden}
+
+    def _attn_post(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """The others get nothing from it: the residual carries them to the MLP."""
+        st = self.forward
+        if st is None or st.aside is None:
+            return None
+        part = output[0] if isinstance(output, tuple) else output
+        full = st.aside.back(part, torch.zeros_like(st.aside.hidden))
+        return (full, *output[1:]) if isinstance(output, tuple) else full
 
     def _reduce(
         self, i: int, st: _Forward, hidden: Tensor, cache: Any, kwargs: dict[str, Any]
@@ -435,7 +527,7 @@ class DecoderEngine:
             image=st.image.to(hidden.device).gather(1, index),
             position=st.position.to(hidden.device).gather(1, index),
             images=st.images,
-            tap=self.taps[layer] if self.taps and layer >= 0 else None,
+            tap=_no_tap if layer in st.partial or layer < 0 or not self.taps else self.taps[layer],
             ahead=ahead,
             memo=memo,
             scratch=scratch,
@@ -573,58 +665,113 @@ class DecoderEngine:
             shift = shift + past.to(device)[:, None]
         return shift if now is None else shift + now.to(device)
 
-    # ---- KV cache stage ------------------------------------------------------------------------
+    # ---- behind a layer, and the KV cache stage ------------------------------------------------
 
     def _layer_post(
         self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
-    ) -> None:
-        cache = kwargs.get("past_key_values")
-        if cache is None:
-            return
-        st: Any = self.forward
+    ) -> Any:
+        st, cache = self.forward, kwargs.get("past_key_values")
+        if cache is not None and self.on_cache:
+            with self.record.clock.measure("method"):
+                self._note(i, st, cache)
+        if st is None or st.aside is None or st.aside.over == "attention":
+            return None
+        part = output[0] if isinstance(output, tuple) else output
+        full = st.aside.back(part, st.aside.hidden)
+        return (full, *output[1:]) if isinstance(output, tuple) else full
+
+    def _note(self, i: int, st: _Forward | None, cache: Any) -> None:
+        """Let methods note what they will need of the attention of layer i."""
         layer: Any = kv.existing_pruned(cache, i)
-        if st is None and layer is None:
-            return
-        with self.record.clock.measure("method"):
+        if layer is None:
+            if st is None:
+                return
             stock = cache.layers[i]
-            device = stock.keys.device
-            if layer is None:
-                batch, n = stock.keys.shape[0], stock.keys.shape[2]
-                layer = kv.pruned_layer(cache, i, batch, device)
-                layer.visual[:, n - st.visual.shape[1] :] = st.visual.to(device)
-            if st is not None:
-                layer.prefilled = st.base + st.length
+            batch, n = stock.keys.shape[0], stock.keys.shape[2]
+            layer = kv.pruned_layer(cache, i, batch, stock.keys.device)
+            layer.visual[:, n - st.visual.shape[1] :] = st.visual.to(stock.keys.device)
+        if st is not None:
+            layer.prefilled = st.base + st.length
             for index, method in self.on_cache:
-                if st is not None:
-                    asked = [sum(method.budget(n) for n in row) for row in st.images]
-                    layer.budgets[index] = layer.budgets.get(index, 0) + torch.tensor(
-                        asked, device=device
-                    )
-                filler = None if layer.filler is None else ~layer.padded("filler", device)
-                view = CacheView(
-                    keys=layer.keys,
-                    values=layer.values,
-                    visual=layer.padded("visual", device),
-                    valid=filler,
-                    layer=i,
-                    depth=len(self.layers),
-                    step=layer.get_seq_length() - layer.prefilled,
-                    budget=layer.budgets[index],
-                    scratch=layer.scratch.setdefault(index, {}),
+                asked = [sum(method.budget(n) for n in row) for row in st.images]
+                layer.budgets[index] = layer.budgets.get(index, 0) + torch.tensor(
+                    asked, device=layer.keys.device
                 )
+        for index, method in self.noting:
+            method.note_cache(self._cache_view(index, i, layer, self.taps[i]))
+
+    def _cache_view(self, index: int, i: int, layer: Any, t: tap.Tap | None) -> CacheView:
+        device = layer.keys.device
+        valid = None if layer.filler is None else ~layer.padded("filler", device)
+        if self.mask is not None:
+            real = self.mask.to(device).bool().gather(1, layer.columns(device))
+            valid = real if valid is None else valid & real
+        scratch = layer.scratch.setdefault(index, {})
+        n = layer.physical_length()
+        for name, x in scratch.items():
+            scratch[name] = torch.cat([x, x.new_zeros(x.shape[0], n - x.shape[1], *x.shape[2:])], 1)
+        return CacheView(
+            keys=layer.keys,
+            values=layer.values,
+            visual=layer.padded("visual", device),
+            valid=valid,
+            layer=i,
+            depth=len(self.layers),
+            step=layer.get_seq_length() - layer.prefilled,
+            budget=layer.budgets[index],
+            tap=_no_tap if t is None else t,
+            scratch=scratch,
+        )
+
+    def _cache_stage(self, st: _Forward | None, cache: Any) -> None:
+        """Once a forward is complete: let methods evict, layer by layer."""
+        layers: list[Any] = [kv.existing_pruned(cache, i) for i in range(len(self.layers))]
+        if any(layer is None for layer in layers):
+            return
+        alive = None if st is None else self._reached_end(st)
+        for index, method in self.on_cache:
+            views = [self._cache_view(index, i, layer, None) for i, layer in enumerate(layers)]
+            peers = [view.scratch for view in views]
+            for layer, view in zip(layers, views, strict=True):
+                view.peers = peers
+                if alive is not None:
+                    columns = layer.columns(view.keys.device)
+                    view.reaches_end = alive.to(view.keys.device).gather(1, columns)
                 reduction = method.on_cache(view)
                 if reduction is not None:
-                    layer.scratch = {
-                        m: {name: reduction.select(x) for name, x in named.items()}
-                        for m, named in layer.scratch.items()
-                    }
-                    layer.evict(reduction.keep, reduction.valid)
+                    layer.evict(reduction)
+
+    def _reached_end(self, st: _Forward) -> Tensor:
+        """(B, logical length) bool, tokens of this forward that entered the last layer, and all
+        earlier ones."""
+        batch = st.real.shape[0]
+        device = st.real.device
+        if st.local is None:
+            return torch.ones(batch, st.base + st.length, dtype=torch.bool, device=device)
+        new = torch.zeros(batch, st.length, dtype=torch.bool, device=device)
+        there = torch.ones_like(st.local, dtype=torch.bool) if st.filler is None else ~st.filler
+        new = new.scatter(1, st.local.to(device), there.to(device))
+        return torch.cat([new.new_ones(batch, st.base), new], 1)
 
     def _sublayer_post(
         self, t: tap.Tap, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any
     ) -> None:
         given = args[0] if args else kwargs["hidden_states"]
         t.sublayers[name] = (given, output[0] if isinstance(output, tuple) else output)
+
+
+class _NoTap:
+    """Stands where no attention can be read."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnsupportedError(
+            "the attention of this layer cannot be read here: before the first layer there is "
+            "none, behind a layer that some tokens jumped over (a bypass method in the chain) it "
+            "saw part of them, and on_cache comes after it is gone (use note_cache)"
+        )
+
+
+_no_tap: Any = _NoTap()
 
 
 def _arange(hidden: Tensor) -> Tensor:

@@ -70,19 +70,30 @@ class Record:
         self.images: list[list[int]] = []  # visual tokens of each image of each row
         self.text = torch.empty(0)  # (B,) other tokens that are not padding
         self.visual: dict[int, Tensor] = {}  # layer -> (B,) visual tokens it processed
+        self.attended: dict[int, Tensor] = {}  # layer -> (B,) those in its attention
+        self.slots: list[Tensor] = []  # (B,) visual tokens in the KV cache of each compressed layer
         self.final: tuple[Tensor, Tensor, Tensor] | None = None
         self.kv: tuple[int, int] = (0, 0)
 
     def begin(self, visual: Tensor, real: Tensor, images: list[list[int]]) -> None:
         self.images, self.text, self.final = images, (real & ~visual).sum(1), None
         self.visual = {0: visual.sum(1)}
+        self.attended, self.slots = {}, []
         self.clock.reset("prefill", "decode")
 
-    def layer(self, i: int, visual: Tensor) -> None:
+    def layer(self, i: int, visual: Tensor, attended: Tensor) -> None:
         self.visual[i] = visual.sum(1)
+        self.attended[i] = self.visual[i] if attended is visual else attended.sum(1)
 
-    def end(self, visual: Tensor, image: Tensor, position: Tensor, kv: tuple[int, int]) -> None:
-        self.final, self.kv = (visual, image, position), kv
+    def end(
+        self,
+        visual: Tensor,
+        image: Tensor,
+        position: Tensor,
+        kv: tuple[int, int],
+        slots: list[Tensor],
+    ) -> None:
+        self.final, self.kv, self.slots = (visual, image, position), kv, slots
 
 
 @dataclass
@@ -96,6 +107,8 @@ class Report:
             LLM layers.
         tokens_per_layer: visual tokens each LLM layer processed (encoder alone: tokens after each
             block, prefix included).
+        attended_per_layer: those in each LLM layer's attention; fewer where tokens jump over it.
+        kv_tokens: visual tokens in the KV cache after prefill, mean over the layers.
         flops, flops_full: the literature's formula for one row, with and without compression.
         flops_all, flops_all_full: all tokens, encoder and projector included.
         kv_bytes, kv_bytes_full: bytes of the KV cache after prefill as held in memory, and of the
@@ -114,6 +127,8 @@ class Report:
     final_tokens: float
     average_tokens: float
     tokens_per_layer: list[float]
+    attended_per_layer: list[float] | None
+    kv_tokens: float | None
     flops: float | None
     flops_full: float | None
     flops_all: float
@@ -209,6 +224,8 @@ def build_report(
             final_tokens=final,
             average_tokens=sum(counts) / len(counts) - tower.prefix,
             tokens_per_layer=[float(c) for c in counts],
+            attended_per_layer=None,
+            kv_tokens=None,
             flops=None,
             flops_full=None,
             flops_all=encoder,
@@ -225,12 +242,22 @@ def build_report(
         )
     llm = sites.decoder
     depth = len(llm.decoder.layers)
-    layers: list[Tensor] = []  # (B,) visual tokens of each layer
-    for i in range(depth):
-        layers.append(record.visual[i].cpu() if i in record.visual else layers[-1])
     rows = [r for r, images in enumerate(record.images) if images]
-    table = torch.stack(layers)[:, rows].tolist()  # depth x rows
+
+    def by_layer(known: dict[int, Tensor]) -> list[list[float]]:
+        """Visual tokens of each layer and row, depth x rows."""
+        layers: list[Tensor] = []
+        for i in range(depth):
+            layers.append(known[i].cpu() if i in known else layers[-1])
+        return torch.stack(layers)[:, rows].tolist()
+
+    table = by_layer(record.visual)
+    in_attention = by_layer(record.attended or record.visual)
     per_row = list(zip(*table, strict=True))
+    attended_per_row = list(zip(*in_attention, strict=True))
+    slots = [n.cpu()[rows].float().mean().item() for n in record.slots]
+    if len(slots) < depth:  # no layer of the cache was compressed
+        slots = [sum(layer) / len(layer) for layer in in_attention]
     full_rows = [sum(record.images[r]) for r in rows]
     text = [float(record.text[r]) for r in rows]
 
@@ -238,7 +265,9 @@ def build_report(
         values = list(values)
         return sum(values) / len(values)
 
-    def whole(tokens: Any, n_text: float, images: int, cost: float, projected: float) -> float:
+    def whole(
+        tokens: Any, attended: Any, n_text: float, images: int, cost: float, projected: float
+    ) -> float:
         decoder = decoder_flops(
             [n + n_text for n in tokens],
             llm.hidden,
@@ -246,6 +275,7 @@ def build_report(
             llm.heads,
             llm.kv_heads,
             llm.head_dim,
+            [n + n_text for n in attended],
         )
         projector = projected * (tower.width * llm.hidden + llm.hidden**2)
         return decoder + images * cost + projector + llm.hidden * llm.vocab
@@ -263,14 +293,21 @@ def build_report(
         final_tokens=mean(table[-1]),
         average_tokens=mean(mean(layer) for layer in table),
         tokens_per_layer=[mean(layer) for layer in table],
-        flops=mean(llm_flops(t, llm.hidden, llm.mlp_width) for t in per_row),
+        attended_per_layer=[mean(layer) for layer in in_attention],
+        kv_tokens=mean(slots),
+        flops=mean(
+            llm_flops(t, llm.hidden, llm.mlp_width, a)
+            for t, a in zip(per_row, attended_per_row, strict=True)
+        ),
         flops_full=mean(llm_flops(t, llm.hidden, llm.mlp_width) for t in flat),
         flops_all=mean(
-            whole(t, n, i, encoder, p * i)
-            for t, n, i, p in zip(per_row, text, images, projected, strict=True)
+            whole(t, a, n, i, encoder, p * i)
+            for t, a, n, i, p in zip(
+                per_row, attended_per_row, text, images, projected, strict=True
+            )
         ),
         flops_all_full=mean(
-            whole(t, n, i, encoder_full, total * i)
+            whole(t, t, n, i, encoder_full, total * i)
             for t, n, i in zip(flat, text, images, strict=True)
         ),
         kv_bytes=record.kv[0] or None,
