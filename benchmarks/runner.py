@@ -4,8 +4,8 @@
 What is measured, and how:
 
 * Accuracy: greedy answers to padded batches. The image encoder runs once for each image, not once
-  for each question. Between methods only the output of an encoder that they neither change nor
-  look into is shared.
+  for each question. Methods that do not change it share its output; of blocks that they look into,
+  the attention runs again on its remembered input.
 * Time: one prompt with one image (batch 1), from pixels to the logits of the first answer token.
   The stock model, without any hook of ours, takes its turn among the methods in every round; the
   first round is a warm-up and is not counted. Medians are reported.
@@ -27,7 +27,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
@@ -37,11 +37,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..adapters.locate import locate
+from ..errors import UnsupportedError
 from ..method import Chain, Method, resolve
 from ..wrapping import compressing, observe
 
 SHARES = (Fraction(1, 2), Fraction(1, 3), Fraction(2, 9), Fraction(1, 9))
 """The budgets of the literature: 288, 192, 128 and 64 of LLaVA-1.5's 576 tokens."""
+
+VISION_INPUTS = ("pixel_values", "image_sizes")
 
 Progress = Callable[[str, int, int], None]
 """Called with what is running, steps done and steps in all."""
@@ -54,6 +58,8 @@ class Settings:
     Attributes:
         methods: registered names.
         keep: budgets, shares of the visual tokens or counts; the uncompressed model always runs.
+        flops: instead of budgets, the share of the LLM's FLOPs (visual tokens) that every method is
+            tuned to with `vtc.match`; one that cannot reach it says so in its row.
         batch_size: questions answered together; max_new_tokens: length of an answer.
         repeats: timed forwards of each configuration after one warm-up; 0 measures no time.
         seed: of the bootstrap and of methods that draw at random.
@@ -61,6 +67,7 @@ class Settings:
 
     methods: tuple[str, ...]
     keep: tuple[Fraction | int, ...] = SHARES
+    flops: float | None = None
     batch_size: int = 20
     max_new_tokens: int = 6
     repeats: int = 7
@@ -73,7 +80,8 @@ class Row:
 
     method: str
     stages: list[str]
-    asked_tokens: int
+    asked_tokens: int | None
+    parameters: str = ""
     final_tokens: float | None = None
     average_tokens: float | None = None
     flops_g: float | None = None
@@ -116,13 +124,26 @@ def prompt_of(processor: Any, question: str) -> str:
 class Batch:
     """Questions about a few images, ready for the model.
 
-    ``pixels`` holds each image once; ``image_of`` says which of them a question is about.
+    ``vision`` holds each image once (pixel values, and sizes where the model cuts crops);
+    ``image_of`` says which of them a question is about.
     """
 
     items: list[Any]
     text: dict[str, torch.Tensor]
-    pixels: torch.Tensor
+    vision: dict[str, torch.Tensor]
     image_of: list[int]
+
+    def inputs(self, model: Any) -> dict[str, torch.Tensor]:
+        """What the model takes, on its device."""
+        return {
+            **{k: v.to(model.device) for k, v in self.text.items()},
+            **self.images(model),
+        }
+
+    def images(self, model: Any) -> dict[str, torch.Tensor]:
+        """The images alone, pixels in the dtype of the model."""
+        moved = {k: v.to(model.device) for k, v in self.vision.items()}
+        return {**moved, "pixel_values": moved["pixel_values"].to(model.dtype)}
 
 
 def image_key(image: Image.Image) -> str:
@@ -149,8 +170,8 @@ def make_batches(processor: Any, items: Sequence[Any], size: int) -> list[Batch]
         )
         image_of = [unique.index(keys[i]) for i in chosen]
         rows = [image_of.index(u) for u in range(len(unique))]
-        pixels = inputs.pop("pixel_values")[rows]
-        batches.append(Batch([items[i] for i in chosen], dict(inputs), pixels, image_of))
+        vision = {k: inputs.pop(k)[rows] for k in VISION_INPUTS if k in inputs}
+        batches.append(Batch([items[i] for i in chosen], dict(inputs), vision, image_of))
     return batches
 
 
@@ -160,59 +181,94 @@ def make_batches(processor: Any, items: Sequence[Any], size: int) -> list[Batch]
 @torch.no_grad()
 def answer_batch(model: Any, processor: Any, batch: Batch, max_new_tokens: int) -> list[str]:
     """Greedy answers to a batch; the encoder runs once for each of its images."""
-    device, dtype = model.device, model.dtype
-    text = {k: v.to(device) for k, v in batch.text.items()}
-    pixels = batch.pixels.to(device, dtype)
+    text = {k: v.to(model.device) for k, v in batch.text.items()}
+    images = batch.images(model)
     if "mm_encoder_outputs" in inspect.signature(model.forward).parameters:
-        encoded = model.get_image_features(pixel_values=pixels)
+        encoded = model.get_image_features(**images)
         features = [encoded.pooler_output[i] for i in batch.image_of]
         outputs = {"image": type(encoded)(pooler_output=features)}
         vision: dict[str, Any] = {"mm_encoder_outputs": outputs}
     else:  # transformers before 5.18: one encoder pass for each question
-        vision = {"pixel_values": pixels[batch.image_of]}
+        vision = {k: v[batch.image_of] for k, v in images.items()}
     out = model.generate(**text, **vision, do_sample=False, max_new_tokens=max_new_tokens)
     new = out[:, text["input_ids"].shape[1] :]
     return [t.strip() for t in processor.batch_decode(new, skip_special_tokens=True)]
 
 
-@contextmanager
-def remembered(model: Any, memory: dict[int, Any] | None, key: int) -> Iterator[None]:
-    """Inside the block the encoder's stock output comes from memory, or goes there if it is new.
+@dataclass
+class Encoder:
+    """The stock work of an image encoder, done once for each batch of images.
 
-    Hooks on the encoder as a whole and on the projector see no difference; hooks on its blocks do
-    not run, so this is for methods that have none.
+    Attributes:
+        tower: the module; layer: the hidden state that the model reads.
+        looked_into: attention modules that some method captures.
+        memory: for each batch the tower's output and the calls of those attention modules.
     """
-    tower = getattr(getattr(model, "model", None), "vision_tower", None)
-    layer = getattr(model.config, "vision_feature_layer", None)
-    if memory is None or tower is None or not isinstance(layer, int):
-        yield
-        return
-    forward = tower.forward
 
-    @functools.wraps(forward)
-    def recall(*args: Any, **kwargs: Any) -> Any:
-        if key not in memory:
-            out = forward(*args, **kwargs)
-            if out.hidden_states is None:
-                return out
-            wanted = layer % len(out.hidden_states)
-            states = tuple(h if i == wanted else None for i, h in enumerate(out.hidden_states))
-            memory[key] = type(out)(last_hidden_state=out.last_hidden_state, hidden_states=states)
-        return copy.copy(memory[key])
+    tower: Any
+    layer: int
+    looked_into: list[Any]
+    memory: dict[int, tuple[Any, list[tuple[tuple, dict[str, Any]]]]] = field(default_factory=dict)
 
-    tower.forward = recall
-    try:
-        yield
-    finally:
-        del tower.forward
+    @classmethod
+    def of(cls, model: Any, methods: Sequence[Method]) -> Encoder | None:
+        """The encoder of a model as these methods see it; None where it cannot be remembered."""
+        vision = locate(model).vision
+        layer = getattr(model.config, "vision_feature_layer", None)
+        if not isinstance(layer, int) or "forward" in vars(vision.tower):
+            return None
+        depth = len(vision.blocks)
+        wanted = {i % depth for m in methods if leaves_encoder_alone(m) for i in m.captures(depth)}
+        return cls(vision.tower, layer, [vision.blocks[i].attn for i in sorted(wanted)])
+
+    @contextmanager
+    def remembered(self, key: int) -> Iterator[None]:
+        """Inside the block the tower's output comes from memory, or goes there if it is new.
+
+        Hooks on the tower, on the captured attention modules and behind the tower see no
+        difference; hooks on its blocks do not run.
+        """
+        forward = self.tower.forward
+
+        @functools.wraps(forward)
+        def recall(*args: Any, **kwargs: Any) -> Any:
+            if key not in self.memory:
+                calls: list[tuple[tuple, dict[str, Any]]] = []
+                hooks = [
+                    module.register_forward_pre_hook(
+                        lambda _, args, kwargs: calls.append((args, kwargs)),
+                        with_kwargs=True,
+                        prepend=True,
+                    )
+                    for module in self.looked_into
+                ]
+                try:
+                    out = forward(*args, **kwargs)
+                finally:
+                    for hook in hooks:
+                        hook.remove()
+                if out.hidden_states is None:
+                    return out
+                wanted = self.layer % len(out.hidden_states)
+                states = tuple(h if i == wanted else None for i, h in enumerate(out.hidden_states))
+                stored = type(out)(last_hidden_state=out.last_hidden_state, hidden_states=states)
+                self.memory[key] = stored, calls
+            else:
+                for module, (given, named) in zip(self.looked_into, self.memory[key][1]):
+                    if module._forward_pre_hooks:
+                        module(*given, **named)
+            return copy.copy(self.memory[key][0])
+
+        self.tower.forward = recall
+        try:
+            yield
+        finally:
+            del self.tower.forward
 
 
-def leaves_encoder_alone(model: Any, method: Method) -> bool:
-    """Whether a method neither changes the encoder's work nor captures anything inside it."""
-    if method.stages & {"pixels", "vision"}:
-        return False
-    depth = getattr(getattr(model.config, "vision_config", None), "num_hidden_layers", None)
-    return depth is not None and not method.captures(depth)
+def leaves_encoder_alone(method: Method) -> bool:
+    """Whether a method leaves the encoder's work as it is."""
+    return not method.stages & {"pixels", "vision"}
 
 
 def evaluate(
@@ -222,12 +278,12 @@ def evaluate(
     score: Callable[[str, str], float],
     max_new_tokens: int,
     tick: Callable[[], None] = lambda: None,
-    memory: dict[int, Any] | None = None,
+    encoder: Encoder | None = None,
 ) -> tuple[list[str], np.ndarray]:
     """Answers and their scores, in the order of the batches."""
     answers: list[str] = []
     for i, batch in enumerate(batches):
-        with remembered(model, memory, i):
+        with nullcontext() if encoder is None else encoder.remembered(i):
             answers += answer_batch(model, processor, batch, max_new_tokens)
         tick()
     items = [item for batch in batches for item in batch.items]
@@ -351,17 +407,53 @@ def parse_keep(text: str) -> Fraction | int:
     return value
 
 
-def token_budgets(keep: Sequence[Fraction | int], total: int) -> list[int]:
-    """Token counts below the total, largest first."""
-    counts = {k if isinstance(k, int) else max(1, round(total * k)) for k in keep}
-    return sorted((c for c in counts if c < total), reverse=True)
+def token_budgets(keep: Sequence[Fraction | int], total: int) -> dict[int, Fraction | int]:
+    """Budgets by the tokens that they leave of ``total``, below it, largest first."""
+    counts = {k if isinstance(k, int) else max(1, round(total * k)): k for k in keep}
+    return {c: counts[c] for c in sorted(counts, reverse=True) if c < total}
 
 
-def seeded(name: str, tokens: int, seed: int) -> Method:
-    """The method with a budget of ``tokens``, and the seed if it takes one."""
-    (method,) = resolve(name, keep_tokens=tokens)
+def seeded(name: str, keep: Fraction | int | None, seed: int) -> Method:
+    """The method with a budget (None: as it comes), and the seed if it takes one."""
+    budget: dict[str, Any] = {}
+    if keep is not None:
+        budget = {"keep_tokens": keep} if isinstance(keep, int) else {"keep_ratio": float(keep)}
+    (method,) = resolve(name, **budget)
     takes_seed = any(f.name == "seed" for f in fields(method))
     return replace(method, seed=seed) if takes_seed else method  # type: ignore[call-arg]
+
+
+def plan(
+    model: Any, inputs: dict[str, torch.Tensor], total: int, settings: Settings
+) -> list[tuple[Row, Method | None]]:
+    """A row for each configuration to run, and its method; None where it cannot be made."""
+    plans: list[tuple[Row, Method | None]] = []
+    for name in settings.methods:
+        stages: list[str] = sorted(seeded(name, None, settings.seed).stages)
+        if settings.flops is not None:
+            from ..matching import match
+
+            row, method = Row(name, stages, None), None
+            try:
+                wanted = seeded(name, None, settings.seed)
+                found = match(
+                    [wanted], flops=settings.flops, model=model, inputs=inputs, which="llm"
+                )
+                (method,) = resolve(found[name])
+            except ValueError as error:  # out of reach, or it has no budget
+                row.error = str(error)
+            plans.append((row, method))
+            continue
+        for tokens, keep in token_budgets(settings.keep, total).items():
+            row, method = Row(name, stages, tokens), None
+            try:
+                method = seeded(name, keep, settings.seed)
+            except ValueError as error:
+                row.error = str(error)
+            plans.append((row, method))
+    for row, method in plans:
+        row.parameters = "" if method is None else str(method)
+    return plans
 
 
 def run(
@@ -394,20 +486,15 @@ def run(
     groups = [image_key(item.image) for item in ordered]
     report_progress = progress or (lambda text, done, total: None)
 
-    prompt = make_batches(processor, [ordered[0]], 1)[0]
-    inputs = {k: v.to(model.device) for k, v in prompt.text.items()}
-    inputs["pixel_values"] = prompt.pixels.to(model.device, model.dtype)
+    inputs = make_batches(processor, [ordered[0]], 1)[0].inputs(model)
     with observe(model) as session:
         timed_prefill(model, inputs)
         total = round(session.report().visual_tokens)
 
-    rows = [Row(BASELINE, [], total)]
-    plans: list[Method | None] = [None]
-    for name in settings.methods:
-        for tokens in token_budgets(settings.keep, total):
-            method = seeded(name, tokens, settings.seed)
-            rows.append(Row(name, sorted(method.stages), tokens))
-            plans.append(method)
+    made = plan(model, inputs, total, settings)
+    rows = [Row(BASELINE, [], total), *(row for row, _ in made)]
+    plans: list[Method | None] = [None, *(method for _, method in made)]
+    encoder = Encoder.of(model, [m for m in plans if m is not None])
 
     steps = len(batches) * (len(plans) + 1) + settings.repeats + 1
     done = 0
@@ -421,8 +508,6 @@ def run(
         report_progress(text, min(done, steps), steps)
         return tick
 
-    memory: dict[int, Any] = {}
-
     def assess(row: Row, label: str, share_encoder: bool) -> list[str]:
         answers, scores = evaluate(
             model,
@@ -431,7 +516,7 @@ def run(
             score,
             settings.max_new_tokens,
             ticker(label),
-            memory if share_encoder else None,
+            encoder if share_encoder else None,
         )
         row.accuracy = float(scores.mean())
         row.accuracy_low, row.accuracy_high = bootstrap(scores, groups, settings.seed)
@@ -442,19 +527,21 @@ def run(
         return answers
 
     reference = assess(rows[0], BASELINE, True)
-    blank = [Batch(b.items, b.text, *_blanked(processor, b)) for b in batches]
+    blank = [_blanked(b) for b in batches]
     tick = ticker("blank image")
     _, scores = evaluate(model, processor, blank, score, settings.max_new_tokens, tick)
     rows[0].blank_accuracy, rows[0].agreement = float(scores.mean()), 1.0
 
-    for row, plan in zip(rows[1:], plans[1:]):
-        label = f"{row.method}, {row.asked_tokens} tokens"
+    for row, method in zip(rows[1:], plans[1:]):
+        label = row.method if row.asked_tokens is None else f"{row.method}, {row.asked_tokens}"
         before = done
+        if method is None:
+            done += len(batches)
+            continue
         try:
-            assert plan is not None
-            with compressing(model, plan):
-                answers = assess(row, label, leaves_encoder_alone(model, plan))
-        except ValueError as error:  # UnsupportedError, or a budget this method cannot reach
+            with compressing(model, method):
+                answers = assess(row, label, leaves_encoder_alone(method))
+        except UnsupportedError as error:
             row.error = str(error)
             done = before + len(batches)
             continue
@@ -490,12 +577,10 @@ def run(
     }
 
 
-def _blanked(processor: Any, batch: Batch) -> tuple[torch.Tensor, list[int]]:
-    """One grey image for all questions of a batch."""
-    grey = Image.new("RGB", batch.items[0].image.size, (127, 127, 127))
-    text = prompt_of(processor, batch.items[0].question)
-    pixels = processor(text=[text], images=[grey], return_tensors="pt")["pixel_values"]
-    return pixels, [0] * len(batch.items)
+def _blanked(batch: Batch) -> Batch:
+    """The same questions about images of the processor's mean colour, of the same sizes."""
+    pixels = torch.zeros_like(batch.vision["pixel_values"])
+    return replace(batch, vision={**batch.vision, "pixel_values": pixels})
 
 
 def _fill(row: Row, facts: dict[str, Any], baseline: dict[str, Any]) -> None:
@@ -591,4 +676,4 @@ def write_json(result: dict[str, Any], path: Path) -> Path:
 def rows_of(result: dict[str, Any], method: str) -> list[dict[str, Any]]:
     """The rows of one method, largest budget first."""
     rows = [r for r in result["rows"] if r["method"] == method and r["error"] is None]
-    return sorted(rows, key=lambda r: -r["asked_tokens"])
+    return sorted(rows, key=lambda r: -(r["asked_tokens"] or 0))

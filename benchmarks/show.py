@@ -33,10 +33,12 @@ def show_kept(
     (answer,) = answer_batch(model, processor, batch, settings.max_new_tokens)
     everything = range(1)  # one patch, the whole image: nothing dimmed
     tiles = [(kept_overlay(item.image, (1, 1), everything, size=size), f"{BASELINE}\n{answer}")]
-    budgets = token_budgets(settings.keep, total)
-    tokens = budgets[-2:][0] if budgets else total
+    budgets = list(token_budgets(settings.keep, total).values()) or [total]
     for name in settings.methods:
-        method = seeded(name, tokens, settings.seed)
+        try:
+            method = seeded(name, budgets[-2:][0], settings.seed)
+        except ValueError:  # takes no budget
+            continue
         tile = _tile(model, processor, item, batch, method, settings.max_new_tokens, size)
         if tile is not None:
             tiles.append(tile)

@@ -85,7 +85,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def summary(result: dict[str, Any]) -> str:
     """A table for the README: methods down, budgets across, accuracy in percent in the cells."""
-    budgets = sorted({r["asked_tokens"] for r in result["rows"][1:]}, reverse=True)
+    budgets = sorted({r["asked_tokens"] or 0 for r in result["rows"][1:]}, reverse=True)
     base = result["rows"][0]
     full = result["visual_tokens"]
     smallest = min(budgets, default=full)
@@ -112,4 +112,66 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["BASELINE", "COLUMNS", "caption", "cells", "interval", "markdown", "speedup", "summary"]
+def margin(row: dict[str, Any]) -> str:
+    """Accuracy and half of its 95 % interval, in percent."""
+    half = (row["accuracy_high"] - row["accuracy_low"]) / 2
+    return f"{100 * row['accuracy']:.1f} ±{100 * half:.0f}"
+
+
+def overview(results: list[dict[str, Any]]) -> str:
+    """Methods down, tasks and budgets across: accuracy, and a mark where random tokens do better.
+
+    Results of `vtc bench --flops` have one column a task, with the final tokens beside it.
+    """
+    columns: list[tuple[dict[str, Any], int | None]] = []
+    for result in results:
+        asked = {r["asked_tokens"] for r in result["rows"][1:]}
+        columns += [(result, n) for n in sorted(asked, key=lambda n: -(n or 0))]
+    names = dict.fromkeys(r["method"] for result in results for r in result["rows"][1:])
+    cell_of = {
+        (id(result), r["asked_tokens"], r["method"]): r
+        for result in results
+        for r in result["rows"][1:]
+    }
+
+    def cell(result: dict[str, Any], asked: int | None, name: str) -> str:
+        row = cell_of.get((id(result), asked, name))
+        if row is None or row["accuracy"] is None:
+            return "-"
+        chance = cell_of.get((id(result), asked, "random"))
+        low = chance is not None and row["accuracy"] < chance["accuracy"]
+        tokens = f" ({row['final_tokens']:.0f})" if asked is None else ""
+        return margin(row) + tokens + (" ↓" if low else "")
+
+    head = [
+        result["task"] + (", equal FLOPs" if n is None else f", {n} of {result['visual_tokens']}")
+        for result, n in columns
+    ]
+    lines = ["| method | " + " | ".join(head) + " |", "|---|" + "---:|" * len(head)]
+    base = [f"**{margin(result['rows'][0])}**" for result, _ in columns]
+    lines.append("| uncompressed | " + " | ".join(base) + " |")
+    for name in names:
+        found = [cell(result, n, name) for result, n in columns]
+        lines.append(f"| {name} | " + " | ".join(found) + " |")
+    why = {
+        f"`{r['method']}` on {result['task']}: {r['error'].split(';')[0]}": None
+        for result in results
+        for r in result["rows"][1:]
+        if r["error"]
+    }
+    if why:
+        lines += ["", "Not run (-):", "", *(f"* {text}" for text in why)]
+    return "\n".join(lines)
+
+
+__all__ = [
+    "BASELINE",
+    "COLUMNS",
+    "caption",
+    "cells",
+    "interval",
+    "markdown",
+    "overview",
+    "speedup",
+    "summary",
+]

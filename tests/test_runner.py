@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -75,10 +76,12 @@ def test_batches_hold_every_question_once_and_every_image_once(processor):
     assert sorted(map(id, got)) == sorted(map(id, items))
     for batch in batches:
         assert len(batch.items) <= 5
-        assert len(batch.pixels) == len({runner.image_key(i.image) for i in batch.items})
+        assert len(batch.vision["pixel_values"]) == len(
+            {runner.image_key(i.image) for i in batch.items}
+        )
         for item, which in zip(batch.items, batch.image_of):
             alone = processor(text=["<image>"], images=[item.image], return_tensors="pt")
-            assert torch.equal(alone["pixel_values"][0], batch.pixels[which])
+            assert torch.equal(alone["pixel_values"][0], batch.vision["pixel_values"][which])
         padding = batch.text["attention_mask"] == 0
         assert not padding[:, -1].any()  # padded on the left
 
@@ -86,7 +89,7 @@ def test_batches_hold_every_question_once_and_every_image_once(processor):
 @pytest.mark.parametrize("method", [None, "fastv", "divprune", "pitome", "downsample", "visionzip"])
 def test_sharing_the_encoder_between_questions_changes_no_answer(model, processor, method):
     (batch,) = runner.make_batches(processor, make_items(images=2, questions=3), 6)
-    plain = dict(batch.text, pixel_values=batch.pixels[batch.image_of])
+    plain = dict(batch.text, pixel_values=batch.vision["pixel_values"][batch.image_of])
 
     def ask() -> tuple[list[str], torch.Tensor]:
         shared = runner.answer_batch(model, processor, batch, 4)
@@ -106,21 +109,30 @@ def test_sharing_the_encoder_between_methods_changes_no_answer(model, processor,
     """A remembered encoder gives the same logits, and is only used where nothing happens in it."""
     (batch,) = runner.make_batches(processor, make_items(images=2, questions=3), 6)
     chosen = vtc.method.resolve(method, keep_tokens=6)[0]
-    fresh = dict(batch.text, pixel_values=batch.pixels[batch.image_of])
-    memory: dict = {}
+    fresh = dict(batch.text, pixel_values=batch.vision["pixel_values"][batch.image_of])
+    everyone = [vtc.method.resolve(m)[0] for m in vtc.methods()]
+    encoder = runner.Encoder.of(model, everyone)
     before = dict(vars(model.model.vision_tower))
+    blocks: list[int] = []
+    count = model.model.vision_tower.encoder.layers[0].register_forward_hook(
+        lambda *_: blocks.append(0)
+    )
     with torch.no_grad():
-        with runner.remembered(model, memory, 0):
+        with encoder.remembered(0):
             model(**fresh)
         with vtc.compressing(model, chosen):
             expected = model(**fresh).logits
-        shared = memory if runner.leaves_encoder_alone(model, chosen) else None
-        with vtc.compressing(model, chosen), runner.remembered(model, shared, 0):
+        shared = encoder.remembered(0) if runner.leaves_encoder_alone(chosen) else nullcontext()
+        with vtc.compressing(model, chosen), shared:
             got = model(**fresh).logits
+    count.remove()
     assert torch.equal(got, expected)
     assert vars(model.model.vision_tower).keys() == before.keys()
-    known = {"random": True, "fastv": True, "pitome": False, "visionzip": False}
-    assert (shared is not None) == known.get(method, shared is not None)
+    assert len(blocks) == (2 if runner.leaves_encoder_alone(chosen) else 3)
+    known = {"random": True, "fastv": True, "pitome": False, "visionzip": True, "downsample": False}
+    assert runner.leaves_encoder_alone(chosen) == known.get(
+        method, runner.leaves_encoder_alone(chosen)
+    )
 
 
 def test_rows_are_complete_and_consistent(result):
@@ -150,7 +162,7 @@ def test_rows_are_complete_and_consistent(result):
 
 def test_kv_bytes_are_those_the_report_tells(model, processor):
     (batch,) = runner.make_batches(processor, make_items(1, 1), 1)
-    inputs = dict(batch.text, pixel_values=batch.pixels)
+    inputs = dict(batch.text, pixel_values=batch.vision["pixel_values"])
     for name in (None, "fastv", "divprune"):
         context = observe(model) if name is None else vtc.compressing(model, name, keep_tokens=4)
         with context as session:
@@ -257,7 +269,7 @@ def test_pictures_and_tables(model, processor, result, tmp_path):
 
 def test_speed_rows_hold_together(model, processor, monkeypatch):
     (batch,) = runner.make_batches(processor, make_items(1, 1), 1)
-    inputs = dict(batch.text, pixel_values=batch.pixels)
+    inputs = dict(batch.text, pixel_values=batch.vision["pixel_values"])
     methods = [vtc.method.resolve(n, keep_tokens=4)[0] for n in ("fastv", "divprune")]
     monkeypatch.setattr(speed, "TEXT_TOKENS", int(batch.text["attention_mask"].sum()) - 16)
     *rows, floor = speed.compare(model, lambda: model(**inputs, use_cache=True), methods, repeats=2)

@@ -34,6 +34,8 @@ out = Console()
 err = Console(stderr=True)
 
 DEFAULT_TASKS = ("easy-vqa", "scenes")
+EMBEDDED = {"small-text": "load_llava_next"}
+"""The loader of the embedded model for a task; that of the tiny LLaVA for all others."""
 DEFAULT_METHODS = ("fastv", "visionzip", "divprune", "pitome", "random", "downsample")
 DEFAULT_KEEP = "1,0.5,0.33,0.22,0.11"
 DEFAULT_SAMPLES = 80
@@ -109,11 +111,21 @@ def bench(
     keep: Annotated[
         str, typer.Option(help="Kept shares (0.33, 1/3) or token counts, separated by commas.")
     ] = DEFAULT_KEEP,
+    flops: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01,
+            max=1.0,
+            help="Instead of --keep: tune every method to this share of the LLM's FLOPs.",
+            show_default=False,
+        ),
+    ] = None,
     samples: Annotated[
         int | None, typer.Option(min=1, help="Questions of each task.", show_default=False)
     ] = None,
     full: Annotated[
-        bool, typer.Option("--full", help="All methods on at least 500 questions of each task.")
+        bool,
+        typer.Option("--full", help="All methods on 500 questions of each task; of speed, all."),
     ] = False,
     model: Annotated[
         str | None,
@@ -140,7 +152,7 @@ def bench(
     ViT-L/14 and on a 0.5 B decoder with random weights.
     """
     if tasks == ["speed"]:
-        _speed(device, repeats, seed, as_json, out_dir)
+        _speed(device, repeats, seed, full, as_json, out_dir)
         return
 
     from .benchmarks import runner, tables
@@ -157,19 +169,24 @@ def bench(
         names = tuple(n.strip() for n in methods.split(",") if n.strip())
     budgets = _valid(lambda: tuple(runner.parse_keep(k) for k in keep.split(",") if k.strip()))
     for name in names:
-        _valid(lambda name=name: runner.seeded(name, 1, seed))  # type: ignore[misc]
+        _valid(lambda name=name: runner.seeded(name, None, seed))  # type: ignore[misc]
     settings = runner.Settings(
         methods=names,
         keep=budgets,
+        flops=flops,
         batch_size=batch_size,
         repeats=repeats if repeats is not None else (9 if full else 5),
         seed=seed,
     )
     count = samples or (FULL_SAMPLES if full else DEFAULT_SAMPLES)
 
-    net, processor = _load(model, _device(device), dtype)
+    loaded: dict[str, tuple[Any, Any]] = {}
     results = []
     for name in chosen:
+        which = model or EMBEDDED.get(name, "load_llava")
+        if which not in loaded:
+            loaded[which] = _load(model, which, _device(device), dtype)
+        net, processor = loaded[which]
         items = list(Task(name, n=count, seed=seed))
         with _progress(name, quiet=as_json) as progress:
             result = runner.run(net, processor, name, items, score, settings, progress)
@@ -219,8 +236,8 @@ def _device(name: str) -> str:
     return name
 
 
-def _load(model: str | None, device: str, dtype: str) -> tuple[Any, Any]:
-    """The embedded LLaVA, or any other by folder or hub id."""
+def _load(model: str | None, embedded: str, device: str, dtype: str) -> tuple[Any, Any]:
+    """An embedded model by the name of its loader, or any other by folder or hub id."""
     import torch
     import transformers
 
@@ -231,9 +248,9 @@ def _load(model: str | None, device: str, dtype: str) -> tuple[Any, Any]:
     transformers.logging.disable_progress_bar()
     try:
         if model is None:
-            from .benchmarks.tiny.models import load_llava
+            from .benchmarks.tiny import models
 
-            net, processor = load_llava(device)
+            net, processor = getattr(models, embedded)(device)
         else:
             from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -324,13 +341,16 @@ def _pictures(
     return written
 
 
-def _speed(device: str, repeats: int | None, seed: int, as_json: bool, folder: Path) -> None:
+def _speed(
+    device: str, repeats: int | None, seed: int, full: bool, as_json: bool, folder: Path
+) -> None:
     from .benchmarks import speed
     from .benchmarks.runner import write_json
 
     with _progress("speed", quiet=as_json) as progress:
-        result = speed.run(_device(device), repeats or 7, seed, progress)
-    write_json(result, folder / "speed.json")
+        result = speed.run(_device(device), repeats or 7, seed, progress, full)
+    path = folder / ("speed-all.json" if full else "speed.json")
+    write_json(result, path)
     if as_json:
         print(json.dumps(result, indent=1))
         return
@@ -341,7 +361,7 @@ def _speed(device: str, repeats: int | None, seed: int, as_json: bool, folder: P
         for row in part["rows"]:
             table.add_row(*speed.cells(row))
         (out if out.is_terminal else Console(width=150)).print(table)
-    out.print(f"[dim]written: {folder / 'speed.json'}[/dim]", soft_wrap=True)
+    out.print(f"[dim]written: {path}[/dim]", soft_wrap=True)
 
 
 if __name__ == "__main__":
