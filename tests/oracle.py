@@ -13,14 +13,55 @@ from torch import Tensor, nn
 from vtc.decoder import DecoderEngine
 
 
+class Alive(dict[int, Tensor]):
+    """(B, L) logical tokens that are alive in each layer of the first prefill.
+
+    Attributes:
+        cached: by logical length of the cache, for each layer the (B, length) columns that it still
+            holds behind the cache stage.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cached: dict[int, list[Tensor]] = {}
+
+
 @contextmanager
-def recording(engine: DecoderEngine) -> Iterator[dict[int, Tensor]]:
-    """Collect the (B, L) logical tokens that are alive in each layer of the first prefill."""
-    alive: dict[int, Tensor] = {}
-    stock = engine._reduce
+def recording(
+    engine: DecoderEngine, merged: dict[int, tuple[Tensor, Tensor]] | None = None
+) -> Iterator[Alive]:
+    """Collect what is alive in each layer of the first prefill, and in the cache ever after.
+
+    Args:
+        merged: takes, by layer, the survivors that a merge in the LLM gave a new hidden state:
+            (B, L) bool and (B, L, D).
+    """
+    alive = Alive()
+    stock, evict = engine._reduce, engine._cache_stage
+
+    def cache_stage(st: Any, cache: Any) -> None:
+        evict(st, cache)
+        held = []
+        for layer in cache.layers:
+            columns = layer.columns(layer.keys.device)
+            there = ~layer.padded("filler", columns.device)
+            mask = torch.zeros(len(columns), layer.get_seq_length(), dtype=torch.bool)
+            held.append(mask.scatter(1, columns, there))
+        alive.cached.setdefault(held[0].shape[1], held)
 
     def reduce(i: int, st: Any, hidden: Tensor, cache: Any, kwargs: dict[str, Any]) -> Tensor:
+        given, local = hidden, st.local
         hidden = stock(i, st, hidden, cache, kwargs)
+        if merged is not None and i not in alive and i > 0 and st.local is not local:
+            before = given
+            if local is not None:
+                before = given.new_zeros(len(given), st.length, given.shape[2])
+                before = before.scatter(1, local.unsqueeze(-1).expand_as(given), given)
+            index = st.local.unsqueeze(-1).expand_as(hidden)
+            changed = (hidden != before.gather(1, index)).any(-1) & st.visual
+            where = torch.zeros(before.shape[:2], dtype=torch.bool).scatter(1, st.local, changed)
+            if where.any():
+                merged[i] = where, torch.zeros_like(before).scatter(1, index, hidden)
         if i not in alive:
             mask = torch.ones(hidden.shape[0], st.length, dtype=torch.bool)
             if st.local is not None:
@@ -33,18 +74,25 @@ def recording(engine: DecoderEngine) -> Iterator[dict[int, Tensor]]:
         return hidden
 
     engine._reduce = reduce  # type: ignore[method-assign]
+    engine._cache_stage = cache_stage  # type: ignore[method-assign]
     try:
         yield alive
     finally:
-        del engine._reduce
+        del engine._reduce, engine._cache_stage
 
 
 @contextmanager
-def masked(layers: nn.ModuleList, alive: dict[int, Tensor], start: int = 0) -> Iterator[None]:
+def masked(
+    layers: nn.ModuleList,
+    alive: dict[int, Tensor],
+    start: int = 0,
+    merged: dict[int, tuple[Tensor, Tensor]] | None = None,
+) -> Iterator[None]:
     """Run a stock decoder with the dead tokens masked from the layer on where they were dropped.
 
     Args:
         alive: by layer, (B, L) bool for the L columns from ``start`` on.
+        merged: hidden states to put in at prefill, as `recording` collects them.
     """
 
     def hook(i: int) -> Callable[..., Any]:
@@ -52,11 +100,17 @@ def masked(layers: nn.ModuleList, alive: dict[int, Tensor], start: int = 0) -> I
             hidden, kwargs = args[0], dict(kwargs)
             if i == 0:
                 hidden = hidden.nan_to_num(0.0)
+            if merged is not None and i in merged and hidden.shape[1] == merged[i][0].shape[1]:
+                where, value = (t.repeat_interleave(len(hidden) // len(t), 0) for t in merged[i])
+                hidden = value.where(where[..., None], hidden)
             batch, q_len = hidden.shape[:2]
             cache = kwargs.get("past_key_values")
             past = cache.layers[i].get_seq_length() if cache and i < len(cache.layers) else 0
             dead = torch.zeros(batch, past + q_len, dtype=torch.bool)
-            there = alive[i].repeat_interleave(batch // alive[i].shape[0], 0)
+            there = alive[i]
+            if past in getattr(alive, "cached", {}):
+                there = alive.cached[past][i]  # type: ignore[attr-defined]
+            there = there.repeat_interleave(batch // there.shape[0], 0)
             if past + q_len < start + there.shape[1]:
                 return (hidden, *args[1:]), kwargs
             dead[:, start : start + there.shape[1]] = ~there
@@ -88,16 +142,18 @@ def compare(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, Any, dict[in
     """Results of ``run`` on a wrapped model, and of the same with its drops turned into masks.
 
     The encoder side stays installed in both, so merged features are the same; only the LLM differs.
+    What a method merges inside the LLM is put into the masked run at the place where it was merged.
 
     Returns:
         (dropped, masked, alive tokens of each layer).
     """
     engine = model.vtc.decoder
-    with recording(engine) as alive:
+    merged: dict[int, tuple[Tensor, Tensor]] = {}
+    with recording(engine, merged) as alive:
         dropped = run()
     engine.remove()
     try:
-        with masked(engine.sites.decoder.layers, alive):
+        with masked(engine.sites.decoder.layers, alive, merged=merged):
             hidden = run()
     finally:
         engine.install()
