@@ -55,6 +55,7 @@ TASKS: dict[str, tuple[str, dict]] = {
     "easy-vqa": ("easy_vqa", {}),
     "scenes": ("scenes", {"level": "default"}),
     "scenes-hard": ("scenes", {"level": "hard"}),
+    "small-text": ("small_text", {}),
 }
 
 

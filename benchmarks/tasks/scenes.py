@@ -9,6 +9,7 @@ objects, level "hard" up to six small ones.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import cos, hypot, pi, sin
@@ -160,7 +161,7 @@ def _mask(obj: Obj) -> tuple[Image.Image, int, int]:
     return mask.reduce(scale), left, top
 
 
-def _background(scene: Scene, rng: np.random.Generator) -> Image.Image:
+def backdrop(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """Return a gradient with coarse and fine noise and a few muted blots and lines."""
     side = SIDE // 2  # drawn at half size and enlarged: backgrounds are soft, and it is quick
     base = np.array(BACKGROUNDS[scene.background], np.float32)
@@ -187,11 +188,9 @@ def _background(scene: Scene, rng: np.random.Generator) -> Image.Image:
     return result.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
 
 
-def render(scene: Scene) -> Image.Image:
-    """Return the scene as an RGB image of 336 x 336 pixels."""
-    rng = np.random.default_rng(scene.texture)
-    image = _background(scene, rng)
-    for obj in scene.objects:
+def draw_objects(image: Image.Image, objects: Sequence[Obj], rng: np.random.Generator) -> None:
+    """Draw objects and their digits onto an image."""
+    for obj in objects:
         mask, left, top = _mask(obj)
         jitter = rng.integers(-14, 15, 3)
         fill = tuple(int(v) for v in np.clip(np.array(COLORS[obj.color]) + jitter, 0, 255))
@@ -207,6 +206,13 @@ def render(scene: Scene) -> Image.Image:
                 anchor="mm",
                 stroke_width=1 if obj.r > 24 else 0,
             )
+
+
+def render(scene: Scene) -> Image.Image:
+    """Return the scene as an RGB image of 336 x 336 pixels."""
+    rng = np.random.default_rng(scene.texture)
+    image = backdrop(scene, rng)
+    draw_objects(image, scene.objects, rng)
     return image
 
 
@@ -231,7 +237,7 @@ def patches(scene: Scene, share: float = 0.5) -> list[np.ndarray]:
 # ---------------------------------------------------------------------------------- questions
 
 
-def _refs(scene: Scene, obj: Obj, without: str) -> list[str]:
+def references(scene: Scene, obj: Obj, without: str) -> list[str]:
     """Return the phrases that single out `obj` and do not mention the attribute `without`."""
     others = [o for o in scene.objects if o is not obj]
     found = []
@@ -251,7 +257,7 @@ def _about(scene: Scene, rng: random.Random, without: str, among=None) -> tuple[
     objects = list(scene.objects if among is None else among)
     rng.shuffle(objects)
     for obj in objects:
-        refs = _refs(scene, obj, without)
+        refs = references(scene, obj, without)
         if refs:
             return obj, rng.choice(refs)
     return None
@@ -352,7 +358,7 @@ def _relation(scene: Scene, rng: random.Random):
                 options.append((anchor, phrase, targets[0]))
     rng.shuffle(options)
     for anchor, phrase, target in options:
-        refs = _refs(scene, anchor, "position")
+        refs = references(scene, anchor, "position")
         if refs:
             asked = rng.choice(("shape", "color"))
             return f"what {asked} is {phrase} {rng.choice(refs)}?", getattr(target, asked)
