@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from ..errors import UnsupportedError
-from ..method import Method, known_methods
+from ..method import known_methods
 from ..wrapping import compressing
 
 PLACES = {
@@ -20,6 +21,7 @@ PLACES = {
     "vision": "in the encoder",
     "features": "before the LLM",
     "decoder": "in the LLM",
+    "bypass": "around LLM layers",
     "cache": "in the KV cache",
 }
 
@@ -116,29 +118,46 @@ FAMILIES: dict[str, Any] = {
 """Columns of the support matrix, each a mini random model and its inputs."""
 
 
-def supports(method: type[Method], model: Any, inputs: dict[str, Any]) -> bool:
-    """Whether a method at half the tokens runs on a model; only `UnsupportedError` says no."""
+def refusal(method: str, model: Any, inputs: dict[str, Any]) -> str | None:
+    """Why a method at half the tokens does not run on a model: its `UnsupportedError`, or None."""
     import torch
 
-    from ..method import resolve
+    from .runner import seeded
 
-    (made,) = resolve(method.name, keep_ratio=0.5)
+    try:
+        made = seeded(method, Fraction(1, 2), 0)
+    except ValueError:  # takes no budget
+        made = seeded(method, None, 0)
     try:
         with torch.no_grad(), compressing(model, made):
             model(**inputs)
-    except UnsupportedError:
-        return False
-    return True
+    except UnsupportedError as error:
+        return str(error)
+    return None
 
 
 def support_matrix() -> str:
-    """Method x model in Markdown, found by running each pair."""
+    """Method x model in Markdown, found by running each pair; why where one does not run."""
     built = {name: make() for name, make in FAMILIES.items()}
+    reasons: dict[str, int] = {}
     lines = ["| method | " + " | ".join(built) + " |", "|---|" + ":-:|" * len(built)]
-    for name, cls in known_methods().items():
-        marks = ["yes" if supports(cls, *pair) else "" for pair in built.values()]
-        lines.append(f"| `{name}` | " + " | ".join(marks) + " |")
-    return "\n".join(lines)
+    for method in known_methods():
+        marks = []
+        for model, inputs in built.values():
+            why = refusal(method, model, inputs)
+            if why is not None:
+                why = generic(why, method)
+            marks.append("yes" if why is None else f"{reasons.setdefault(why, len(reasons) + 1)}")
+        lines.append(f"| `{method}` | " + " | ".join(marks) + " |")
+    return "\n".join([*lines, "", *(f"{n}. {why}" for why, n in reasons.items())])
+
+
+def generic(message: str, method: str) -> str:
+    """An error message without the names of the pair it is about, and without its way out."""
+    for name in (f'"{method}"', method):
+        message = re.sub(rf"(?<![\w\"]){re.escape(name)}(?![\w\"])", "the method", message)
+    message = re.sub(r"\w+(?= (is an encoder|has none|takes one))", "the encoder", message)
+    return re.sub(r" \([^)]*stage\)", "", message).split(";")[0]
 
 
 # ---- blocks of a Markdown file -----------------------------------------------------------------

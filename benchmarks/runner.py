@@ -45,6 +45,9 @@ from ..wrapping import compressing, observe
 SHARES = (Fraction(1, 2), Fraction(1, 3), Fraction(2, 9), Fraction(1, 9))
 """The budgets of the literature: 288, 192, 128 and 64 of LLaVA-1.5's 576 tokens."""
 
+VARIANTS: dict[str, dict[str, Any]] = {"cdpruner": {"relevance": "none"}}
+"""How methods run that need more than a model and an image, which the embedded models lack."""
+
 VISION_INPUTS = ("pixel_values", "image_sizes")
 
 Progress = Callable[[str, int, int], None]
@@ -418,7 +421,7 @@ def seeded(name: str, keep: Fraction | int | None, seed: int) -> Method:
     budget: dict[str, Any] = {}
     if keep is not None:
         budget = {"keep_tokens": keep} if isinstance(keep, int) else {"keep_ratio": float(keep)}
-    (method,) = resolve(name, **budget)
+    (method,) = resolve(name, **budget, **VARIANTS.get(name, {}))
     takes_seed = any(f.name == "seed" for f in fields(method))
     return replace(method, seed=seed) if takes_seed else method  # type: ignore[call-arg]
 

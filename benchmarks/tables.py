@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .runner import BASELINE, rows_of
+from .runner import BASELINE, VARIANTS, rows_of
 
 Cell = Callable[[dict[str, Any]], str]
 
@@ -152,7 +152,8 @@ def overview(results: list[dict[str, Any]]) -> str:
     lines.append("| uncompressed | " + " | ".join(base) + " |")
     for name in names:
         found = [cell(result, n, name) for result, n in columns]
-        lines.append(f"| {name} | " + " | ".join(found) + " |")
+        variant = ", ".join(f"{k}={v}" for k, v in VARIANTS.get(name, {}).items())
+        lines.append(f"| {name}{f' ({variant})' if variant else ''} | {' | '.join(found)} |")
     why = {
         f"`{r['method']}` on {result['task']}: {r['error'].split(';')[0]}": None
         for result in results
