@@ -78,6 +78,32 @@ class VisionSites:
 
 
 @dataclass
+class CropSites:
+    """How a model cuts an image into crops and packs their patches into one sequence.
+
+    The packed rows of an image are its thumbnail, then the canvas of all crops row by row without
+    padding, with a newline token at the end of each row. "call" is the named arguments of
+    ``base.get_image_features``.
+
+    Attributes:
+        side: (rows, columns) of patches of one crop.
+        newline: gives the embedding (D,) of the newline token.
+        images: call -> for each image its (height, width) in pixels and its crops, thumbnail
+            included.
+        grid: (height, width) -> (rows, columns) of crops, thumbnail not included.
+        pack: the model's own packing of one image: features (crops, N, C), (height, width), a
+            newline (C,), the call, and whether a canvas that is too large is resampled ->
+            (rows, C).
+    """
+
+    side: tuple[int, int]
+    newline: Callable[[], Tensor]
+    images: Callable[[dict[str, Any]], list[tuple[tuple[int, int], int]]]
+    grid: Callable[[tuple[int, int]], tuple[int, int]]
+    pack: Callable[[Tensor, tuple[int, int], Tensor, dict[str, Any], bool], Tensor]
+
+
+@dataclass
 class DecoderSites:
     """The language model behind a projector.
 
@@ -89,6 +115,8 @@ class DecoderSites:
         tokens_per_image: placeholders of one image where that is fixed, else None.
         feature_block: index of the last encoder block whose output the projector reads.
         hidden, mlp_width, heads, kv_heads, head_dim, vocab: for the cost model.
+        crops: how images of any resolution are packed; None where an image is one grid of patches.
+        video: whether the model takes videos as well, which vtc does not compress yet.
     """
 
     base: Any
@@ -103,6 +131,8 @@ class DecoderSites:
     kv_heads: int
     head_dim: int
     vocab: int
+    crops: CropSites | None = None
+    video: bool = False
 
 
 @dataclass

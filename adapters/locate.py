@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import UnsupportedError
 from .base import Sites, VisionSites
 
-LANGUAGE_MODELS = ("llava",)
+LANGUAGE_MODELS = ("llava", "llava_next", "llava_onevision")
 """Adapter files whose ``locate(model)`` gives `Sites` with a language model."""
 
 ENCODERS = ("hf_vision", "timm_vit", "open_clip_vit")
@@ -18,7 +18,9 @@ ENCODERS = ("hf_vision", "timm_vit", "open_clip_vit")
 
 SUPPORTED = (
     "timm ViTs (vit, deit, eva, dinov2, siglip); open_clip ViTs; Hugging Face CLIP, SigLIP, DINOv2 "
-    "and ViT encoders; LLaVA-1.5 (LlavaForConditionalGeneration)"
+    "and ViT encoders; LLaVA-1.5 (LlavaForConditionalGeneration), LLaVA-NeXT "
+    "(LlavaNextForConditionalGeneration), LLaVA-OneVision images "
+    "(LlavaOnevisionForConditionalGeneration)"
 )
 
 

@@ -10,8 +10,10 @@ only on the cache layers (vtc.cache).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -61,6 +63,7 @@ class _Forward:
     image: Tensor  # (B, T) ordinal of the image in its row
     position: Tensor  # (B, T) patch index inside that image
     images: list[list[int]]  # visual tokens of each image of each row
+    separator: Tensor | None = None  # (B, T) newlines between rows of patches, which always stay
     local: Tensor | None = (
         None  # (B, T) logical index in this forward; None until something is dropped
     )
@@ -132,6 +135,53 @@ def split_images(
     return images, order.div(tokens_per_image, rounding_mode="floor"), index % tokens_per_image
 
 
+def split_packed(
+    visual: Tensor, separator: Tensor, lengths: list[int], thumbnail: int
+) -> tuple[list[list[int]], Tensor, Tensor]:
+    """`split_images` for packed images: patches of a thumbnail, then lines that end in a separator.
+
+    Args:
+        visual: (B, L) bool, placeholders of patches and separators; separator: (B, L) bool.
+        lengths: placeholders of each image, in the order of rows and columns.
+        thumbnail: patches in front of the lines.
+
+    Returns:
+        As `split_images`, of patches alone: separators are not counted.
+
+    Raises:
+        UnsupportedError: what one image left here is not a whole image (chunked prefill).
+    """
+    images: list[list[int]] = []
+    image, position = torch.full_like(visual, -1, dtype=torch.long), torch.zeros_like(visual).long()
+    rest = iter(lengths)
+    for r, columns in enumerate(visual.cpu()):
+        at = columns.nonzero()[:, 0].to(visual.device)
+        ends, counts = separator[r, at].cpu(), []
+        start = 0
+        while start < len(at):
+            n = next(rest, 0)
+            lines = ends[start : start + n].nonzero()[:, 0].tolist()
+            width = lines[0] - thumbnail if lines else 0
+            whole = list(range(thumbnail + width, n, width + 1)) if lines else []
+            if n < thumbnail or start + n > len(at) or lines != whole or lines[-1:] not in (
+                [],
+                [n - 1],
+            ):
+                raise UnsupportedError(
+                    f"found {len(at)} image tokens in row {r} that are not whole packed images: "
+                    "part of an image in one forward (chunked prefill), and features that were "
+                    "compressed before, cannot be compressed; prefill in one piece, or use "
+                    "vtc.compress_inputs"
+                )
+            patches = at[start : start + n][~ends[start : start + n].to(at.device)]
+            image[r, patches] = len(counts)
+            position[r, patches] = torch.arange(len(patches), device=at.device)
+            counts.append(len(patches))
+            start += n
+        images.append(counts)
+    return images, image, position
+
+
 class DecoderEngine:
     """Installs the hooks on a language model and runs the methods' decoder and cache stages."""
 
@@ -161,8 +211,10 @@ class DecoderEngine:
         self.noting = [s for s in self.on_cache if type(s[1]).note_cache is not Method.note_cache]
         self.compact = any(m.positions == "compact" for m in methods)
         self.pending: tuple[Tensor, Tensor | None] | None = None
-        # Projected features (images, N, D) and each method's notes on them (images, K, ...).
-        self.carried: tuple[Tensor, list[dict[str, Tensor]]] | None = None
+        # For each image its projected features (N, D) and each method's notes on them (K, ...).
+        self.carried: tuple[Sequence[Tensor], list[dict[str, Any]]] | None = None
+        # Rows of each packed image of this forward, in the order of its placeholders.
+        self.lengths: list[int] | None = None
         self.forward: _Forward | None = None
         self.mask: Tensor | None = None  # (B, logical length) of this forward, False on padding
         self.handles: list[Any] = []
@@ -259,6 +311,18 @@ class DecoderEngine:
             for token in self.sites.token_ids:
                 row = table(torch.tensor(token, device=embeds.device)).to(embeds.dtype)
                 visual |= (embeds == row).all(-1)
+        if self.sites.crops is not None:
+            encoded = kwargs.get("mm_encoder_outputs") or {}
+            image = encoded.get("image")
+            # None until the features are made, within this forward.
+            self.lengths = None if image is None else [len(f) for f in image.pooler_output]
+            if self.sites.video and (
+                encoded.get("video") is not None or kwargs.get("pixel_values_videos") is not None
+            ):
+                raise UnsupportedError(
+                    f"{type(module).__name__}: videos are not supported yet, only images; call "
+                    "vtc.unwrap(model) for this prompt"
+                )
         mask = kwargs.get("attention_mask")
         self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self.pending = (visual, self.mask)
@@ -274,16 +338,29 @@ class DecoderEngine:
         embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
         visual, mask = self.pending if self.pending else (None, kwargs.get("attention_mask"))
         self.pending = self.forward = None
+        if self.sites.crops is not None and self.lengths is None:
+            visual = None  # placeholders without features
         if visual is not None and embeds.shape[1] > 1 and bool(visual.any()):
             if self.methods:
                 kv.check_cache(cache, evicts=bool(self.on_cache))
             real = torch.ones_like(visual)
             if mask is not None and mask.dim() == 2:
                 real = mask[:, -embeds.shape[1] :].bool().to(visual.device)
-            images, image, position = split_images(visual, self.sites.tokens_per_image)
+            separator = None
+            if self.sites.crops is None:
+                images, image, position = split_images(visual, self.sites.tokens_per_image)
+            else:
+                newline = self.sites.crops.newline().to(embeds)
+                separator = visual & (embeds == newline).all(-1).to(visual.device)
+                thumbnail = prod(self.sites.crops.side)
+                assert self.lengths is not None
+                images, image, position = split_packed(visual, separator, self.lengths, thumbnail)
+                visual = visual & ~separator
             base = int(cache.get_seq_length()) if cache is not None else 0
-            self.forward = _Forward(base, embeds.shape[1], real, visual, image, position, images)
-            self.record.begin(visual, real, images)
+            self.forward = _Forward(
+                base, embeds.shape[1], real, visual, image, position, images, separator
+            )
+            self.record.begin(visual, real, images, separator)
             self.record.clock.start("prefill")
         elif embeds.shape[1] == 1:
             self.record.clock.start("decode")
@@ -333,6 +410,8 @@ class DecoderEngine:
             with self.record.clock.measure("method"):
                 hidden = self._reduce(i, st, hidden, cache, kwargs)
                 active, hidden = self._step_aside(i, st, hidden, cache, kwargs)
+                if i > 0 and self.taps:
+                    self.taps[i - 1].clear()
             if active.local is not None and cache is not None:
                 layer = kv.pruned_layer(cache, i, hidden.shape[0], hidden.device)
         if layer is not None or (active is not None and active.local is not None):
@@ -425,7 +504,11 @@ class DecoderEngine:
         return hidden
 
     def _carry(
-        self, st: _Forward, hidden: Tensor, projected: Tensor, notes: list[dict[str, Tensor]]
+        self,
+        st: _Forward,
+        hidden: Tensor,
+        projected: Sequence[Tensor],
+        notes: list[dict[str, Any]],
     ) -> None:
         """Bring what methods noted on image features to the rows those features went to.
 
@@ -433,13 +516,12 @@ class DecoderEngine:
         order of encoding, beams and features encoded long before need no bookkeeping.
         """
         view = self._view(-1, st, hidden, {}, {})
-        alive = ~projected[..., 0].isnan()
-        first = projected[
-            torch.arange(len(projected), device=alive.device), alive.long().argmax(1)
-        ].to(hidden)
+        alive = [~features[:, 0].isnan() for features in projected]
+        firsts = [f[a.long().argmax()] for f, a in zip(projected, alive, strict=True)]
+        first = torch.stack(firsts).to(hidden)
         for index, note in enumerate(notes):
             st.scratch[index] = {
-                name: x.new_zeros(*view.visual_index.shape, *x.shape[2:]).to(hidden.device)
+                name: x[0].new_zeros(*view.visual_index.shape, *x[0].shape[1:]).to(hidden.device)
                 for name, x in note.items()
             }
         for r, images in enumerate(st.images):
@@ -457,7 +539,7 @@ class DecoderEngine:
                     )
                 for index, note in enumerate(notes):
                     for name, x in note.items():
-                        source = x[match[0], : len(slots)]
+                        source = x[int(match[0])][: len(slots)]
                         st.scratch[index][name][r, slots] = source.to(hidden.device)
 
     @staticmethod
@@ -514,6 +596,8 @@ class DecoderEngine:
             index = visual.long().argsort(dim=1, descending=True, stable=True)[:, :n]
             valid = torch.arange(n, device=hidden.device) < counts[:, None]
             st.places = index, None if bool(valid.all()) else valid
+        separator = None if st.separator is None else st.separator.to(hidden.device)
+        other = visual if separator is None else visual | separator
         index = st.places[0].to(hidden.device)
         short = None if st.places[1] is None else st.places[1].to(hidden.device)
         return DecoderView(
@@ -521,7 +605,8 @@ class DecoderEngine:
             layer=layer,
             depth=len(self.layers),
             visual=visual,
-            text=st.real.to(hidden.device) & ~visual,
+            text=st.real.to(hidden.device) & ~other,
+            separator=separator,
             visual_index=index,
             valid=short,
             image=st.image.to(hidden.device).gather(1, index),
@@ -590,6 +675,8 @@ class DecoderEngine:
         st.local = gather_tokens(local, index)
         st.visual, st.places = gather_tokens(visual & kept, index), None
         st.real = gather_tokens(real & (~visual | kept), index)
+        if st.separator is not None:
+            st.separator = gather_tokens(st.separator.to(hidden.device), index)
         st.image = gather_tokens(st.image.to(hidden.device), index)
         st.position = gather_tokens(st.position.to(hidden.device), index)
         st.filler = filler
@@ -732,7 +819,7 @@ class DecoderEngine:
         for index, method in self.on_cache:
             views = [self._cache_view(index, i, layer, None) for i, layer in enumerate(layers)]
             peers = [view.scratch for view in views]
-            for layer, view in zip(layers, views, strict=True):
+            for i, (layer, view) in enumerate(zip(layers, views, strict=True)):
                 view.peers = peers
                 if alive is not None:
                     columns = layer.columns(view.keys.device)

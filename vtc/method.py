@@ -74,6 +74,8 @@ class Method:
     """Merge by size-weighted mean; else each merge takes the plain mean of its tokens."""
     bypass: ClassVar[Literal["attention", "layer"]] = "layer"
     """What the tokens that `on_bypass` leaves out jump over; the MLP still acts in "attention"."""
+    joint: ClassVar[bool] = False
+    """`on_features` gets all crops of an image in one view instead of a view for each."""
     presets: ClassVar[dict[tuple[str, int], dict[str, Any]]] = {}
     """Published settings: (model, tokens) -> hyper-parameters."""
 
@@ -214,7 +216,7 @@ class Scorer(Method):
         return (self.after_layer,)
 
     def on_features(self, v: FeaturesView) -> Reduction | None:
-        k = min(self.budget(v.total, v.grid), v.count)
+        k = v.budget(self)
         return None if k == v.count else Reduction.from_scores(self.score(v), k)
 
     def on_decoder_layer(self, v: DecoderView) -> Reduction | None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from .reduction import Reduction
 
 if TYPE_CHECKING:
     from .adapters.base import Sites
+    from .crops import CropLayout
     from .method import Method
 
 
@@ -68,14 +70,23 @@ class Record:
         self.clock = Clock()
         self.grid: tuple[int, int] | None = None  # patches of the last images encoded
         self.images: list[list[int]] = []  # visual tokens of each image of each row
+        self.layouts: list[CropLayout] | None = None  # of the last images, where they have crops
         self.text = torch.empty(0)  # (B,) other tokens that are not padding
+        self.separators: Tensor | None = None  # (B,) newlines between rows of patches, among those
         self.visual: dict[int, Tensor] = {}  # layer -> (B,) visual tokens it processed
         self.attended: dict[int, Tensor] = {}  # layer -> (B,) those in its attention
         self.slots: list[Tensor] = []  # (B,) visual tokens in the KV cache of each compressed layer
         self.final: tuple[Tensor, Tensor, Tensor] | None = None
         self.kv: tuple[int, int] = (0, 0)
 
-    def begin(self, visual: Tensor, real: Tensor, images: list[list[int]]) -> None:
+    def begin(
+        self,
+        visual: Tensor,
+        real: Tensor,
+        images: list[list[int]],
+        separator: Tensor | None = None,
+    ) -> None:
+        self.separators = None if separator is None else separator.sum(1)
         self.images, self.text, self.final = images, (real & ~visual).sum(1), None
         self.visual = {0: visual.sum(1)}
         self.attended, self.slots = {}, []
@@ -116,9 +127,14 @@ class Report:
         vision_ms, method_ms, prefill_ms, decode_ms: wall time of encoder and projector, of choosing
             and moving tokens (part of the others), of the LLM prefill, and per decoded token. None
             where nothing was measured.
-        kept: for each image, the patch indices of the full grid that are left at the end.
-        reduction: patches to the tokens that left the encoder side, (images, N); None if untouched.
-        grid: rows and columns of patches.
+        kept: for each image, the patch indices of the full grid that are left at the end; of an
+            image in crops, indices into its `CropLayout`.
+        reduction: patches to the tokens that left the encoder side, (images, N); None if untouched,
+            and on models with crops.
+        grid: rows and columns of patches (of one crop).
+        separators: newline tokens between rows of patches; they always stay, are not among the
+            visual tokens, and count in ``flops_all``.
+        layouts: where patches lie, for each image of a model with crops; else None.
     """
 
     method: str
@@ -142,10 +158,13 @@ class Report:
     kept: list[Tensor]
     reduction: Reduction | None
     grid: tuple[int, int]
+    separators: float = 0.0
+    layouts: list[CropLayout] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the tensors, ready for JSON; kept patches as lists."""
-        out = {k: v for k, v in asdict(self).items() if k not in ("kept", "reduction")}
+        skip = ("kept", "reduction", "layouts")
+        out = {k: v for k, v in asdict(self).items() if k not in skip}
         out["kept"] = [k.tolist() for k in self.kept]
         return out
 
@@ -156,6 +175,8 @@ class Report:
             f"  visual tokens  {self.visual_tokens:g} -> {self.final_tokens:g} at the end, "
             f"{self.average_tokens:.1f} on average over the layers{asked}",
         ]
+        if self.separators:
+            lines.append(f"  newline tokens {self.separators:g}, all kept")
         if self.flops is not None and self.flops_full:
             share = self.flops / self.flops_full
             lines.append(f"  LLM FLOPs      {self.flops / 1e9:.2f} G, {share:.1%} (visual tokens)")
@@ -202,8 +223,13 @@ def build_report(
 
     encoder = encoder_cost(attended[0], attended, counts)
     encoder_full = encoder_cost(entered[0], entered, entered)
+    layouts = record.layouts
     reduction = None if vision is None else vision.reduction
-    budgeted = all(m.has_budget for m in methods)
+    left = total if reduction is None else reduction.count  # of each image or crop
+    # How many tokens of a crop are padding is not known inside the encoder.
+    budgeted = all(
+        m.has_budget and (layouts is None or not m.stages <= {"pixels", "vision"}) for m in methods
+    )
     decode_calls = clock.calls.get("decode", 0)
     common: dict[str, Any] = {
         "method": method,
@@ -211,8 +237,9 @@ def build_report(
         "method_ms": clock.ms("method") if methods else None,
         "prefill_ms": clock.ms("prefill"),
         "decode_ms": clock.seconds["decode"] * 1e3 / decode_calls if decode_calls else None,
-        "reduction": reduction,
+        "reduction": reduction if layouts is None else None,
         "grid": grid,
+        "layouts": layouts,
     }
     if sites.decoder is None:
         final = total if reduction is None else reduction.counts.float().mean().item()
@@ -280,9 +307,14 @@ def build_report(
         projector = projected * (tower.width * llm.hidden + llm.hidden**2)
         return decoder + images * cost + projector + llm.hidden * llm.vocab
 
+    # What the encoder took for one image: on average, as rows are averaged too.
+    crops, again = 1.0, 0.0
+    if layouts is not None:
+        crops = mean(1 + prod(layout.crops) for layout in layouts)
+        again = 0 if vision is None else vision.reprojected / len(layouts)
     images = [len(record.images[r]) for r in rows]
     flat = [[full] * depth for full in full_rows]
-    projected = [total if reduction is None else reduction.count] * len(rows)
+    projected = [crops * left + again] * len(rows)
     asked = [
         min([sum(m.budget(n, grid) for n in record.images[r]) for m in methods], default=full)
         for r, full in zip(rows, full_rows, strict=True)
@@ -301,18 +333,19 @@ def build_report(
         ),
         flops_full=mean(llm_flops(t, llm.hidden, llm.mlp_width) for t in flat),
         flops_all=mean(
-            whole(t, a, n, i, encoder, p * i)
+            whole(t, a, n, i, crops * encoder, p * i)
             for t, a, n, i, p in zip(
                 per_row, attended_per_row, text, images, projected, strict=True
             )
         ),
         flops_all_full=mean(
-            whole(t, t, n, i, encoder_full, total * i)
+            whole(t, t, n, i, crops * encoder_full, crops * total * i)
             for t, n, i in zip(flat, text, images, strict=True)
         ),
         kv_bytes=record.kv[0] or None,
         kv_bytes_full=record.kv[1] or None,
         kept=_kept_by_llm(record),
+        separators=0.0 if record.separators is None else mean(record.separators[rows].tolist()),
         **common,
     )
 

@@ -20,6 +20,7 @@ from .reduction import Reduction, gather_tokens
 if TYPE_CHECKING:
     from functools import cached_property
 
+    from .crops import CropLayout
     from .method import Method
 else:
 
@@ -39,6 +40,17 @@ else:
             value = self.compute(view)
             setattr(view, self.name, value)  # found before this descriptor from now on
             return value
+
+
+How = Literal["sum", "mean"]
+
+
+def fold(reduction: Reduction | None, x: Tensor, how: How) -> Tensor:
+    """x (B, T, ...), reduced like tokens: each survivor gets the sum or the mean of its group."""
+    if reduction is None:
+        return x
+    total = reduction.sum(x)
+    return total if how == "sum" else total / reduction.sum(torch.ones_like(x)).clamp(min=1)
 
 
 @dataclass
@@ -65,12 +77,9 @@ class Projections:
         """(B, T, d) keys averaged over heads."""
         return self.key().mean(1) if self.mean is None else self.mean()
 
-    def fold(self, x: Tensor, how: Literal["sum", "mean"]) -> Tensor:
+    def fold(self, x: Tensor, how: How) -> Tensor:
         """x (B, T, ...) of this block's tokens, reduced like the tokens have been since."""
-        if self.later is None:
-            return x
-        total = self.later.sum(x)
-        return total if how == "sum" else total / self.later.sum(torch.ones_like(x)).clamp(min=1)
+        return fold(self.later, x, how)
 
     def logits(self, rows: slice) -> Tensor:
         """q k^T * scale in fp32 for the query rows, (B, H, rows, T)."""
@@ -143,11 +152,18 @@ class VisionView:
 class FeaturesView:
     """Between encoder and LLM; B counts images, N the patch tokens that reach this point.
 
+    Views are rectangular: images of different sizes come in views of their own. On models that cut
+    an image into crops, the thumbnail and the part of each crop that is not padding are images here
+    and share the budget of the image by their patches; ``grid``, ``index`` and ``total`` are of
+    that part. A method with ``joint = True`` gets all patches of one image instead (B = 1), in the
+    order in which the model packs them, and `crops` says where they lie.
+
     Attributes:
         features: (B, N, C) encoder features, no prefix tokens.
         size: (B, N) patches behind each; index: (B, N) patch each stands at in the full grid.
         total: patches of the full grid; grid: (rows, columns).
         scratch: this method's named tensors (B, N, ...).
+        crops: layout of the image in a joint view of a model with crops, else None.
     """
 
     features: Tensor
@@ -161,6 +177,10 @@ class FeaturesView:
     layers: dict[int, Projections]
     depth: int
     scratch: dict[str, Tensor] = field(default_factory=dict)
+    crops: CropLayout | None = None
+    share: int | None = None  # of the image's budget, where the engine has divided it
+    packed: Tensor | None = None  # (B, N, D) where the projector has run already
+    arrange: Callable[[Any, How, Callable[[], Tensor]], Tensor] | None = None
 
     @property
     def count(self) -> int:
@@ -169,33 +189,50 @@ class FeaturesView:
 
     def budget(self, method: Method) -> int:
         """Tokens the method keeps of each image or crop in this view, at most `count`."""
-        return min(method.budget(self.total, self.grid), self.count)
+        share = method.budget(self.total, self.grid) if self.share is None else self.share
+        return min(share, self.count)
 
     @cached_property
     def projected(self) -> Tensor:
         """(B, N, D) features in the space of the LLM."""
-        return self.projector(self.features)
+        return self.projector(self.features) if self.packed is None else self.packed
 
     def _layer(self, layer: int) -> Projections:
         return self.layers[layer % self.depth]
 
-    def _patches(self, x: Tensor, layer: int, how: Literal["sum", "mean"]) -> Tensor:
-        """Patch columns of x (B, T, ...), folded like the tokens themselves since that layer."""
-        return self._layer(layer).fold(x, how)[:, self.prefix :]
+    def _patches(self, what: str, layer: int, how: How, compute: Callable[[], Tensor]) -> Tensor:
+        """Patch columns of compute() (B, T, ...), folded like the tokens since that layer.
+
+        Where views are parts of what the encoder has seen, the engine arranges them, and keeps
+        ``what`` of a layer for the other views.
+        """
+
+        def patches() -> Tensor:
+            return self._layer(layer).fold(compute(), how)[:, self.prefix :]
+
+        if self.arrange is None:
+            return patches()
+        return self.arrange((what, layer % self.depth), how, patches)
 
     def cls_attention(self, layer: int) -> Tensor:
         """(B, H, N) attention of [CLS] to the patches in block ``layer``, softmax over all keys."""
         if not self.has_cls:
             raise UnsupportedError("this encoder has no [CLS] token")
-        row = self._layer(layer).attention(slice(0, 1))[:, :, 0]
-        return self._patches(row.transpose(1, 2), layer, "sum").transpose(1, 2)
+
+        def row() -> Tensor:
+            return self._layer(layer).attention(slice(0, 1))[:, :, 0].transpose(1, 2)
+
+        return self._patches("cls_attention", layer, "sum", row).transpose(1, 2)
 
     def cls_logits(self, layer: int) -> Tensor:
         """(B, H, N) scores q_cls k / sqrt(d) before the softmax in block ``layer``."""
         if not self.has_cls:
             raise UnsupportedError("this encoder has no [CLS] token")
-        row = self._layer(layer).logits(slice(0, 1))[:, :, 0]
-        return self._patches(row.transpose(1, 2), layer, "mean").transpose(1, 2)
+
+        def row() -> Tensor:
+            return self._layer(layer).logits(slice(0, 1))[:, :, 0].transpose(1, 2)
+
+        return self._patches("cls_logits", layer, "mean", row).transpose(1, 2)
 
     def attention_received(self, layer: int, chunk: int = 256) -> Tensor:
         """(B, N) attention a patch receives in block ``layer``, mean over heads and query rows.
@@ -203,15 +240,21 @@ class FeaturesView:
         The published substitute for [CLS] attention on towers without one (VisionZip, VisPruner).
         """
         projections = self._layer(layer)
-        rows = projections.key().shape[2]
-        parts = [
-            projections.attention(slice(i, i + chunk)).sum(2).mean(1) for i in range(0, rows, chunk)
-        ]
-        return self._patches(torch.stack(parts).sum(0) / rows, layer, "sum")
+
+        def received() -> Tensor:
+            rows = projections.key().shape[2]
+            parts = [
+                projections.attention(slice(i, i + chunk)).sum(2).mean(1)
+                for i in range(0, rows, chunk)
+            ]
+            return torch.stack(parts).sum(0) / rows
+
+        return self._patches("attention_received", layer, "sum", received)
 
     def key(self, layer: int) -> Tensor:
         """(B, N, H, d) keys of block ``layer``."""
-        return self._patches(self._layer(layer).key().transpose(1, 2), layer, "mean")
+        projections = self._layer(layer)
+        return self._patches("key", layer, "mean", lambda: projections.key().transpose(1, 2))
 
 
 @dataclass
@@ -222,6 +265,7 @@ class DecoderView:
         hidden: (B, T, D) hidden states of the current sequence, the input of layer ``layer + 1``.
         layer: 0-based index of the layer that has just run, -1 before the first; depth: all layers.
         visual: (B, T) bool, visual tokens; text: (B, T) bool, other tokens that are not padding.
+        separator: (B, T) bool, newlines between rows of patches, which are neither; None without.
         visual_index: (B, N) columns of the visual tokens; valid: (B, N) bool, None if rectangular.
         image: (B, N) ordinal of the image in its row; position: (B, N) patch index in that image.
         images: number of images of each row, a list of per-image visual token counts.
@@ -244,6 +288,7 @@ class DecoderView:
     ahead: Callable[[], Any]
     scratch: dict[str, Tensor] = field(default_factory=dict)
     memo: dict[str, Tensor] = field(default_factory=dict)
+    separator: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -285,7 +330,9 @@ class DecoderView:
     def last_row(self) -> Tensor:
         """(B,) column of the last token of each row that is not padding."""
         columns = torch.arange(self.text.shape[1], device=self.text.device)
-        return (columns * (self.text | self.visual)).amax(1)
+        real = self.text | self.visual
+        real = real if self.separator is None else real | self.separator
+        return (columns * real).amax(1)
 
     @cached_property
     def prompt(self) -> Tensor:

@@ -126,6 +126,8 @@ class VisionState:
     projections: dict[int, Projections] = field(default_factory=dict)
     pending: tuple[Reduction, Tensor | None] | None = None
     merged: bool = False
+    unpacked: Tensor | None = None  # features before projector and packing, where crops are packed
+    reprojected: int = 0  # tokens that the projector saw again after packing
     past_blocks: bool = False  # notes no longer hold rows for the prefix tokens
 
     @property
@@ -182,6 +184,8 @@ class VisionEngine:
         methods: applied in this order at every stage.
         feature_block: the last block whose output matters to the model; no method acts behind it.
         projector: what maps features (B, N, C) to the LLM, (B, N, D); None for an encoder alone.
+        packs: the model packs crops behind the projector; the features stage runs there
+            (vtc.crops).
         clock: its ``measure("method")`` times the choosing and moving of tokens.
 
     Raises:
@@ -195,8 +199,10 @@ class VisionEngine:
         feature_block: int,
         projector: nn.Module | None,
         clock: Any = None,
+        packs: bool = False,
     ) -> None:
         self.sites = sites
+        self.packs = packs
         self.methods = methods
         self.feature_block = feature_block
         self.projector = projector
@@ -237,6 +243,12 @@ class VisionEngine:
                 f"{self.resizing[0][1].name} resizes the image and {self._tower} takes one size "
                 f"only (timm: create the model with dynamic_img_size=True); others: {usable}"
             )
+        for m in self.methods:
+            if self.packs and m.stages <= {"pixels", "vision"} and m.keep_tokens is not None:
+                raise UnsupportedError(
+                    f"{m.name} chooses tokens inside the encoder, in every crop alike, and images "
+                    "have different numbers of crops here; give keep_ratio instead of keep_tokens"
+                )
         blocks = self.sites.blocks[: self.feature_block + 1]
         if self.proportional and any(site.bias is None for site in blocks):
             raise UnsupportedError(
@@ -275,7 +287,7 @@ class VisionEngine:
                 hook = partial(self._end_block, i)
                 add(site.module.register_forward_hook(hook, prepend=True))
         if self.projector is not None:
-            if self.behind:
+            if self.behind or self.packs:
                 add(self.projector.register_forward_pre_hook(self._features))
             add(self.projector.register_forward_hook(self._spread, prepend=True))
 
@@ -444,7 +456,7 @@ class VisionEngine:
             if reduction is None or _is_identity(reduction):
                 continue
             _follow(st, x.device)
-            x, sizes = _apply(m, reduction, x, st.sizes, tokens)
+            x, sizes = apply_method(m, reduction, x, st.sizes, tokens)
             st.advance(reduction, sizes)
             st.merged |= m.merges and getattr(m, "track_size", True)
             merged |= m.merges or tokens is not None
@@ -463,23 +475,24 @@ class VisionEngine:
         for j, m in self.behind:
             index = torch.arange(features.shape[1], device=features.device)
             so_far = st.reduction
+            if so_far is not None and so_far.valid is not None:
+                features, reduction = self._choose_ragged(st, j, m, features, so_far)
+                if reduction is not None:
+                    done = reduction if done is None else done.then(reduction)
+                continue
             view = FeaturesView(
                 features=features,
                 size=st.size,
                 index=index.expand(len(features), -1) if so_far is None else so_far.keep,
                 total=st.grid[0] * st.grid[1],
                 grid=st.grid,
-                prefix=st.prefix,
-                has_cls=self.sites.has_cls,
-                projector=_same if self.projector is None else self.projector.forward,
-                layers=st.projections,
-                depth=st.blocks,
                 scratch=st.notes[j],
+                **self.view_arguments(st),
             )
             reduction, tokens = split_answer(m.on_features(view))
             if reduction is None or _is_identity(reduction):
                 continue
-            features, size = _apply(m, reduction, features, st.size, tokens)
+            features, size = apply_method(m, reduction, features, st.size, tokens)
             st.advance(
                 behind_prefix(reduction, st.prefix),
                 torch.cat([st.sizes[:, : st.prefix], size], 1),
@@ -487,6 +500,64 @@ class VisionEngine:
             done = reduction if done is None else done.then(reduction)
         st.projections = {}
         return features, done
+
+    def view_arguments(self, st: VisionState) -> dict[str, Any]:
+        """What all views of the features stage have in common."""
+        return dict(
+            prefix=st.prefix,
+            has_cls=self.sites.has_cls,
+            projector=_same if self.projector is None else self.projector.forward,
+            layers=st.projections,
+            depth=st.blocks,
+        )
+
+    def _choose_ragged(
+        self, st: VisionState, j: int, m: Method, features: Tensor, so_far: Reduction
+    ) -> tuple[Tensor, Reduction | None]:
+        """One method where images have different numbers of tokens: a view for each number."""
+        from .crops import FlatTokens, Region
+
+        valid: Any = so_far.valid
+        batch, n = valid.shape
+        image, slot = valid.nonzero().unbind(1)
+        total = st.grid[0] * st.grid[1]
+        every = torch.arange(total)
+        flat = FlatTokens(
+            features=features[valid],
+            size=st.size[valid],
+            notes=[{name: x[valid] for name, x in st.notes[j].items()}],
+            lift=lambda x: x[valid],
+            regions=[Region(i, st.grid, every) for i in range(batch)],
+            region=image,
+            place=so_far.keep[valid],
+            image=image,
+            order=slot,
+            totals=[total] * batch,
+            common=self.view_arguments(st),
+        )
+        flat.ask(0, m)
+        reduction, mask = None, valid
+        if flat.reduction is not None:
+            group = flat.reduction.group[0]
+            into = slot[flat.keep[group.clamp(min=0)]].where(group >= 0, -1)
+            target = into.new_full((batch, n), -1)
+            target[valid] = into
+            reduction = Reduction.from_merge(target)
+            mask = reduction.valid
+            if mask is None:
+                mask = torch.ones_like(reduction.keep, dtype=torch.bool)
+
+        def rows(x: Tensor) -> Tensor:
+            out = x.new_zeros(*mask.shape, *x.shape[1:])
+            out[mask] = x
+            return out
+
+        if reduction is not None:
+            sizes = torch.cat([st.sizes[:, : st.prefix], rows(flat.size)], 1)
+            st.advance(behind_prefix(reduction, st.prefix), sizes)
+            features = rows(flat.features)
+        st.notes[j] = {name: rows(x) for name, x in flat.notes[0].items()}
+        return features, reduction
 
     def _finish(self, st: VisionState, x: Tensor) -> Tensor:
         """The end of an encoder alone, on (B, T, C) with the prefix."""
@@ -499,7 +570,7 @@ class VisionEngine:
         return x
 
     def _features(self, module: nn.Module, args: tuple) -> tuple | None:
-        """Choose among the patch features before they are projected."""
+        """Choose among the patch features before they are projected, unless they are packed."""
         st = self.state
         if st is None:
             return None
@@ -510,6 +581,9 @@ class VisionEngine:
                 f"left {left} patch tokens of {st.images} images; features with prefix tokens "
                 '(vision_feature_select_strategy="full") or of several layers are not supported'
             )
+        if self.packs:
+            st.unpacked = args[0]
+            return None
         with self._measured():
             features, done = self._choose(st, args[0])
         return None if done is None else (features, *args[1:])
@@ -527,7 +601,7 @@ class VisionEngine:
             return scatter_tokens(output, keep, n + (valid is not None), torch.nan)[:, :n]
 
 
-def _apply(
+def apply_method(
     m: Method, reduction: Reduction, x: Tensor, size: Tensor, tokens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Select or merge x (B, N, C) and size (B, N) the way the method wants it.

@@ -42,11 +42,17 @@ class Session:
                 last if llm is None else llm.feature_block,
                 None if llm is None else llm.projector,
                 self.record.clock,
+                packs=llm is not None and llm.crops is not None,
             )
         if llm is not None:
             from .decoder import DecoderEngine
 
             self.decoder = DecoderEngine(llm, methods, sentinel=on_vision, record=self.record)
+        self.crops: Any = None
+        if llm is not None and llm.crops is not None:
+            from .crops import CropEngine
+
+            self.crops = CropEngine(self.sites, self.vision, self.decoder, self.record)
 
     def _check(self) -> None:
         """Refuse what cannot work, before anything is computed."""
@@ -76,6 +82,8 @@ class Session:
 
         def encoded(module: nn.Module, args: tuple, output: Any) -> None:
             clock.stop("vision")
+            if self.crops is not None:
+                return  # the features stage is still to come
             if self.decoder is not None and self.vision is not None and self.vision.state:
                 notes = self.vision.state.scratch
                 self.decoder.carried = (output, notes) if any(notes) else None
@@ -86,12 +94,14 @@ class Session:
         if self.vision is not None:
             self.vision.install()
         self.handles.append(end.register_forward_hook(encoded))
+        if self.crops is not None:
+            self.crops.install()
         if self.decoder is not None:
             self.decoder.install()
 
     def remove(self) -> None:
         """Remove all hooks; the model is exactly what it was."""
-        for engine in (self.decoder, self.vision):
+        for engine in (self.decoder, self.crops, self.vision):
             if engine is not None:
                 engine.remove()
         for handle in self.handles:

@@ -47,7 +47,7 @@ class DivPrune(Method):
     default_ratio = 0.098
 
     def on_features(self, v: FeaturesView) -> Reduction | None:
-        k = self.budget(v.total, v.grid)
+        k = v.budget(self)
         if k >= v.count:
             return None
         return Reduction.from_keep(greedy_order(v.projected, k).sort(1).values, v.count)

@@ -47,7 +47,7 @@ class Pool(Method):
     merges = True
 
     def on_features(self, v: FeaturesView) -> Reduction | None:
-        k = self.budget(v.total, v.grid)
+        k = v.budget(self)
         if k >= v.count:
             return None
         rows, columns = v.grid

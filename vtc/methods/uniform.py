@@ -24,7 +24,7 @@ class Uniform(Method):
     summary = "Keeps patches at a uniform stride; a control"
 
     def on_features(self, v: FeaturesView) -> Reduction | None:
-        n, k = v.count, self.budget(v.total, v.grid)
+        n, k = v.count, v.budget(self)
         if k >= n:
             return None
         places = torch.arange(k, device=v.features.device)

@@ -77,7 +77,7 @@ class VisionZip(Method):
         return k - contextual, contextual
 
     def on_features(self, v: FeaturesView) -> Reduction | None:
-        n, k = v.count, self.budget(v.total, v.grid)
+        n, k = v.count, v.budget(self)
         if k >= n:
             return None
         dominant, contextual = self.split(k)

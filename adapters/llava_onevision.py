@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaVA-OneVision images: `LlavaOnevisionForConditionalGeneration`, crops without [CLS].
+
+Packed like LLaVA-NeXT, except that a canvas of too many patches is resampled bilinearly, and that
+an image beside others in one sample may come without crops.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from .base import CropSites, Sites
+from .llava import decoder_sites
+from .llava_next import crop_sites
+
+NO_LIMIT = "anyres_max_1000000"
+"""An aspect ratio setting under which no canvas is resampled."""
+
+
+def onevision_crops(base: Any) -> CropSites:
+    """`crop_sites` with the two differences to LLaVA-NeXT."""
+    crops = crop_sites(base)
+
+    def images(call: dict[str, Any]) -> list[tuple[tuple[int, int], int]]:
+        found, together = crops.images(call), call.get("batch_num_images")
+        if together is None:
+            return found
+        alone = [int(n) == 1 for n in together for _ in range(int(n))]
+        return [(size, n if a else 1) for (size, n), a in zip(found, alone, strict=True)]
+
+    def pack(
+        features: Tensor, size: tuple[int, int], newline: Tensor, call: dict[str, Any], fit: bool
+    ) -> Tensor:
+        limit = call.get("vision_aspect_ratio") or base.config.vision_aspect_ratio
+        limit = limit if fit else NO_LIMIT
+        return type(base).pack_image_features(base, [features], [size], newline, limit)[0][0]
+
+    return replace(crops, images=images, pack=pack)
+
+
+def locate(model: Any) -> Sites | None:
+    """Sites of a LLaVA-OneVision model, None for any other."""
+    if type(model).__name__ != "LlavaOnevisionForConditionalGeneration":
+        return None
+    from .locate import locate_vision
+
+    base = model.model
+    vision = locate_vision(base.vision_tower)
+    sites = decoder_sites(model, base, vision)
+    sites = replace(sites, tokens_per_image=None, crops=onevision_crops(base), video=True)
+    return Sites("LLaVA-OneVision", vision, sites)

@@ -1,0 +1,485 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images of any resolution: where packed rows come from, and the features stage behind packing.
+
+LLaVA-NeXT and its relatives encode a thumbnail and a grid of crops, put the crops together to a
+canvas, cut off its padding, put a newline token at the end of each row and pack all into one
+sequence. Which packed row is which patch is found by packing patch numbers with the model's own
+function. Methods see the thumbnail and the rest of each crop as images of their own; dropped
+patches become rows of NaN in the packed features, which the LLM engine drops. Newlines are
+separators between rows: no method chooses among them, and all of them stay.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .adapters.base import CropSites, Sites
+from .errors import UnsupportedError
+from .method import Method, split_answer
+from .reduction import Reduction
+from .report import Record
+from .views import FeaturesView, How, fold
+from .vision import apply_method
+
+
+@dataclass(frozen=True)
+class Region:
+    """A rectangle of patches of one image that methods see as an image of its own.
+
+    Attributes:
+        image: which image.
+        grid: (rows, columns) of its patches.
+        patches: (n,) which of the image's P patches, in raster order.
+        blended: its patches are blends of the encoder's, from a resampled canvas.
+    """
+
+    image: int
+    grid: tuple[int, int]
+    patches: Tensor
+    blended: bool = False
+
+
+@dataclass(frozen=True)
+class CropLayout:
+    """The P patches of one image in packed order: thumbnail, then the canvas row by row.
+
+    Attributes:
+        size: (height, width) of the image in pixels.
+        side: (rows, columns) of patches of a crop.
+        crops: (rows, columns) of crops, without the thumbnail; (0, 0) where it is alone.
+        canvas: (rows, columns) of patches of the canvas of all crops, without padding.
+        length: packed rows, newlines included.
+        rows: (P,) packed row of each patch.
+        crop: (P,) crop each patch lies in, 0 for the thumbnail, then in raster order.
+        place: (P,) where it lies in that crop's grid; of a resampled canvas, the nearest patch.
+        source: (S,) the encoder's patches, crop * N + patch, of thumbnail and canvas; another
+            number than P only where the canvas is resampled from ``full`` (rows, columns).
+    """
+
+    size: tuple[int, int]
+    side: tuple[int, int]
+    crops: tuple[int, int]
+    canvas: tuple[int, int]
+    length: int
+    rows: Tensor
+    crop: Tensor
+    place: Tensor
+    source: Tensor
+    full: tuple[int, int]
+
+    @property
+    def thumbnail(self) -> int:
+        """Patches of the thumbnail, which come first."""
+        return prod(self.side)
+
+    @property
+    def resampled(self) -> bool:
+        """Whether the canvas was too large and shrunk bilinearly."""
+        return self.full != self.canvas
+
+    def regions(self, image: int = 0) -> list[Region]:
+        """Thumbnail and crops without padding, or the whole canvas where it is resampled."""
+        index = torch.arange(len(self.rows))
+        out = [Region(image, self.side, index[: self.thumbnail])]
+        if self.resampled:
+            return [*out, Region(image, self.canvas, index[self.thumbnail :], True)]
+        for crop in range(1, prod(self.crops) + 1):
+            here = index[self.crop == crop]
+            if len(here):  # padding alone otherwise
+                y, x = self.place[here] // self.side[1], self.place[here] % self.side[1]
+                grid = (int(y[-1] - y[0]) + 1, int(x[-1] - x[0]) + 1)
+                out.append(Region(image, grid, here))
+        return out
+
+    def boxes(self) -> Tensor:
+        """(P, 4) left, top, right, bottom of each patch in pixels of the image.
+
+        To the rounding of the padding, at most a patch of the canvas.
+        """
+        parts = []
+        for rows, columns in (self.side, self.canvas):
+            y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+            corner = torch.stack([x, y, x + 1, y + 1], -1).reshape(-1, 4).float()
+            height, width = self.size
+            step = [width / max(columns, 1), height / max(rows, 1)] * 2
+            parts.append(corner * torch.tensor(step))
+        return torch.cat(parts)
+
+    def lift(self, x: Tensor) -> Tensor:
+        """x (S, ...) of the encoder's patches at ``source``, on the P patches."""
+        return resize(x, self.thumbnail, self.full, self.canvas) if self.resampled else x
+
+
+def resize(x: Tensor, first: int, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
+    """x (first + rows * columns, ...) with the grid behind the first rows resized bilinearly."""
+    canvas = x[first:].reshape(*grid, -1).permute(2, 0, 1)[None]
+    small = F.interpolate(canvas, to, mode="bilinear")[0].permute(1, 2, 0)
+    return torch.cat([x[:first], small.reshape(-1, *x.shape[1:])])
+
+
+def layout_of(
+    sites: CropSites, size: tuple[int, int], crops: int, call: dict[str, Any]
+) -> CropLayout:
+    """Layout of an image of ``size`` (height, width) in ``crops`` crops, thumbnail included."""
+    n = prod(sites.side)
+    numbers = torch.arange(crops * n, dtype=torch.float32).reshape(crops, n, 1)
+    newline = torch.full((1,), -1.0)
+    packed = sites.pack(numbers, size, newline, call, True)[:, 0]
+    exact = sites.pack(numbers, size, newline, call, False)[:, 0]
+
+    def shape(rows: Tensor) -> tuple[int, int]:
+        """Rows and columns of the canvas."""
+        lines = (rows == -1).nonzero()[:, 0]
+        return (len(lines), int(lines[0]) - n) if crops > 1 and len(lines) else (0, 0)
+
+    canvas, full = shape(packed), shape(exact)
+    source = exact[exact != -1].long()
+    near = source
+    if canvas != full:
+        y, x = ((2 * torch.arange(m) + 1) * f // (2 * m) for m, f in zip(canvas, full, strict=True))
+        near = torch.cat([source[:n], source[n:][(y[:, None] * full[1] + x).flatten()]])
+    return CropLayout(
+        size=size,
+        side=sites.side,
+        crops=sites.grid(size) if crops > 1 else (0, 0),
+        canvas=canvas,
+        length=len(packed),
+        rows=(packed != -1).nonzero()[:, 0],
+        crop=near // n,
+        place=near % n,
+        source=source,
+        full=full,
+    )
+
+
+def apportion(total: int, weights: Sequence[float], caps: Sequence[int]) -> list[int]:
+    """``total`` divided in proportion to the weights, in whole numbers, none above its cap.
+
+    Exactly ``total`` in sum, or all caps where they hold less. By largest remainder, ties to the
+    first; what a cap holds back goes to the others.
+    """
+    shares = [0] * len(weights)
+    open_ = [i for i, cap in enumerate(caps) if cap > 0]
+    total = min(total, sum(caps))
+    while open_:
+        left = total - sum(shares)
+        if sum(weights[i] for i in open_) <= 0:
+            weights = [1] * len(weights)
+        whole = sum(weights[i] for i in open_)
+        full = [i for i in open_ if left * weights[i] >= caps[i] * whole]
+        if not full:
+            parts = {i: divmod(left * weights[i], whole) for i in open_}
+            for i, (count, _) in parts.items():
+                shares[i] = int(count)
+            behind = sorted(open_, key=lambda i: -parts[i][1])
+            for i in behind[: total - sum(shares)]:
+                shares[i] += 1
+            break
+        for i in full:
+            shares[i] = caps[i]
+        open_ = [i for i in open_ if i not in full]
+    return shares
+
+
+@dataclass
+class FlatTokens:
+    """Tokens of several images of different sizes, one after another, for rectangular views.
+
+    M tokens entered the features stage, K are left.
+
+    Attributes:
+        features: (K, C); size: (K,) patches behind each; projected: (K, D) or None.
+        notes: each method's named tensors (K, ...).
+        lift: what the encoder has of its tokens, (B, T, ...), on the M tokens.
+        regions: what methods see as images; region: (M,) which of them, in ascending order of place
+            (M,) in its grid. The same of whole images: image, order.
+        totals: patches of each image in the prompt.
+        layouts: of each image, where images have crops.
+        common: arguments that all views share.
+    """
+
+    features: Tensor
+    size: Tensor
+    notes: list[dict[str, Tensor]]
+    lift: Callable[[Tensor], Tensor]
+    regions: list[Region]
+    region: Tensor
+    place: Tensor
+    image: Tensor
+    order: Tensor
+    totals: list[int]
+    common: dict[str, Any]
+    projected: Tensor | None = None
+    layouts: list[CropLayout] | None = None
+    reduction: Reduction | None = None  # (1, M)
+    reprojected: int = 0
+    memo: dict[Any, Tensor] = field(default_factory=dict)
+
+    @property
+    def keep(self) -> Tensor:
+        """(K,) which of the M tokens are left, ascending."""
+        if self.reduction is None:
+            return torch.arange(len(self.region), device=self.region.device)
+        return self.reduction.keep[0]
+
+    def _arranged(self, index: Tensor, what: Any, how: How, compute: Any) -> Tensor:
+        """What a view at ``index`` (B, N) of the K tokens asks of the encoder."""
+        if what not in self.memo:
+            self.memo[what] = fold(self.reduction, self.lift(compute())[None], how)[0]
+        return self.memo[what][index]
+
+    def _groups(self, m: Method) -> Iterator[tuple[Tensor, Region, int]]:
+        """Views for a method: index (B, N) of the K tokens, one of their regions, their budget."""
+        joint = m.joint and self.layouts is not None
+        of = (self.image if joint else self.region)[self.keep]
+        units = len(self.totals) if joint else len(self.regions)
+        counts = torch.bincount(of, minlength=units).tolist()
+        parts = of.argsort(stable=True).split(counts)
+        last = not m.stages & {"decoder", "bypass", "cache"}
+        same: dict[Any, list[int]] = {}
+        for i, total in enumerate(self.totals):
+            mine = [i] if joint else [r for r, reg in enumerate(self.regions) if reg.image == i]
+            grid = self.regions[mine[0]].grid if len(mine) == 1 and not joint else None
+            caps = [counts[r] for r in mine]
+            weights = [len(self.regions[r].patches) for r in mine]
+            shares = apportion(m.budget(total, grid), weights, caps)
+            for r, share in zip(mine, shares, strict=True):
+                if counts[r] == 0 or (share == 0 and m.has_budget and last):
+                    continue
+                key = r if joint else (self.regions[r].grid, self.regions[r].blended)
+                same.setdefault((key, counts[r], max(share, 1)), []).append(r)
+        for (_, _, share), rows in same.items():
+            region = self.regions[rows[0]]
+            if joint:
+                region = next(reg for reg in self.regions if reg.image == rows[0])
+            yield torch.stack([parts[r] for r in rows]), region, share
+
+    def ask(self, j: int, m: Method) -> None:
+        """The features stage of method j on all regions."""
+        keep, note = self.keep, self.notes[j]
+        target = torch.full_like(keep, -1)
+        new = {"features": self.features.clone(), "size": self.size.clone()}
+        if self.projected is not None:
+            new["projected"] = self.projected.clone()
+        written: dict[str, Tensor] = {}
+        for index, region, share in self._groups(m):
+            joint = m.joint and self.layouts is not None
+            place = (self.order if joint else self.place)[keep]
+            layout = self.layouts[region.image] if joint and self.layouts is not None else None
+            view = FeaturesView(
+                features=self.features[index],
+                size=self.size[index],
+                index=place[index],
+                total=prod(region.grid) if layout is None else len(layout.rows),
+                grid=region.grid,
+                scratch={name: x[index] for name, x in note.items()},
+                crops=layout,
+                share=share,
+                packed=None if self.projected is None else self.projected[index],
+                arrange=partial(self._arranged, index),
+                **self.common,
+            )
+            reduction, tokens = split_answer(m.on_features(view))
+            for name, x in view.scratch.items():
+                if name not in written:
+                    written[name] = x.new_zeros(len(keep), *x.shape[2:])
+                written[name][index] = x
+            if reduction is None:
+                target[index] = index
+                continue
+            kept = index.gather(1, reduction.keep)
+            group = reduction.group
+            target[index] = kept.gather(1, group.clamp(min=0)).where(group >= 0, -1)
+            x, size = apply_method(m, reduction, view.features, view.size, tokens)
+            real = slice(None) if reduction.valid is None else reduction.valid
+            new["features"][kept[real]] = x[real]
+            new["size"][kept[real]] = size[real]
+            if self.projected is not None and (m.merges or tokens is not None):
+                blended = region.blended or (layout is not None and layout.resampled)
+                if tokens is None and blended:  # the projector ran before the blending
+                    y = apply_method(m, reduction, view.projected, view.size, None)[0]
+                else:
+                    y = view.projector(x).to(self.projected.dtype)
+                    self.reprojected += y.shape[0] * y.shape[1]
+                new["projected"][kept[real]] = y[real]
+        self.notes[j] = written
+        self._advance(Reduction.from_merge(target[None]), new)
+
+    def _advance(self, reduction: Reduction, new: dict[str, Tensor]) -> None:
+        if reduction.count == reduction.source_count:
+            return
+        kept = reduction.keep[0]
+        for name, x in new.items():
+            setattr(self, name, x[kept])
+        self.notes = [{name: x[kept] for name, x in note.items()} for note in self.notes]
+        self.reduction = reduction if self.reduction is None else self.reduction.then(reduction)
+        self.memo = {}
+
+
+class CropEngine:
+    """The features stage on a model that packs crops: wraps its ``get_image_features``.
+
+    Args:
+        sites: of a model with crops.
+        vision: the engine of the encoder side, None where no method acts there.
+        decoder: the engine of the language model, told how long the packed images are.
+        record: what the report reads.
+    """
+
+    def __init__(self, sites: Sites, vision: Any, decoder: Any, record: Record) -> None:
+        self.sites, self.vision, self.decoder, self.record = sites, vision, decoder, record
+        assert sites.decoder is not None and sites.decoder.crops is not None  # the caller checks
+        self.base: Any = sites.decoder.base
+        self.crops = sites.decoder.crops
+        self.known: dict[Any, CropLayout] = {}
+
+    def install(self) -> None:
+        """Shadow the method with an instance attribute."""
+        stock = self.base.get_image_features
+        signature = inspect.signature(stock)
+
+        @functools.wraps(stock)  # generate() reads its signature
+        def get_image_features(*args: Any, **kwargs: Any) -> Any:
+            call = dict(signature.bind(*args, **kwargs).arguments)
+            extra = call.pop("kwargs", {})
+            named = extra.pop("return_dict", None) is not False
+            layouts = self._layouts(call)
+            output = stock(**call, **extra, return_dict=True)
+            output.pooler_output = self._pack(list(output.pooler_output), layouts)
+            return output if named else output.to_tuple()
+
+        self.base.get_image_features = get_image_features
+
+    def remove(self) -> None:
+        """The model's own method again."""
+        self.base.__dict__.pop("get_image_features", None)
+
+    def _layouts(self, call: dict[str, Any]) -> list[CropLayout]:
+        """Layouts of the images of a call, before anything is computed.
+
+        Raises:
+            UnsupportedError: a method acts inside the encoder and an image will be resampled.
+        """
+        if call.get("image_sizes") is None:
+            raise ValueError("this model needs image_sizes, as its processor gives them")
+        layouts = []
+        for size, crops in self.crops.images(call):
+            key = size, crops, call.get("vision_aspect_ratio")
+            if key not in self.known:
+                self.known[key] = layout_of(self.crops, size, crops, call)
+            layouts.append(self.known[key])
+        inside = [] if self.vision is None else self.vision.resizing + self.vision.inside
+        large = next((layout for layout in layouts if layout.resampled), None)
+        if inside and large is not None:
+            height, width = large.size
+            raise UnsupportedError(
+                f"{inside[0][1].name} removes tokens inside the encoder, and the crops of an image "
+                f"of {width} x {height} pixels are too many for this model, which would blend "
+                "neighbours that are no longer there; use a method that acts behind the encoder, "
+                "or a smaller image"
+            )
+        return layouts
+
+    def _pack(self, packed: list[Tensor], layouts: list[CropLayout]) -> list[Tensor]:
+        """The packed features of each image with NaN in place of dropped patches."""
+        self.record.layouts = layouts
+        self.decoder.lengths = [layout.length for layout in layouts]
+        self.decoder.carried = None
+        st = None if self.vision is None else self.vision.state
+        if st is None or st.unpacked is None:
+            return packed
+        if not self.vision.behind and not any(st.notes):
+            return packed
+        with self.record.clock.measure("method"):
+            flat, rows, every = self._flatten(st, packed, layouts)
+            for j, m in self.vision.behind:
+                flat.ask(j, m)
+            st.unpacked, st.projections, st.reprojected = None, {}, flat.reprojected
+            left = flat.image[flat.keep]
+            counts = torch.bincount(left, minlength=len(layouts)).tolist()
+            if any(flat.notes):
+                assert flat.projected is not None
+                notes = [
+                    {name: list(x.split(counts)) for name, x in note.items()} for note in flat.notes
+                ]
+                self.decoder.carried = list(flat.projected.split(counts)), notes
+            if flat.reduction is None:
+                return packed
+            out = torch.cat(packed)
+            out[every] = torch.nan
+            out[rows[flat.keep]] = flat.projected
+            return list(out.split([layout.length for layout in layouts]))
+
+    def _flatten(
+        self, st: Any, packed: list[Tensor], layouts: list[CropLayout]
+    ) -> tuple[FlatTokens, Tensor, Tensor]:
+        """All patches that the encoder left; packed rows of them, and of all patches."""
+        features, device = st.unpacked, packed[0].device
+        n = prod(self.crops.side)
+        # Where each patch of the encoder's grid is now, -1 where it is gone.
+        slot = torch.arange(n, device=device).expand(st.images, -1)
+        if st.reduction is not None:
+            slot = slot.new_full((st.images, n + 1), -1)
+            keep = st.reduction.keep.to(device)
+            index = torch.arange(keep.shape[1], device=device).expand_as(keep)
+            if st.reduction.valid is not None:
+                keep = keep.where(st.reduction.valid.to(device), n)
+            slot = slot.scatter(1, keep, index)[:, :n]
+        sources, lists, crop, row = [], [], 0, 0
+        regions: list[Region] = []
+        names = ("rows", "region", "place", "image", "order")
+        for i, layout in enumerate(layouts):
+            source = layout.source.to(device) + crop * n
+            slots = slot.flatten()[source]
+            p = len(layout.rows)
+            table = torch.empty(len(names), p, dtype=torch.int64)
+            table[0], table[3], table[4] = layout.rows + row, i, torch.arange(p)
+            for region in layout.regions(i):
+                table[1, region.patches] = len(regions)
+                table[2, region.patches] = torch.arange(len(region.patches))
+                regions.append(region)
+            sources.append((source // n, slots))
+            lists.append(table)
+            crop += 1 + prod(layout.crops)
+            row += layout.length
+        every = torch.cat([table[0] for table in lists]).to(device)
+        alive = [
+            torch.ones(len(lay.rows), dtype=torch.bool, device=device) if lay.resampled else s >= 0
+            for lay, (_, s) in zip(layouts, sources, strict=True)
+        ]
+        table = torch.cat(lists, 1).to(device)[:, torch.cat(alive)]
+
+        def lift(x: Tensor) -> Tensor:
+            parts = []
+            for layout, (crops, slots), there in zip(layouts, sources, alive, strict=True):
+                part = x.to(device)[crops, slots.clamp(min=0)]
+                parts.append(layout.lift(part) if layout.resampled else part[there])
+            return torch.cat(parts)
+
+        rows, region, place, image, order = table
+        flat = FlatTokens(
+            features=lift(features),
+            size=lift(st.size.to(device)),
+            notes=[{name: lift(x) for name, x in note.items()} for note in st.scratch],
+            lift=lift,
+            regions=regions,
+            region=region,
+            place=place,
+            image=image,
+            order=order,
+            totals=[len(layout.rows) for layout in layouts],
+            common=self.vision.view_arguments(st),
+            projected=torch.cat(packed)[rows],
+            layouts=layouts,
+        )
+        return flat, rows, every
