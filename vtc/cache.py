@@ -52,6 +52,10 @@ class PrunedMixin:
         n = self.physical_length()
         return n + self.dropped if n else 0
 
+    def unpacked(self) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H_kv, P, d) of all slots."""
+        return self.keys, self.values
+
     def columns(self, device: torch.device) -> Tensor:
         """(B, P) logical column of every physical slot."""
         n, kept = self.physical_length(), self.kept.to(device)
@@ -74,25 +78,35 @@ class PrunedMixin:
         self.kept = torch.cat([self.columns(device), columns], 1)
         self.dropped = logical - self.kept.shape[1]
 
+    def rearrange(self, order: Tensor, empty: Tensor | None) -> None:
+        """In the map and all notes, slot s becomes what slot order[:, s] was.
+
+        Args:
+            order: (B, P') slots; empty: (B, P') bool, those that hold nothing, or None.
+        """
+        device, n = order.device, self.physical_length()
+        logical, columns = self.get_seq_length(), self.columns(device)
+        if self.filler is not None or empty is not None:
+            filler = self.padded("filler", device).gather(1, order)
+            self.filler = filler if empty is None else filler | empty
+        self.visual = self.padded("visual", device).gather(1, order)
+        self.kept = columns.gather(1, order)
+        for named in self.scratch.values():
+            for name, x in named.items():  # notes are older than what was decoded since
+                x = torch.cat([x, x.new_zeros(x.shape[0], n - x.shape[1], *x.shape[2:])], 1)
+                named[name] = gather_tokens(x, order)
+        self.dropped = logical - order.shape[1]
+
     def evict(self, reduction: Reduction) -> None:
         """Remove the slots that do not survive, from keys, values and all notes."""
         device = self.keys.device
         keep, valid = reduction.keep.to(device), reduction.valid
-        logical, columns = self.get_seq_length(), self.columns(device)
-        if self.filler is not None or valid is not None:
-            filler = self.padded("filler", device).gather(1, keep)
-            self.filler = filler if valid is None else filler | ~valid.to(device)
-        self.visual = self.padded("visual", device).gather(1, keep)
-        self.kept = columns.gather(1, keep)
+        self.scratch = {method: dict(named) for method, named in self.scratch.items()}
+        self.rearrange(keep, None if valid is None else ~valid.to(device))
         index = keep[:, None, :, None]
         for name in ("keys", "values"):
             x = getattr(self, name)
             setattr(self, name, x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])))
-        self.scratch = {
-            method: {name: reduction.select(x) for name, x in named.items()}
-            for method, named in self.scratch.items()
-        }
-        self.dropped = logical - keep.shape[1]
 
     # ---- operations of the stock layer that must move the map too ------------------------------
 
@@ -210,7 +224,8 @@ def check_cache(cache: Any, evicts: bool) -> None:
                 f"cache layer {i} is a {type(layer).__name__}, whose slots are fixed; use the "
                 "default DynamicCache (drop cache_implementation=...), or vtc.compress_inputs"
             )
-        if evicts and type(layer).__name__.replace("Pruned", "", 1) != "DynamicLayer":
+        name = type(layer).__name__.replace("Packed", "", 1).replace("Pruned", "", 1)
+        if evicts and name != "DynamicLayer":
             raise UnsupportedError(
                 f"evicting from a {type(layer).__name__} would need to dequantize it; use the "
                 "default DynamicCache, or a method that drops tokens before they reach the cache"
@@ -224,6 +239,11 @@ def cache_bytes(cache: Cache | None) -> tuple[int, int]:
         tensors = [t for t in vars(layer).values() if isinstance(t, Tensor) and t.dim() == 4]
         size = sum(t.numel() * t.element_size() for t in tensors)
         held += size
+        if hasattr(layer, "packed_bytes"):  # what is not packed tells the size of a slot
+            held += layer.packed_bytes()
+            slot = sum(t.shape[0] * t.shape[1] * t.shape[3] * t.element_size() for t in tensors)
+            full += slot * layer.get_seq_length()
+            continue
         n = layer.physical_length() if isinstance(layer, PrunedMixin) else layer.get_seq_length()
         full += size * layer.get_seq_length() // max(int(n), 1)
     return held, full

@@ -25,6 +25,7 @@ from . import tap
 from .adapters.base import DecoderSites
 from .errors import UnsupportedError
 from .method import Method, split_answer
+from .quantized import Packing, pack_layer
 from .reduction import Reduction, gather_tokens
 from .report import Record
 from .views import CacheView, DecoderView
@@ -281,7 +282,7 @@ class DecoderEngine:
         if self.on_decoder or self.on_bypass or self.noting:
             attentions = [layer.self_attn for layer in self.layers]
             self.stock, self.taps = tap.install(sites.decoder, attentions)
-            if any("sublayers" in m.needs for _, m, _ in self.on_decoder):
+            if any("sublayers" in m.needs for _, m, _ in self.on_decoder + self.on_bypass):
                 for layer, t in zip(self.layers, self.taps, strict=True):
                     for name, module in (("attention", layer.self_attn), ("mlp", layer.mlp)):
                         hook = partial(self._sublayer_post, t, name)
@@ -499,8 +500,6 @@ class DecoderEngine:
                 if tokens is None and method.merges:
                     tokens = reduction.merge(view.tokens)[0]
                 hidden = self._apply(st, hidden, view, reduction, tokens)
-        if i > 0 and self.taps:
-            self.taps[i - 1].clear()
         return hidden
 
     def _carry(
@@ -576,7 +575,7 @@ class DecoderEngine:
         if stored is not None or st.local is not None:
             kwargs = self._gathered(st, hidden, stored, kwargs, commit=False)
         if cache is not None and i < len(cache.layers) and cache.layers[i].get_seq_length():
-            past = cache.layers[i].keys
+            past = cache.layers[i].keys if stored is None else stored.unpacked()[0]
         tables, mask = kwargs["position_embeddings"], kwargs.get("attention_mask")
         return tap.Ahead(layer.self_attn, layer.input_layernorm(hidden), tables, mask, past)
 
@@ -817,6 +816,9 @@ class DecoderEngine:
             return
         alive = None if st is None else self._reached_end(st)
         for index, method in self.on_cache:
+            if st is not None:
+                for layer in layers:
+                    self._carry_on(st, st.scratch.get(index, {}), index, layer)
             views = [self._cache_view(index, i, layer, None) for i, layer in enumerate(layers)]
             peers = [view.scratch for view in views]
             for i, (layer, view) in enumerate(zip(layers, views, strict=True)):
@@ -824,9 +826,41 @@ class DecoderEngine:
                 if alive is not None:
                     columns = layer.columns(view.keys.device)
                     view.reaches_end = alive.to(view.keys.device).gather(1, columns)
-                reduction = method.on_cache(view)
-                if reduction is not None:
-                    layer.evict(reduction)
+                answer = method.on_cache(view)
+                if isinstance(answer, Packing):
+                    layers[i] = pack_layer(cache, i, answer, view.valid)
+                elif answer is not None:
+                    layer.evict(answer)
+
+    @staticmethod
+    def _carry_on(st: _Forward, notes: dict[str, Tensor], index: int, layer: Any) -> None:
+        """Bring a method's notes on visual tokens (B, N, ...) to their slots in a cache layer.
+
+        Tokens that left before the last LLM layer have lost theirs: zeros.
+        """
+        if not notes:
+            return
+        device = layer.keys.device
+        columns, base = layer.columns(device), st.base
+        visual = st.visual.to(device)
+        place = visual.long().argsort(dim=1, descending=True, stable=True)
+        for name, x in notes.items():
+            ones = [1] * (x.dim() - 2)
+            here = place[:, : x.shape[1]]
+            real = visual.gather(1, here).reshape(*here.shape, *ones)  # short rows are padded
+            there = x.to(device).masked_fill(~real, 0)
+            if st.local is not None:
+                here = st.local.to(device).gather(1, here)
+            known = there.new_zeros(here.shape[0], st.length, *x.shape[2:])
+            known.scatter_(1, here.reshape(*here.shape, *ones).expand_as(there), there)
+            known = gather_tokens(known, (columns - base).clamp(min=0))
+            old = layer.scratch.setdefault(index, {}).get(name)
+            if old is None:
+                old = known.new_zeros(known.shape[0], 0, *known.shape[2:])
+            short = known.shape[1] - old.shape[1]
+            old = torch.cat([old, old.new_zeros(old.shape[0], short, *old.shape[2:])], 1)
+            new = (columns >= base).reshape(*columns.shape, *ones)
+            layer.scratch[index][name] = known.where(new, old)
 
     def _reached_end(self, st: _Forward) -> Tensor:
         """(B, logical length) bool, tokens of this forward that entered the last layer, and all

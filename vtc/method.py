@@ -16,6 +16,7 @@ from .errors import UnsupportedError
 from .reduction import Reduction
 
 if TYPE_CHECKING:
+    from .quantized import Packing
     from .views import CacheView, DecoderView, FeaturesView, VisionView
 
 Stage = Literal["pixels", "vision", "features", "decoder", "bypass", "cache"]
@@ -125,8 +126,11 @@ class Method:
     def note_cache(self, v: CacheView) -> None:
         """Right after a layer has run: what `on_cache` will need of its attention, into scratch."""
 
-    def on_cache(self, v: CacheView) -> Reduction | None:
-        """On each layer of the KV cache in turn, once a forward is complete."""
+    def on_cache(self, v: CacheView) -> Reduction | Packing | None:
+        """On each layer of the KV cache in turn, once a forward is complete.
+
+        The slots that stay, or how to pack them (`vtc.quantized.Packing`), which drops none.
+        """
         return None
 
     # ---- budget --------------------------------------------------------------------------------

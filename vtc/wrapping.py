@@ -58,7 +58,7 @@ class Session:
         """Refuse what cannot work, before anything is computed."""
         available = {"pixels", "vision", "features"}
         if self.sites.decoder is not None:
-            available |= {"decoder", "cache"}
+            available |= {"decoder", "bypass", "cache"}
         for method in self.methods:
             missing = method.stages - available
             if missing:
