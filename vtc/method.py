@@ -16,6 +16,7 @@ from .errors import UnsupportedError
 from .reduction import Reduction
 
 if TYPE_CHECKING:
+    from .adapters.base import Sites
     from .quantized import Packing
     from .views import CacheView, DecoderView, FeaturesView, VisionView
 
@@ -162,6 +163,13 @@ class Method:
         return cls(**cls.presets[model, tokens])
 
     # ---- facts the engine reads ----------------------------------------------------------------
+
+    def check(self, sites: Sites) -> None:
+        """Refuse a model, at wrap, before anything is computed.
+
+        Raises:
+            UnsupportedError: the method lacks something; the message says what, and what works.
+        """
 
     @property
     def stages(self) -> frozenset[Stage]:

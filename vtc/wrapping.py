@@ -60,6 +60,7 @@ class Session:
         if self.sites.decoder is not None:
             available |= {"decoder", "bypass", "cache"}
         for method in self.methods:
+            method.check(self.sites)
             missing = method.stages - available
             if missing:
                 usable = [n for n, m in known_methods().items() if _stages(m) <= available]

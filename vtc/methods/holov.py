@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HoloV: share the budget among stretches of the image, then keep the best of each.
+
+Zou et al., Don't Just Chase "Highlighted Tokens" in MLLMs: Revisiting Visual Holistic Context
+Retention, NeurIPS 2025, arXiv 2510.02912. The patches, in raster order, are cut into 16 contiguous
+chunks ("crops"). With A the [CLS] attention of the last but one block, mean over heads:
+
+    V_i     = variance over the other patches j of its chunk of cos(x_i, x_j)
+    H       = A + gamma V,  gamma = mean |A| / mean |V|
+    quota_c = K (mean of H in chunk c)^tau / sum over chunks of the same
+    keep the quota_c patches of chunk c with the highest H
+
+Departures: the mean in gamma runs over the image; x are the encoder's features; tau is 1 unless
+given, the paper's value is not known to us; quotas become integers by largest remainder and never
+exceed the chunk, so the budget is met exactly, where the published code pads with zeros; survivors
+keep raster order instead of falling attention. ``variant="code"`` is what the published code does
+otherwise: H = A + 0.09 gamma V for the quotas (its factor of 1000 on A cancels), no tau, and the
+patches of a chunk ranked by A alone.
+``saliency="received"`` is the usual substitute for encoders without [CLS] (VisionZip, VisPruner).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..method import Method, register
+from ..reduction import Reduction, top_k
+from ..views import FeaturesView
+from .tome import unit
+from .vispruner import Saliency, check_saliency, saliency_of
+
+LAYER = -2
+CODE_WEIGHT = 0.09
+
+
+def quotas(weight: Tensor, room: Tensor, k: int) -> Tensor:
+    """Share k tokens in proportion to weight (B, P), at most room (B, P) to each; (B, P) int64.
+
+    Largest remainder, ties to the first; what exceeds the room of one goes to the others. Every row
+    must have room for k.
+    """
+    weight = weight.float().clamp(min=1e-12)
+    full = room == 0
+    for _ in range(weight.shape[1]):  # at least one more is full each time, or none any more
+        rest = k - (room * full).sum(1, keepdim=True)
+        open_weight = weight.masked_fill(full, 0)
+        share = rest * open_weight / open_weight.sum(1, keepdim=True).clamp(min=1e-12)
+        full = full | (share >= room)
+    whole = share.floor().long().where(~full, room)
+    left = k - whole.sum(1, keepdim=True)
+    remainder = (share - share.floor()).masked_fill(full, -1)
+    order = remainder.argsort(dim=1, descending=True, stable=True)
+    return whole + (order.argsort(dim=1) < left).long()
+
+
+def variances(x: Tensor, chunk: Tensor) -> Tensor:
+    """(B, N) variance of the cosines of each of x (B, N, C) to the others of its chunk (B, N)."""
+    x = unit(x)
+    cosine = x @ x.transpose(1, 2)
+    others = chunk[:, :, None] == chunk[:, None, :]
+    others.diagonal(dim1=1, dim2=2).fill_(False)
+    count = others.sum(2).clamp(min=1)
+    mean = (cosine * others).sum(2) / count
+    return ((cosine - mean[..., None]).square() * others).sum(2) / count
+
+
+def best_of_each(scores: Tensor, chunk: Tensor, quota: Tensor) -> Tensor:
+    """(B, N) bool, the quota (B, P) of highest scores (B, N) in each chunk (B, N)."""
+    order = scores.float().argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, chunk.gather(1, order).argsort(dim=1, stable=True))
+    by_chunk = chunk.gather(1, order)  # ascending, and falling scores within
+    first = torch.searchsorted(by_chunk, by_chunk)  # where each one's chunk begins
+    place = torch.arange(order.shape[1], device=order.device)
+    wanted = place - first < quota.gather(1, by_chunk)
+    return torch.zeros_like(wanted).scatter(1, order, wanted)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class HoloV(Method):
+    """Give each stretch of the image a part of the budget, by attention and variety.
+
+    Args:
+        chunks: contiguous stretches of the image.
+        tau: sharpness of the shares; 0 gives every chunk the same.
+        variant: "paper", its formulas, or "code", what the published code does.
+        saliency: "cls", attention of [CLS], or "received", the mean attention a patch receives.
+    """
+
+    chunks: int = 16
+    tau: float = 1.0
+    variant: Literal["paper", "code"] = "paper"
+    saliency: Saliency = "cls"
+
+    name = "holov"
+    summary = "Shares the budget among stretches by attention and variety (HoloV, NeurIPS 2025)"
+    needs = frozenset({"cls"})
+    presets: ClassVar[dict[tuple[str, int], dict[str, Any]]] = {
+        ("llava-1.5", tokens): {"keep_tokens": tokens} for tokens in (64, 128, 192)
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_saliency(self)
+        if isinstance(self.chunks, bool) or not isinstance(self.chunks, int) or self.chunks < 1:
+            raise ValueError(f"chunks is a count, at least 1; got {self.chunks!r}")
+        if not 0.0 <= self.tau < float("inf"):
+            raise ValueError(f"tau is an exponent, at least 0; got {self.tau}")
+        if self.variant not in ("paper", "code"):
+            raise ValueError(f'variant is "paper" or "code"; got {self.variant!r}')
+        if self.variant == "code" and self.tau != 1.0:
+            raise ValueError('the published code has no tau; leave it out or give variant="paper"')
+
+    def captures(self, depth: int) -> tuple[int, ...]:
+        return (LAYER % depth,)
+
+    def on_features(self, v: FeaturesView) -> Reduction | None:
+        k = v.budget(self)
+        if k >= v.count:
+            return None
+        chunk = v.index.to(v.features.device) * self.chunks // v.total
+        a = saliency_of(v, LAYER, self.saliency)
+        variance = variances(v.features, chunk)
+        gamma = a.mean(1, keepdim=True) / variance.mean(1, keepdim=True).clamp(min=1e-12)
+        paper = self.variant == "paper"
+        h = a + (1.0 if paper else CODE_WEIGHT) * gamma * variance
+
+        empty = h.new_zeros(len(h), self.chunks)
+        room = empty.long().scatter_add(1, chunk, torch.ones_like(chunk))
+        mean = empty.scatter_add(1, chunk, h) / room.clamp(min=1)
+        share = (mean / mean.amax(1, keepdim=True).clamp(min=1e-12)) ** self.tau
+        quota = quotas(share, room, k)
+        chosen = best_of_each(h if paper else a, chunk, quota)
+        return Reduction.from_keep(top_k(chosen, k), v.count)

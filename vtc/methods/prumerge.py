@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PruMerge and PruMerge+: keep the patches that stand out, add to each what lies near it.
+
+Shang et al., LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models,
+ICCV 2025, arXiv 2403.15388. With q, k, heads not split, of the block that reads the features x the
+LLM gets (the last one of LLaVA's tower), and C their width:
+
+    a      = softmax(q_cls k^T / sqrt(C))
+    chosen = { j : a_j > Q3 + 1.5 (Q3 - Q1) }, the outliers by interquartile range: about 32 of 576
+    plus   : besides, patches at a uniform stride; about 144 of 576 in all
+    x_i'   = x_i + sum over the 32 nearest neighbours j of a_j x_j, by cosine of the keys
+    not plus: one token more, sum a_j x_j over all patches that were not chosen
+
+Departures: neighbours are taken from the patches that were not chosen; plus adds three strided
+patches for each outlier, drawn from those that are none, our reading of "about 144"; an image
+without outliers keeps its best patch; the token for the rest stands at the last patch that was not
+chosen instead of behind all. With a budget, which the paper does not have, the best patches by a
+within it are chosen (the token for the rest counts too, unless the budget is one token), and plus
+fills what the outliers leave of it with strided patches. The sizes in the report put each patch
+into one token: the one for the rest, or with plus its most similar one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..method import Answer, Method, register
+from ..reduction import Reduction, gather_tokens, top_k
+from ..views import FeaturesView
+from .tome import unit
+
+LAYER = -1
+PER_OUTLIER = 3
+
+
+def class_similarity(v: FeaturesView) -> Tensor:
+    """(B, N) softmax over all keys of q_cls k / sqrt(C), the heads taken as one."""
+
+    def row() -> Tensor:
+        heads = v._layer(LAYER).logits(slice(0, 1))[:, :, 0]  # (B, H, T) of q k / sqrt(d), C = H d
+        return (heads.sum(1) / heads.shape[1] ** 0.5).softmax(-1)
+
+    return v._patches("class_similarity", LAYER, "sum", row)
+
+
+def outliers(scores: Tensor) -> Tensor:
+    """(B, N) bool: scores above Q3 + 1.5 (Q3 - Q1) of their row."""
+    scores = scores.float()
+    q1, q3 = torch.quantile(scores, scores.new_tensor([0.25, 0.75]), dim=1, keepdim=True)
+    return scores > q3 + 1.5 * (q3 - q1)
+
+
+def marked(index: Tensor, n: int) -> Tensor:
+    """(B, n) bool, True at index (B, K)."""
+    mask = torch.zeros(len(index), n, dtype=torch.bool, device=index.device)
+    return mask.scatter(1, index, True)
+
+
+def strided(free: Tensor, count: Tensor) -> Tensor:
+    """``count`` (B,) of the True entries of free (B, N), evenly spread over them; (B, N) bool."""
+    rank = free.long().cumsum(1)
+    total, count = rank[:, -1:].clamp(min=1), count[:, None]
+    return free & (rank * count // total > (rank - 1) * count // total)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class PruMerge(Method):
+    """Keep outliers of [CLS] similarity and add their neighbours; as many as stand out.
+
+    Args:
+        plus: PruMerge+, which also keeps patches at a uniform stride.
+        neighbours: patches that are added to each kept one.
+    """
+
+    plus: bool = False
+    neighbours: int = 32
+
+    name = "prumerge"
+    summary = "Keeps what stands out to [CLS], adds its neighbours; adaptive (PruMerge, ICCV 2025)"
+    default_ratio = 0.055
+    needs = frozenset({"cls"})
+    merges = True
+    presets: ClassVar[dict[tuple[str, int], dict[str, Any]]] = {
+        ("llava-1.5", 32): {},
+        ("llava-1.5", 144): {"plus": True},
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.neighbours, bool) or not (
+            isinstance(self.neighbours, int) and self.neighbours >= 0
+        ):
+            raise ValueError(f"neighbours is a count of patches; got {self.neighbours!r}")
+
+    @property
+    def has_budget(self) -> bool:
+        return self.keep_ratio is not None or self.keep_tokens is not None
+
+    def captures(self, depth: int) -> tuple[int, ...]:
+        return (LAYER % depth,)
+
+    def choose(self, a: Tensor, k: int | None) -> Tensor:
+        """(B, N) bool, the patches to keep, k of each row or as many as the outliers say."""
+        n = a.shape[1]
+        if k is not None and not self.plus:
+            return marked(top_k(a, k), n)
+        chosen = outliers(a) | marked(top_k(a, 1), n)
+        if not self.plus:
+            return chosen
+        if k is not None:
+            chosen = chosen & marked(top_k(a, k), n)
+            count = k - chosen.sum(1)
+        else:
+            found = chosen.sum(1)
+            count = torch.minimum(PER_OUTLIER * found, n - found)
+        return chosen | strided(~chosen, count)
+
+    def on_features(self, v: FeaturesView) -> Answer:
+        n, k = v.count, v.budget(self) if self.has_budget else None
+        if n == 1 or (k is not None and k >= n):
+            return None
+        a = class_similarity(v)
+        bundle = not self.plus and k != 1  # one token for all that is not chosen
+        chosen = self.choose(a, k if k is None else k - bundle)
+        rest = ~chosen
+        a = a * rest  # only what was not chosen is added to others
+        x, key = v.features.float(), unit(v.key(LAYER).flatten(2))
+        similarity = key @ key.transpose(1, 2)
+
+        index = torch.arange(n, device=a.device).expand_as(a)
+        if bundle:
+            into = index.where(rest, -1).amax(1, keepdim=True)
+        else:
+            into = similarity.masked_fill(rest[:, None], -torch.inf).argmax(2)
+        reduction = Reduction.from_merge(index.where(chosen, into), k)
+
+        near = gather_tokens(similarity, reduction.keep).masked_fill(chosen[:, None], -torch.inf)
+        near = near.argsort(dim=2, descending=True, stable=True)[:, :, : self.neighbours]
+        weight = a[:, None].expand(-1, reduction.count, -1)
+        weight = torch.zeros_like(weight).scatter(2, near, weight.gather(2, near))
+        tokens = reduction.select(x) + weight @ x
+        if bundle:
+            tokens = torch.where((reduction.keep == into)[..., None], a[:, None] @ x, tokens)
+        return reduction, tokens.to(v.features.dtype)
