@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`match`: tune several methods to the same FLOPs, for a comparison at equal cost."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from .errors import UnsupportedError
+from .method import Chain, Method, resolve
+from .report import Report
+from .wrapping import compressing, observe
+
+
+def match(
+    methods: Iterable[str | Method | Chain],
+    flops: float,
+    *,
+    model: nn.Module,
+    inputs: Any,
+    tolerance: float = 0.01,
+    which: Literal["all", "llm"] = "all",
+    tune: int = -1,
+    strict: bool = True,
+) -> dict[str, Method | Chain]:
+    """The methods with the `keep_ratio` at which each costs the same on this model and input.
+
+    ``vtc.match(["fastv", "visionzip"], flops=0.4, model=model, inputs=inputs)``. The literature
+    counts tokens at the end by one method and averages over the layers by another; equal FLOPs are
+    fair to both. The budget is bisected over the tokens of an image until the reported share is
+    within the tolerance: about log2 of their number prefills a method, at most, and one for all.
+
+    Args:
+        methods: names, methods or chains. A budget that they have is replaced, their other
+            hyper-parameters stay.
+        flops: wanted share of the FLOPs without compression, in (0, 1].
+        model: a supported model that is not wrapped.
+        inputs: what it is called with: a mapping of keyword arguments, or one tensor.
+        tolerance: largest distance of the share from ``flops``.
+        which: "all", the FLOPs of every token, encoder and projector included
+            (``flops_all / flops_all_full`` of the report); "llm", those of the visual tokens in the
+            LLM, as papers count (``flops / flops_full``).
+        tune: which method of a chain is tuned, by its place; the last one by default. The others
+            keep the budget they have.
+        strict: False leaves out methods that cannot reach the share, with a warning each.
+
+    Returns:
+        By name ("a + b" for a chain; with its parameters where a name comes twice), in order.
+
+    Raises:
+        UnsupportedError: a method cannot reach the share; the message gives the range it reaches.
+        ValueError: a share, a tolerance or a place out of range, or a model that is wrapped.
+    """
+    if not 0.0 < flops <= 1.0:
+        raise ValueError(f"flops is a share of the uncompressed FLOPs, in (0, 1]; got {flops}")
+    if not tolerance > 0.0:
+        raise ValueError(f"tolerance is a distance between shares, above 0; got {tolerance}")
+    if which not in ("all", "llm"):
+        raise ValueError(f'which is "all" or "llm"; got {which!r}')
+    if isinstance(methods, (str, Method, Chain)):
+        methods = [methods]
+    chosen = [resolve(m) for m in methods]
+    for members in chosen:
+        if not -len(members) <= tune < len(members):
+            raise ValueError(
+                f"tune={tune}: {_label(members)} has {len(members)} method"
+                f"{'s' if len(members) > 1 else ''}, counted from 0"
+            )
+    names = [_name(members) for members in chosen]
+
+    with observe(model) as session:
+        stock = _run(model, inputs, session)
+        _share(stock, which)
+        images = [n for row in session.record.images for n in row]
+        tokens = max(images, default=stock.grid[0] * stock.grid[1])
+
+    out: dict[str, Method | Chain] = {}
+    for name, members in zip(names, chosen, strict=True):
+        try:
+            found = _Search(members, tune, model, inputs, which, tokens).find(flops, tolerance)
+        except UnsupportedError as error:
+            if strict:
+                raise
+            warnings.warn(f"left out: {error}", stacklevel=2)
+            continue
+        out[name if names.count(name) == 1 else _label(members)] = found
+    return out
+
+
+class _Search:
+    """Shares of the FLOPs of one method or chain, by the tokens of an image that it keeps."""
+
+    def __init__(
+        self,
+        members: tuple[Method, ...],
+        tune: int,
+        model: nn.Module,
+        inputs: Any,
+        which: str,
+        tokens: int,
+    ) -> None:
+        self.members, self.tune, self.tokens = members, tune % len(members), tokens
+        self.model, self.inputs, self.which = model, inputs, which
+        self.shares: dict[int, float] = {}
+        self.failure: ValueError | None = None  # of a budget that the method cannot meet
+
+    def at(self, k: int) -> Method | Chain:
+        """The method or chain that keeps k of the tokens."""
+        members = list(self.members)
+        ratio = k / self.tokens
+        try:
+            members[self.tune] = replace(members[self.tune], keep_ratio=ratio, keep_tokens=None)
+        except ValueError as error:
+            raise UnsupportedError(
+                f"{members[self.tune]} has no keep_ratio to tune: {error}"
+            ) from error
+        return members[0] if len(members) == 1 else Chain(tuple(members))
+
+    def share(self, k: int) -> float | None:
+        """Share of the FLOPs at k tokens; None where the method cannot keep so few."""
+        method = self.at(k)
+        with compressing(self.model, method) as session:  # refuses a model it does not fit
+            try:
+                report = _run(self.model, self.inputs, session)
+            except ValueError as error:
+                self.failure = error
+                return None
+        self.shares[k] = _share(report, self.which)
+        return self.shares[k]
+
+    def find(self, flops: float, tolerance: float) -> Method | Chain:
+        low, high = 0, self.tokens + 1  # what is asked for lies between
+        while high - low > 1:
+            k = (low + high) // 2
+            share = self.share(k)
+            if share is not None and abs(share - flops) <= tolerance:
+                return self.at(k)
+            if share is None or share < flops:
+                low = k
+            else:
+                high = k
+        raise self._unreached(flops, tolerance)
+
+    def _unreached(self, flops: float, tolerance: float) -> UnsupportedError:
+        label = _label(self.members)
+        if not self.shares:
+            return UnsupportedError(f"{label} ran at no budget that was tried: {self.failure}")
+        if self.tokens not in self.shares:
+            self.share(self.tokens)
+        if 1 not in self.shares and self.failure is None:
+            self.share(1)
+        least, most = min(self.shares.values()), max(self.shares.values())
+        message = f"{label} cannot cost {flops:.1%} of the FLOPs"
+        if least <= flops <= most:
+            below = max(s for s in self.shares.values() if s <= flops)
+            above = min(s for s in self.shares.values() if s >= flops)
+            return UnsupportedError(
+                f"{message} within {tolerance:.1%}: the nearest budgets cost {below:.1%} and "
+                f"{above:.1%}; raise the tolerance"
+            )
+        reason = "" if self.failure is None or flops > most else f" ({self.failure})"
+        return UnsupportedError(f"{message}: it reaches {least:.1%} to {most:.1%} here{reason}")
+
+
+def _run(model: nn.Module, inputs: Any, session: Any) -> Report:
+    with torch.no_grad():
+        model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    return session.report()
+
+
+def _share(report: Report, which: str) -> float:
+    if which == "all":
+        return report.flops_all / report.flops_all_full
+    if report.flops is None or not report.flops_full:
+        raise UnsupportedError('which="llm" needs a language model, and this is an encoder alone')
+    return report.flops / report.flops_full
+
+
+def _name(members: tuple[Method, ...]) -> str:
+    return " + ".join(m.name for m in members)
+
+
+def _label(members: tuple[Method, ...]) -> str:
+    return " + ".join(map(str, members))

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VScan: local and global [CLS] attention in front of the LLM, the prompt's attention inside it.
+
+Zhang et al., VScan: Rethinking Visual Token Reduction for Efficient Large Vision-Language Models,
+2025, arXiv 2505.22654. Between encoder and LLM, K tokens stay:
+
+    local   K // 2: [CLS] attention in encoder block 5 of 24, windows of 6 x 6 patches, the same
+            number of tokens from each
+    global  the rest of K: [CLS] attention in the last but one block
+    merge   every other token goes to the most similar one that stays, which becomes their mean
+
+After LLM layer 15 (0-based, of 32) a third of them stays, ranked by the attention of the last
+prompt token in that layer. The budget is the final one: k tokens at the end, min(n, 3 k) enter the
+LLM. At a third, the mean over the LLM layers is 2 k, and the published 64, 128 and 192 are such
+means: k = 32, 64, 96 (`paper`).
+
+Departures and decisions: local tokens are chosen first and global ones among the others, so the two
+never overlap and K is exact; where K // 2 is not a multiple of the windows, the windows whose next
+token has the highest attention give one more; grids that 6 does not divide get windows as even as
+possible; similarity is the cosine of the features that go to the projector; the mean is weighted by
+size where a method before this one has merged; a crop of a high-resolution image is selected from
+like an image; layers of other depths are scaled; survivors keep their RoPE positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..method import Method, register, relative_layers
+from ..reduction import Reduction, gather_tokens, top_k
+from ..views import DecoderView, FeaturesView
+from .tome import unit
+
+LOCAL, GLOBAL = 5, -2  # encoder blocks: of 24, and from the end
+LAYER = 15  # of 32: layers 16 to 31 run on a third
+
+
+def entering(k: int, n: int, share: float) -> int:
+    """Tokens of n that enter the LLM when it later keeps ``share`` of them, and k at the end."""
+    return max(k, min(n, round(k / share)))
+
+
+def check_share(share: float) -> None:
+    if not 0.0 < share <= 1.0:
+        raise ValueError(
+            "llm_share is the fraction of its visual tokens that the LLM keeps, in (0, 1], 1 for "
+            f"no selection inside it; got {share}"
+        )
+
+
+def windows(index: Tensor, grid: tuple[int, int], side: int) -> tuple[Tensor, int]:
+    """The window of each patch at index (B, N) of the grid, and how many windows there are."""
+    rows, columns = grid
+    down, across = max(1, round(rows / side)), max(1, round(columns / side))
+    row, column = index // columns, index % columns
+    return row * down // rows * across + column * across // columns, down * across
+
+
+def best_of_windows(scores: Tensor, window: Tensor, count: int, k: int) -> Tensor:
+    """(B, k) tokens: the best of each window, then the second best of each, and so on."""
+    order = scores.float().argsort(dim=1, descending=True, stable=True)
+    member = F.one_hot(window.gather(1, order), count)
+    rank = (member.cumsum(1) * member).sum(2)  # 1 for the best of its window
+    turn = rank.argsort(dim=1, stable=True)[:, :k]
+    return order.gather(1, turn)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class VScan(Method):
+    """Keep what [CLS] attends to, early by window and late overall; merge the rest; prune again.
+
+    Args:
+        window: side of the windows, in patches.
+        llm_share: fraction of the tokens that entered the LLM which its middle layer keeps; 1 for
+            no selection inside the LLM.
+    """
+
+    window: int = 6
+    llm_share: float = 1 / 3
+
+    name = "vscan"
+    summary = "[CLS] attention, by window and overall; a third of it after LLM layer 16 (VScan)"
+    needs = frozenset({"cls"})
+    merges = True
+    default_ratio = 1 / 9
+    presets: ClassVar[dict[tuple[str, int], dict[str, Any]]] = {
+        ("llava-1.5", mean): {"keep_tokens": mean // 2} for mean in (64, 128, 192)
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
+            raise ValueError(f"window is a side in patches, at least 1; got {self.window!r}")
+        check_share(self.llm_share)
+
+    def captures(self, depth: int) -> tuple[int, ...]:
+        return (*relative_layers((LOCAL,), of=24, depth=depth), GLOBAL % depth)
+
+    def decoder_layers(self, depth: int) -> Iterable[int]:
+        return relative_layers((LAYER,), of=32, depth=depth)
+
+    def on_features(self, v: FeaturesView) -> Reduction | None:
+        n, k = v.count, entering(v.budget(self), v.total, self.llm_share)
+        if k >= n:
+            return None
+        (early,) = relative_layers((LOCAL,), of=24, depth=v.depth)
+        window, count = windows(v.index, v.grid, self.window)
+        local = best_of_windows(v.cls_attention(early).mean(1), window, count, k // 2)
+
+        scores = v.cls_attention(GLOBAL).mean(1).scatter(1, local, torch.inf)
+        kept = top_k(scores, k)
+        x = unit(v.features)
+        nearest = (x @ gather_tokens(x, kept).mT).argmax(2)
+        target = kept.gather(1, nearest).scatter(1, kept, kept)
+        return Reduction.from_merge(target, k)
+
+    def on_decoder_layer(self, v: DecoderView) -> Reduction | None:
+        if v.within_budget(self):
+            return None
+        scores = v.attention("last")[:, :, 0].mean(1)
+        return Reduction.from_scores(scores, v.budget(self), v.valid)
