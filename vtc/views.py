@@ -8,7 +8,7 @@ holds attention for the whole model.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -90,6 +90,27 @@ class Projections:
         """Attention probabilities in fp32 for the query rows, (B, H, rows, T)."""
         return self.logits(rows).softmax(-1)
 
+    def folded_attention(self) -> Tensor:
+        """(B, H, T', T') probabilities in fp32 among the T' tokens left of this block's tokens.
+
+        A query row is the mean of its group, a key column the sum of its group.
+        """
+        rows = self.attention(slice(None))
+        if self.later is None:
+            return rows
+        rows = self.fold(rows.permute(0, 3, 1, 2), "sum")  # keys first, then queries
+        return self.fold(rows.transpose(1, 3), "mean").permute(0, 2, 1, 3)
+
+    def by_heads(self, chunk: int = 4) -> list[Projections]:
+        """The same block, ``chunk`` heads at a time, for who needs maps of all of them in turn."""
+        query, key = self.query(slice(None)), self.key()
+
+        def part(heads: slice) -> Projections:
+            q, k = query[:, heads], key[:, heads]
+            return replace(self, query=lambda rows: q[:, :, rows], key=lambda: k, mean=None)
+
+        return [part(slice(i, i + chunk)) for i in range(0, query.shape[1], chunk)]
+
 
 @dataclass
 class VisionView:
@@ -102,6 +123,8 @@ class VisionView:
         size: (B, T) patches behind each token.
         total: patches of the full grid; grid: (rows, columns).
         scratch: this method's named tensors (B, T, ...), gathered with the survivors.
+        places: (B, N) patch of the full grid each patch token stands at; None while all are there.
+        valid: (B, T) bool, False on padding where images keep different numbers; None if none does.
     """
 
     x: Tensor
@@ -114,11 +137,20 @@ class VisionView:
     grid: tuple[int, int]
     projections: Projections
     scratch: dict[str, Tensor] = field(default_factory=dict)
+    places: Tensor | None = None
+    valid: Tensor | None = None
 
     @property
     def count(self) -> int:
         """Patch tokens now, without the prefix."""
         return self.x.shape[1] - self.prefix
+
+    @property
+    def index(self) -> Tensor:
+        """(B, N) patch of the full grid that each patch token stands at."""
+        if self.places is not None:
+            return self.places
+        return torch.arange(self.count, device=self.x.device).expand(len(self.x), -1)
 
     @cached_property
     def key(self) -> Tensor:
@@ -133,11 +165,7 @@ class VisionView:
     @cached_property
     def attention(self) -> Tensor:
         """(B, H, T, T) attention of this block, fp32."""
-        rows = self.projections.attention(slice(None))
-        if self.projections.later is None:
-            return rows
-        rows = self.projections.fold(rows.permute(0, 3, 1, 2), "sum")  # keys first, then queries
-        return self.projections.fold(rows.transpose(1, 3), "mean").permute(0, 2, 1, 3)
+        return self.projections.folded_attention()
 
     @cached_property
     def cls_attention(self) -> Tensor:
@@ -380,7 +408,7 @@ class DecoderView:
         columns = (self.visual_index + offset)[:, None, None, :]
         out = weights.gather(3, columns.expand(*weights.shape[:3], -1))
         if alive is not None:
-            out = out * alive[:, None, :, None]
+            out = out.masked_fill(~alive[:, None, :, None], 0)  # rows of padding are NaN
         return out if self.valid is None else out * self.valid[:, None, None, :]
 
     @property

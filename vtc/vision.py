@@ -219,6 +219,7 @@ class VisionEngine:
         self.proportional = any(getattr(m, "proportional_attention", False) for _, m in inside)
         depth = len(sites.blocks)
         self.captured = {layer % depth for _, m in self.behind for layer in m.captures(depth)}
+        self.last_read = max([feature_block, *self.captured])
         acting = [m for _, m in inside + self.behind]
         self.refill = (
             projector is None and sites.pool in ("mean", "map") and all(m.merges for m in acting)
@@ -271,7 +272,8 @@ class VisionEngine:
         last = self.feature_block
         for i, site in enumerate(sites.blocks):
             inside = bool(self.inside) and i <= last
-            if inside or i in self.captured:
+            # Blocks behind the last, whose attention is read, must not see padding slots either.
+            if inside or i in self.captured or (self.inside and i < self.last_read):
                 hook = partial(self._attention, i)
                 add(site.attn.register_forward_pre_hook(hook, with_kwargs=True))
                 if site.key_source is not None:
@@ -362,7 +364,7 @@ class VisionEngine:
         if st is None:
             return None
         call = (args, kwargs)
-        bias = self._key_bias(st) if i <= self.feature_block else None
+        bias = self._key_bias(st) if i <= self.last_read else None
         keys = _Keys(site, call)
         st.projections[i] = Projections(
             partial(site.query, call), keys, site.scale, bias, mean=keys.mean
@@ -451,6 +453,8 @@ class VisionEngine:
                 grid=st.grid,
                 projections=st.projections[i],
                 scratch=st.notes[j],
+                places=None if st.reduction is None else st.reduction.keep.to(x.device),
+                valid=None if st.tokens is None else st.tokens.valid,
             )
             reduction, tokens = split_answer(m.on_vision_layer(view))
             if reduction is None or _is_identity(reduction):
