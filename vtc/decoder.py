@@ -633,9 +633,11 @@ class DecoderEngine:
         if merged is not None:
             merged = merged.to(hidden.dtype)
             target = view.visual_index.gather(1, reduction.keep)
-            if reduction.valid is not None:  # padding slots write what is there already
-                merged = merged.where(reduction.valid[..., None], gather_tokens(hidden, target))
-            hidden = hidden.scatter(1, target.unsqueeze(-1).expand_as(merged), merged)
+            length = hidden.shape[1]
+            if reduction.valid is not None:  # padding slots, which may repeat a real one, go behind
+                target = target.where(reduction.valid, length)
+                hidden = torch.nn.functional.pad(hidden, (0, 0, 0, 1))
+            hidden = hidden.scatter(1, target.unsqueeze(-1).expand_as(merged), merged)[:, :length]
         for named in st.scratch.values():
             for name, x in named.items():
                 named[name] = reduction.select(x)

@@ -23,13 +23,29 @@ from ..views import FeaturesView
 from .tome import unit
 
 
-def greedy_order(x: Tensor, k: int) -> Tensor:
-    """The k tokens of x (B, N, C) in the order they are chosen, (B, k) int64; ties to the first."""
+def greedy_order(
+    x: Tensor, k: int, start: Tensor | None = None, valid: Tensor | None = None
+) -> Tensor:
+    """The k tokens of x (B, N, C) in the order they are chosen, (B, k) int64; ties to the first.
+
+    Args:
+        start: (B, N) bool, tokens that are chosen already, at least one in each row; they are not
+            among the k, which keep away from them.
+        valid: (B, N) bool, False on entries that are no tokens.
+    """
     x = unit(x)
     distance = 1 - x @ x.transpose(1, 2)
     distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-    chosen = [distance.amin(2).argmax(1, keepdim=True)]
     nearest = torch.full_like(distance[:, 0], torch.inf)
+    if valid is not None:
+        distance = distance.masked_fill(~valid[:, None], torch.inf)
+        nearest = nearest.masked_fill(~valid, -torch.inf)
+    if start is None:
+        first = torch.minimum(distance.amin(2), nearest)
+    else:
+        first = distance.masked_fill(~start[:, None], torch.inf).amin(2)
+        nearest = first = torch.minimum(first, nearest).masked_fill(start, -torch.inf)
+    chosen = [first.argmax(1, keepdim=True)]
     for _ in range(k - 1):
         row = distance.gather(1, chosen[-1][:, :, None].expand(-1, -1, x.shape[1]))[:, 0]
         nearest = torch.minimum(nearest, row).scatter(1, chosen[-1], -torch.inf)
