@@ -138,6 +138,19 @@ def masked(
             handle.remove()
 
 
+def logits_and_steps(
+    model: Any, inputs: dict[str, Tensor], steps: int = 8
+) -> tuple[Tensor, Tensor | None, list[int]]:
+    """Prefill logits, greedy step logits (left or no padding only), KV length of each layer."""
+    prefill = model(**inputs, use_cache=True)
+    lengths = [layer.keys.shape[2] for layer in prefill.past_key_values.layers]
+    if not bool(inputs["attention_mask"][:, -1].all()):
+        return prefill.logits, None, lengths
+    how = {"max_new_tokens": steps, "do_sample": False}
+    out = model.generate(**inputs, **how, output_logits=True, return_dict_in_generate=True)
+    return prefill.logits, torch.stack(out.logits, 1), lengths
+
+
 def compare(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, Any, dict[int, Tensor]]:
     """Results of ``run`` on a wrapped model, and of the same with its drops turned into masks.
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 import mini_llava as mini
 import pytest
 import torch
-from oracle import compare
+from oracle import compare, logits_and_steps
 from snapshot import snapshot
 
 import vtc
@@ -27,7 +27,6 @@ METHODS = [m for m in sorted(vtc.methods()) if takes_budget(m)]
 CHOOSING = {"pixels", "vision", "features", "decoder"}
 MODELS = [(t, d) for t in mini.TOWERS for d in mini.DECODERS]
 NO_CLS = {"siglip"}
-STEPS = 8
 
 
 def needs_cls(method: str) -> bool:
@@ -68,23 +67,6 @@ def budget(method: str) -> int:
 
 def made(method: str) -> vtc.Method:
     return seeded(method, budget(method), 0)
-
-
-def logits_and_steps(model, inputs) -> tuple[torch.Tensor, torch.Tensor | None, list[int]]:
-    """Prefill logits, greedy step logits (left or no padding only), KV length of each layer."""
-    prefill = model(**inputs, use_cache=True)
-    lengths = [layer.keys.shape[2] for layer in prefill.past_key_values.layers]
-    steps = None
-    if bool(inputs["attention_mask"][:, -1].all()):
-        out = model.generate(
-            **inputs,
-            max_new_tokens=STEPS,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        steps = torch.stack(out.logits, 1)
-    return prefill.logits, steps, lengths
 
 
 INPUTS = {

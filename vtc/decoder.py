@@ -74,6 +74,7 @@ class _Forward:
     memos: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # (B, ...) by method
     places: tuple[Tensor, Tensor | None] | None = None  # (B, N) columns of visual tokens, valid
     aside: _Aside | None = None  # what jumps over the layer that runs now
+    ran: Tensor | None = None  # `local` of the tokens that the last layer has run on
     partial: set[int] = field(default_factory=set)  # layers whose attention saw part of the tokens
     memo: dict[str, tuple] = field(default_factory=dict)
 
@@ -479,6 +480,7 @@ class DecoderEngine:
         self, i: int, st: _Forward, hidden: Tensor, cache: Any, kwargs: dict[str, Any]
     ) -> Tensor:
         """Drop sentinel rows before layer 0, then what the methods ask for after layer i - 1."""
+        st.ran = st.local
         if i == 0 and self.sentinel:
             dropped = hidden[..., 0].isnan() & st.visual.to(hidden.device)
             view = self._view(-1, st, hidden, {}, {})
@@ -558,7 +560,7 @@ class DecoderEngine:
         self, index: int, i: int, st: _Forward, hidden: Tensor, cache: Any, kwargs: dict[str, Any]
     ) -> DecoderView:
         """What method ``index`` sees in front of layer i."""
-        return self._view(
+        view = self._view(
             i - 1,
             st,
             hidden,
@@ -566,6 +568,11 @@ class DecoderEngine:
             st.memos.setdefault(index, {}),
             lambda: self._ahead(i, st, hidden, cache, kwargs),
         )
+        if st.local is not st.ran:
+            left: Any = st.local
+            view.ran = left if st.ran is None else torch.searchsorted(st.ran.contiguous(), left)
+            view.ran = view.ran.to(hidden.device)
+        return view
 
     def _ahead(
         self, i: int, st: _Forward, hidden: Tensor, cache: Any, kwargs: dict[str, Any]

@@ -36,6 +36,11 @@ class Tap:
         self.scale = 1.0
         self.sublayers: dict[str, tuple[Tensor, Tensor]] = {}
 
+    @property
+    def length(self) -> int:
+        """Tokens of the forward, whose keys stand at the end."""
+        return self.query.shape[2]  # type: ignore[union-attr]
+
     def attention(self, rows: Tensor) -> Tensor:
         """Post-softmax attention in fp32 of the query rows (B, R) to all keys: (B, H, R, T_kv)."""
         query: Any = self.query
@@ -59,6 +64,11 @@ class Ahead:
     tables: tuple[Tensor, Tensor]
     mask: Tensor | None
     past: Tensor | None
+
+    @property
+    def length(self) -> int:
+        """As `Tap.length`."""
+        return self.x.shape[1]
 
     def attention(self, rows: Tensor) -> Tensor:
         """As `Tap.attention`."""

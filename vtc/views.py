@@ -298,6 +298,8 @@ class DecoderView:
         image: (B, N) ordinal of the image in its row; position: (B, N) patch index in that image.
         images: number of images of each row, a list of per-image visual token counts.
         scratch: this method's named tensors (B, N, ...), gathered with the survivors.
+        ran: (B, T) place of each token in the sequence that the layer has run on, where an earlier
+            method of the chain has dropped some since; None if all are there.
         memo: this method's named tensors of this forward without a visual token axis (B, ...),
             never gathered; text tokens never leave, so notes in the order of `text_index` hold.
     """
@@ -314,6 +316,7 @@ class DecoderView:
     images: list[list[int]]
     tap: Any
     ahead: Callable[[], Any]
+    ran: Tensor | None = None
     scratch: dict[str, Tensor] = field(default_factory=dict)
     memo: dict[str, Tensor] = field(default_factory=dict)
     separator: Tensor | None = None
@@ -378,7 +381,12 @@ class DecoderView:
     @cached_property
     def key(self) -> Tensor:
         """(B, H_kv, T, d) keys of the current sequence in the layer just run, RoPE included."""
-        return self.tap.key[:, :, -self.hidden.shape[1] :]
+        key = self.tap.key[:, :, -self.tap.length :].transpose(1, 2)
+        return self._left(key).transpose(1, 2)
+
+    def _left(self, x: Tensor) -> Tensor:
+        """Of x (B, T, ...) of the layer that has run, the tokens that are left now."""
+        return x if self.ran is None else gather_tokens(x, self.ran)
 
     def attention(
         self, rows: Literal["last", "prompt"] | Tensor = "last", ahead: bool = False
@@ -403,9 +411,11 @@ class DecoderView:
             index = self.last_row[:, None]
         else:
             index, alive = _columns_of(self.prompt)
-        weights = (self.ahead() if ahead else self.tap).attention(index)
-        offset = weights.shape[-1] - self.hidden.shape[1]
-        columns = (self.visual_index + offset)[:, None, None, :]
+        visual, source = self.visual_index, self.ahead() if ahead else self.tap
+        if self.ran is not None and not ahead:
+            index, visual = self.ran.gather(1, index), self.ran.gather(1, visual)
+        weights = source.attention(index)
+        columns = (visual + weights.shape[-1] - source.length)[:, None, None, :]
         out = weights.gather(3, columns.expand(*weights.shape[:3], -1))
         if alive is not None:
             out = out.masked_fill(~alive[:, None, :, None], 0)  # rows of padding are NaN
@@ -414,22 +424,22 @@ class DecoderView:
     @property
     def attention_input(self) -> Tensor:
         """(B, T, D) normed input of the attention of the layer just run (needs "sublayers")."""
-        return self.tap.sublayers["attention"][0]
+        return self._left(self.tap.sublayers["attention"][0])
 
     @property
     def attention_output(self) -> Tensor:
         """(B, T, D) output of the attention of the layer just run, before the residual add."""
-        return self.tap.sublayers["attention"][1]
+        return self._left(self.tap.sublayers["attention"][1])
 
     @property
     def mlp_input(self) -> Tensor:
         """(B, T, D) normed input of the MLP of the layer just run (needs "sublayers")."""
-        return self.tap.sublayers["mlp"][0]
+        return self._left(self.tap.sublayers["mlp"][0])
 
     @property
     def mlp_output(self) -> Tensor:
         """(B, T, D) output of the MLP of the layer just run, before the residual add."""
-        return self.tap.sublayers["mlp"][1]
+        return self._left(self.tap.sublayers["mlp"][1])
 
 
 @dataclass
