@@ -517,6 +517,23 @@ def test_variances_and_the_best_of_each_chunk():
     assert best_of_each(scores, chunk, torch.tensor([[1, 0]]))[0].tolist() == [0, 1, 0, 0, 0]
 
 
+def test_holov_in_code_ranks_a_chunk_by_attention_alone():
+    view = features_view(batch=4)
+    attention = view.cls_attention(-2).mean(1)
+    kept = {
+        variant: HoloV(keep_tokens=20, chunks=3, variant=variant).on_features(view).keep
+        for variant in ("paper", "code")
+    }
+    by_attention = {"paper": True, "code": True}
+    for variant, keep in kept.items():
+        for row in range(4):
+            for chunk in range(3):
+                members = range(chunk * N // 3, (chunk + 1) * N // 3)
+                mine = [i for i in keep[row].tolist() if i in members]
+                by_attention[variant] &= mine == sorted(best(attention[row], members, len(mine)))
+    assert by_attention == {"paper": False, "code": True}
+
+
 def test_holov_finds_its_chunks_by_place():
     """Behind a method that took whole rows away, a patch stays in the chunk it was in."""
     view = features_view()
