@@ -163,7 +163,7 @@ def test_budgets_of_staged_methods(cls):
         assert n >= shares[0] >= shares[1] >= shares[2]
     assert cls(keep_ratio=1.0).shares(576) == (576, 576, 576)
     assert cls(ratios=(0.5, 0.2, 0.001)).shares(576) == (288, 115, 1)  # truncated, at least 1
-    assert cls(ratios=(0.5, 0.2, 0.2)).budget(16) == 3
+    assert cls(ratios=(0.5, 0.2, 0.2)).shares(19) == (9, 3, 3)
     for depth in (4, 5, 8, 12, 24, 28, 32, 40, 80):
         layers = cls().stage_layers(depth)
         assert len(set(layers)) == 3 and list(layers) == sorted(layers)
