@@ -15,7 +15,6 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from math import prod
 from typing import Any
 
@@ -232,11 +231,16 @@ class FlatTokens:
             return torch.arange(len(self.region), device=self.region.device)
         return self.reduction.keep[0]
 
-    def _arranged(self, index: Tensor, what: Any, how: How, compute: Any) -> Tensor:
-        """What a view at ``index`` (B, N) of the K tokens asks of the encoder."""
-        if what not in self.memo:
-            self.memo[what] = fold(self.reduction, self.lift(compute())[None], how)[0]
-        return self.memo[what][index]
+    def _arrange(self, index: Tensor) -> Callable[[Any, How, Callable[[], Tensor]], Tensor]:
+        """How a view at ``index`` (B, N) of the K tokens gets what it asks of the encoder."""
+        memo, reduction = self.memo, self.reduction
+
+        def arrange(what: Any, how: How, compute: Callable[[], Tensor]) -> Tensor:
+            if what not in memo:
+                memo[what] = fold(reduction, self.lift(compute())[None], how)[0]
+            return memo[what][index]
+
+        return arrange
 
     def _groups(self, m: Method) -> Iterator[tuple[Tensor, Region, int]]:
         """Views for a method: index (B, N) of the K tokens, one of their regions, their budget."""
@@ -286,7 +290,7 @@ class FlatTokens:
                 crops=layout,
                 share=share,
                 packed=None if self.projected is None else self.projected[index],
-                arrange=partial(self._arranged, index),
+                arrange=self._arrange(index),
                 **self.common,
             )
             reduction, tokens = split_answer(m.on_features(view))
@@ -338,9 +342,9 @@ class CropEngine:
 
     def __init__(self, sites: Sites, vision: Any, decoder: Any, record: Record) -> None:
         self.sites, self.vision, self.decoder, self.record = sites, vision, decoder, record
-        assert sites.decoder is not None and sites.decoder.crops is not None  # the caller checks
-        self.base: Any = sites.decoder.base
-        self.crops = sites.decoder.crops
+        llm: Any = sites.decoder
+        self.base: Any = llm.base
+        self.crops: CropSites = llm.crops
         self.known: dict[Any, CropLayout] = {}
 
     def install(self) -> None:
@@ -407,17 +411,17 @@ class CropEngine:
             st.unpacked, st.projections, st.reprojected = None, {}, flat.reprojected
             left = flat.image[flat.keep]
             counts = torch.bincount(left, minlength=len(layouts)).tolist()
+            projected: Any = flat.projected
             if any(flat.notes):
-                assert flat.projected is not None
                 notes = [
                     {name: list(x.split(counts)) for name, x in note.items()} for note in flat.notes
                 ]
-                self.decoder.carried = list(flat.projected.split(counts)), notes
+                self.decoder.carried = list(projected.split(counts)), notes
             if flat.reduction is None:
                 return packed
             out = torch.cat(packed)
             out[every] = torch.nan
-            out[rows[flat.keep]] = flat.projected
+            out[rows[flat.keep]] = projected
             return list(out.split([layout.length for layout in layouts]))
 
     def _flatten(

@@ -158,17 +158,15 @@ def split_packed(
     rest = iter(lengths)
     for r, columns in enumerate(visual.cpu()):
         at = columns.nonzero()[:, 0].to(visual.device)
-        ends, counts = separator[r, at].cpu(), []
-        start = 0
+        ends, start = separator[r, at].cpu(), 0
+        counts: list[int] = []
         while start < len(at):
             n = next(rest, 0)
             lines = ends[start : start + n].nonzero()[:, 0].tolist()
             width = lines[0] - thumbnail if lines else 0
-            whole = list(range(thumbnail + width, n, width + 1)) if lines else []
-            if n < thumbnail or start + n > len(at) or lines != whole or lines[-1:] not in (
-                [],
-                [n - 1],
-            ):
+            last = lines[-1] if lines else thumbnail - 1
+            expected = list(range(thumbnail + width, n, width + 1)) if lines else []
+            if start + n > len(at) or lines != expected or last != n - 1:
                 raise UnsupportedError(
                     f"found {len(at)} image tokens in row {r} that are not whole packed images: "
                     "part of an image in one forward (chunked prefill), and features that were "

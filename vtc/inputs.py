@@ -56,13 +56,17 @@ def compress_inputs(
             "compress_inputs needs input_ids and pixel_values, as the processor gives them"
         )
     out = dict(inputs)
-    ids, pixels = out.pop("input_ids"), out.pop("pixel_values")
+    if inputs.get("pixel_values_videos") is not None:
+        raise UnsupportedError("videos are not supported yet, only images")
+    ids = out.pop("input_ids")
+    names = inspect.signature(model.get_image_features).parameters
+    images = {name: out.pop(name) for name in names if name in inputs}
     mask = out.pop("attention_mask", None)
     mask = torch.ones_like(ids) if mask is None else mask
     with compressing(model, Chain(methods)) as session:
         llm: Any = session.sites.decoder
         token_ids = llm.token_ids
-        features = model.get_image_features(pixels).pooler_output
+        features = model.get_image_features(**images).pooler_output
     alive_features = [~f[:, 0].isnan() for f in features]
 
     visual = torch.isin(ids, torch.tensor(token_ids, device=ids.device))

@@ -507,13 +507,13 @@ class VisionEngine:
 
     def view_arguments(self, st: VisionState) -> dict[str, Any]:
         """What all views of the features stage have in common."""
-        return dict(
-            prefix=st.prefix,
-            has_cls=self.sites.has_cls,
-            projector=_same if self.projector is None else self.projector.forward,
-            layers=st.projections,
-            depth=st.blocks,
-        )
+        return {
+            "prefix": st.prefix,
+            "has_cls": self.sites.has_cls,
+            "projector": _same if self.projector is None else self.projector.forward,
+            "layers": st.projections,
+            "depth": st.blocks,
+        }
 
     def _choose_ragged(
         self, st: VisionState, j: int, m: Method, features: Tensor, so_far: Reduction
