@@ -98,7 +98,8 @@ def decoder_view(images, layer=1, text=5):
         image=torch.zeros(len(images), n, dtype=torch.int64),
         position=torch.arange(n).expand(len(images), n),
         images=images,
-        tap=SimpleNamespace(attention=attention, sublayers={}),
+        tap=SimpleNamespace(attention=attention, sublayers={}, length=length),
+        ahead=lambda: None,
     ), weights
 
 
@@ -213,8 +214,7 @@ def test_a_sample_does_not_depend_on_its_batch_mates(name):
     # The second row alone, through views that hold nothing else.
     second = {
         field: getattr(one, field)[1:]
-        for field in ("x", "features", "size", "index")
-        if hasattr(one, field)
+        for field in (("x", "size") if name in VISION else ("features", "size", "index"))
     }
 
     def row(p):
