@@ -108,8 +108,9 @@ def masked(
             past = cache.layers[i].get_seq_length() if cache and i < len(cache.layers) else 0
             dead = torch.zeros(batch, past + q_len, dtype=torch.bool)
             there = alive[i]
-            if past in getattr(alive, "cached", {}):
-                there = alive.cached[past][i]  # type: ignore[attr-defined]
+            known = [n for n in getattr(alive, "cached", {}) if n <= past]
+            if known:
+                there = alive.cached[max(known)][i]  # type: ignore[attr-defined]
             there = there.repeat_interleave(batch // there.shape[0], 0)
             if past + q_len < start + there.shape[1]:
                 return (hidden, *args[1:]), kwargs

@@ -287,6 +287,10 @@ class Evict(vtc.Method):
     name: ClassVar[str] = "test-evict"
     every: int = 0
 
+    @property
+    def while_decoding(self) -> bool:
+        return self.every > 0
+
     def on_cache(self, v: Any) -> Reduction | None:
         if v.step and not (self.every and v.step % self.every == 0):
             return None

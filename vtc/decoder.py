@@ -209,6 +209,7 @@ class DecoderEngine:
         ]
         self.on_cache = [(i, m) for i, m in enumerate(methods) if "cache" in m.stages]
         self.noting = [s for s in self.on_cache if type(s[1]).note_cache is not Method.note_cache]
+        self.steadily = any(m.while_decoding for _, m in self.on_cache)
         self.compact = any(m.positions == "compact" for m in methods)
         self.pending: tuple[Tensor, Tensor | None] | None = None
         # For each image its projected features (N, D) and each method's notes on them (K, ...).
@@ -369,7 +370,7 @@ class DecoderEngine:
         st = self.forward
         named = isinstance(output, ModelOutput)
         cache = output.get("past_key_values") if named else kwargs.get("past_key_values")
-        if self.on_cache and cache is not None:
+        if self.on_cache and cache is not None and (st is not None or self.steadily):
             with self.record.clock.measure("method"):
                 self._cache_stage(st, cache)
         self.record.clock.stop("decode")
@@ -764,7 +765,7 @@ class DecoderEngine:
         self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
     ) -> Any:
         st, cache = self.forward, kwargs.get("past_key_values")
-        if cache is not None and self.on_cache:
+        if cache is not None and self.on_cache and (st is not None or self.steadily):
             with self.record.clock.measure("method"):
                 self._note(i, st, cache)
         if st is None or st.aside is None or st.aside.over == "attention":
@@ -791,6 +792,8 @@ class DecoderEngine:
                     asked, device=layer.keys.device
                 )
         for index, method in self.noting:
+            if st is None and not method.while_decoding:
+                continue
             method.note_cache(self._cache_view(index, i, layer, self.taps[i]))
 
     def _cache_view(self, index: int, i: int, layer: Any, t: tap.Tap | None) -> CacheView:
@@ -823,6 +826,8 @@ class DecoderEngine:
             return
         alive = None if st is None else self._reached_end(st)
         for index, method in self.on_cache:
+            if st is None and not method.while_decoding:
+                continue
             if st is not None:
                 for layer in layers:
                     self._carry_on(st, st.scratch.get(index, {}), index, layer)

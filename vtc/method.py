@@ -128,7 +128,7 @@ class Method:
         """Right after a layer has run: what `on_cache` will need of its attention, into scratch."""
 
     def on_cache(self, v: CacheView) -> Reduction | Packing | None:
-        """On each layer of the KV cache in turn, once a forward is complete.
+        """On each layer of the KV cache in turn, once a prefill is complete (`while_decoding`).
 
         The slots that stay, or how to pack them (`vtc.quantized.Packing`), which drops none.
         """
@@ -147,6 +147,11 @@ class Method:
     def has_budget(self) -> bool:
         """False when hyper-parameters of the method decide the final count, not a budget."""
         return True
+
+    @property
+    def while_decoding(self) -> bool:
+        """Whether `note_cache` and `on_cache` are called behind every decoded token, too."""
+        return False
 
     @classmethod
     def paper(cls, model: str, tokens: int) -> Method:

@@ -113,12 +113,14 @@ class PrefixKV(Method):
                 raise ValueError(f"ratios are fractions to forget, in [0, 1); got {self.ratios}")
 
     @property
+    def while_decoding(self) -> bool:
+        return self.scope == "all"
+
+    @property
     def has_budget(self) -> bool:
         return self.ratios is None and self.scope == "visual"
 
     def note_cache(self, v: CacheView) -> None:
-        if v.step > 0 and self.scope == "visual":
-            return
         here = v.visual if self.scope == "visual" else torch.ones_like(v.visual)
         here = here if v.valid is None else here & v.valid
         seen = here[:, -v.queries :].sum(1, keepdim=True).expand_as(here)
@@ -133,7 +135,7 @@ class PrefixKV(Method):
 
     def on_cache(self, v: CacheView) -> Reduction | None:
         if v.step > 0:
-            return self._pay(v) if self.scope == "all" else None
+            return self._pay(v)
         if v.layer == 0:
             self._plan(v)
         mass, keep = v.scratch["mass"], v.scratch["keep"].amax(1)

@@ -83,6 +83,10 @@ class VidKV(Method):
         check_group(self.group, self.window)
 
     @property
+    def while_decoding(self) -> bool:
+        return True
+
+    @property
     def has_budget(self) -> bool:
         return False
 

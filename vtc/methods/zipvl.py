@@ -121,6 +121,10 @@ class ZipVL(Method):
             object.__setattr__(self, "needs", frozenset())
 
     @property
+    def while_decoding(self) -> bool:
+        return self.kv == "mixed"
+
+    @property
     def has_budget(self) -> bool:
         return self.keep_ratio is not None or self.keep_tokens is not None
 
