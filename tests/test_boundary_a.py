@@ -21,7 +21,7 @@ from vtc.errors import UnsupportedError
 from vtc.method import _REGISTRY
 from vtc.methods.cdpruner import CDPruner, TextQuery, embed_text, greedy_map
 from vtc.methods.holov import HoloV, best_of_each, quotas, variances
-from vtc.methods.prumerge import PruMerge, class_similarity, outliers, strided
+from vtc.methods.prumerge import PruMerge, outliers, strided
 from vtc.methods.tokencorr import TokenCorr, gumbel, informative
 from vtc.methods.vispruner import VisPruner, without_duplicates
 from vtc.reduction import Reduction
@@ -462,8 +462,8 @@ def test_the_class_similarity_takes_heads_as_one():
     block = view.layers[view.depth - 1]
     q, k = block.query(slice(0, 1))[0, :, 0].flatten(), block.key()[0].transpose(0, 1).flatten(1)
     want = (k @ q / q.numel() ** 0.5).softmax(0)[1:]
-    torch.testing.assert_close(class_similarity(view)[0], want)
-    assert class_similarity(view).sum() < 1  # [CLS] itself has its share
+    torch.testing.assert_close(view.cls_similarity(-1)[0], want)
+    assert view.cls_similarity(-1).sum() < 1  # [CLS] itself has its share
 
 
 @pytest.mark.parametrize("n", [1, 7, 48])
@@ -823,7 +823,7 @@ def test_class_similarity_of_a_thumbnail():
     @dataclass(frozen=True, kw_only=True)
     class Spy(PruMerge):
         def on_features(self, v):
-            seen.append((v.total, class_similarity(v), v.cls_logits(-1).sum(1)))
+            seen.append((v.total, v.cls_similarity(-1), v.cls_logits(-1).sum(1)))
 
     with vtc.compressing(anyres.build("next"), Spy(keep_tokens=14)) as session:
         session.model(**anyres.prompt([[anyres.WIDE], [anyres.SQUARE]]))

@@ -17,12 +17,13 @@ from torch import Tensor
 
 import vtc
 from vtc.cost import llm_flops
+from vtc.methods._stages import entering
 from vtc.methods.fastv import FastV
 from vtc.methods.todre import ToDRE, max_sum_order
 from vtc.methods.tome import unit
 from vtc.methods.tops import TOPS, greedy_set
 from vtc.methods.uniform import Uniform
-from vtc.methods.vscan import VScan, best_of_windows, entering, windows
+from vtc.methods.vscan import VScan, best_of_windows, windows
 from vtc.views import FeaturesView, Projections
 
 ANGLES = torch.tensor([0.0, 10, 25, 90, 100, 180, 205, 300]).deg2rad()
@@ -789,7 +790,7 @@ def test_chains() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ToDRE(tau=-0.1), r"tau is a share of attention in \[0, 1\].*got -0.1"),
+        (lambda: ToDRE(tau=-0.1), r"tau is a share of attention.*in \[0, 1\]; got -0.1"),
         (lambda: ToDRE(tau=1.5), "got 1.5"),
         (lambda: ToDRE(pivot="first"), "pivot is .*got 'first'"),
         (lambda: ToDRE(seed=0.5), "seed is an integer; got 0.5"),

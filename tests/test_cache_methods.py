@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 import vtc
 from vtc.cache import cache_bytes, pruned_layer
-from vtc.methods.mod import HeuristicMoD, MoD, Routers, best_of_each_image
+from vtc.methods.mod import HeuristicMoD, MoD, Routers, best_of_each
 from vtc.methods.prefixkv import PrefixKV, allocate, prefix_counts
 from vtc.methods.vidkv import VidKV, relevance
 from vtc.methods.zipvl import ZipVL, probe_rows, token_budget
@@ -247,13 +247,13 @@ def test_zipvl_parameters() -> None:
 # ---- MoD -------------------------------------------------------------------------------------------
 
 
-def test_best_of_each_image() -> None:
+def test_best_of_each() -> None:
     g = torch.Generator().manual_seed(0)
     score = torch.randint(0, 6, (2, 12), generator=g).float()
     image = torch.tensor([[0] * 4 + [1] * 3 + [2] * 5, [0] * 5 + [1] * 4 + [7] * 3])
     valid = torch.tensor([[True] * 12, [True] * 9 + [False] * 3])
     keep = torch.tensor([[2, 1, 3], [1, 4, 0]])
-    got = best_of_each_image(score, image, keep, valid)
+    got = best_of_each(score, image, keep, valid)
     for b in range(2):
         want = set()
         for i in range(3):

@@ -300,9 +300,9 @@ def test_single_view_is_top_k_of_cls():
 
 def test_refusals_and_presets():
     for options, message in (
-        ({"score": "max"}, "score is one of"),
-        ({"saliency": "received"}, "saliency is one of"),
-        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"score": "max"}, "score is .*got"),
+        ({"saliency": "received"}, "saliency is .*got"),
+        ({"temperature": 0.0}, "temperature is .*above 0"),
         ({"alpha": 1.5}, "alpha is a weight"),
         ({"rounding": "published", "keep_tokens": 5}, "give keep_ratio"),
     ):

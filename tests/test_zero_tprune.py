@@ -259,9 +259,9 @@ def test_clip_large_depths() -> None:
         (dict(similar=-1), "count of patches"),
         (dict(similar=1.5), "count of patches"),
         (dict(v_min=0.8), "v_min"),
-        (dict(start="random"), "start is one of"),
-        (dict(vhf_scale="max"), "vhf_scale is one of"),
-        (dict(similarity="sum"), "similarity is one of"),
+        (dict(start="random"), "start is .*got"),
+        (dict(vhf_scale="max"), "vhf_scale is .*got"),
+        (dict(similarity="sum"), "similarity is .*got"),
         (dict(keep_ratio=2.0), "keep_ratio"),
     ],
 )

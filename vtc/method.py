@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
 
+from .checks import check_choice, check_count, check_range
 from .errors import UnsupportedError
 from .reduction import Reduction
 
@@ -84,20 +85,9 @@ class Method:
     def __post_init__(self) -> None:
         if self.keep_ratio is not None and self.keep_tokens is not None:
             raise ValueError("give keep_ratio or keep_tokens, not both")
-        if self.keep_ratio is not None and not 0.0 < self.keep_ratio <= 1.0:
-            raise ValueError(
-                f"keep_ratio is the fraction of tokens kept, in (0, 1]; got {self.keep_ratio}"
-            )
-        if self.keep_tokens is not None and (
-            isinstance(self.keep_tokens, bool)
-            or not isinstance(self.keep_tokens, int)
-            or self.keep_tokens < 1
-        ):
-            raise ValueError(
-                f"keep_tokens is a count of tokens per image, at least 1; got {self.keep_tokens!r}"
-            )
-        if self.positions not in ("original", "compact"):
-            raise ValueError(f'positions is "original" or "compact"; got {self.positions!r}')
+        check_range(self, "keep_ratio", "the fraction of tokens kept", "(]", optional=True)
+        check_count(self, "keep_tokens", "a count of tokens per image", least=1, optional=True)
+        check_choice(self, "positions", ("original", "compact"))
 
     # ---- hooks, one for each stage -------------------------------------------------------------
 
@@ -142,6 +132,11 @@ class Method:
             return min(self.keep_tokens, n)
         ratio = self.default_ratio if self.keep_ratio is None else self.keep_ratio
         return max(1, min(n, round(n * ratio)))
+
+    @property
+    def budget_given(self) -> bool:
+        """True when a number of tokens was asked for, not left to the default."""
+        return self.keep_ratio is not None or self.keep_tokens is not None
 
     @property
     def has_budget(self) -> bool:

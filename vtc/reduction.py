@@ -24,6 +24,27 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     return order[:, :k].sort(dim=1).values
 
 
+def ranks(scores: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Rank (B, N) int64 of each of scores (B, N): 0 is the highest, ties to the lower index.
+
+    Args:
+        scores: (B, N), ranked in fp32.
+        valid: (B, N) bool, False on entries that are no tokens: behind all others in any case.
+    """
+    scores = scores.float()
+    if valid is not None:
+        scores = scores.clamp(min=torch.finfo(torch.float32).min).masked_fill(~valid, -torch.inf)
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, place)
+
+
+def marked(index: Tensor, n: int) -> Tensor:
+    """(B, n) bool, True at index (B, K)."""
+    mask = torch.zeros(len(index), n, dtype=torch.bool, device=index.device)
+    return mask.scatter(1, index, True)
+
+
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
 
@@ -82,13 +103,7 @@ class Reduction:
             return cls.from_keep(top_k(scores, k), scores.shape[1])
         valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
         k = torch.as_tensor(k, device=scores.device).expand(scores.shape[0])
-        order = scores.float().clamp(min=torch.finfo(torch.float32).min)
-        order = order.masked_fill(~valid, -torch.inf)  # behind every token, whatever its score
-        order = order.argsort(dim=1, descending=True, stable=True)
-        rank = torch.empty_like(order).scatter_(
-            1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-        )
-        return cls.from_mask((rank < k[:, None]) & valid)
+        return cls.from_mask((ranks(scores, valid) < k[:, None]) & valid)
 
     @classmethod
     def from_merge(cls, target: Tensor, k: int | None = None) -> Reduction:

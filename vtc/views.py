@@ -263,6 +263,17 @@ class FeaturesView:
 
         return self._patches("cls_logits", layer, "mean", row).transpose(1, 2)
 
+    def cls_similarity(self, layer: int) -> Tensor:
+        """(B, N) softmax over all keys of q_cls k / sqrt(C) in block ``layer``, heads as one."""
+        if not self.has_cls:
+            raise UnsupportedError("this encoder has no [CLS] token")
+
+        def row() -> Tensor:
+            heads = self._layer(layer).logits(slice(0, 1))[:, :, 0]  # q k / sqrt(d), C = H d
+            return (heads.sum(1) / heads.shape[1] ** 0.5).softmax(-1)
+
+        return self._patches("cls_similarity", layer, "sum", row)
+
     def attention_received(self, layer: int, chunk: int = 256) -> Tensor:
         """(B, N) attention a patch receives in block ``layer``, mean over heads and query rows.
 

@@ -26,11 +26,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..checks import check_count
 from ..method import Method, register
-from ..reduction import Reduction, gather_tokens
+from ..reduction import Reduction, gather_tokens, ranks
 from ..views import DecoderView
-from .diprune import ranks
-from .tome import unit
+from ._common import unit
 
 
 def pair_norm(key: Tensor) -> Tensor:
@@ -81,15 +81,9 @@ class DART(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layer < 1:
-            raise ValueError(
-                f"layer counts LLM layers that see every token, at least 1; got {self.layer!r}"
-            )
-        if self.visual_pivots < 1 or self.text_pivots < 0:
-            raise ValueError(
-                "at least one visual pivot and no negative number of text pivots; got "
-                f"visual_pivots={self.visual_pivots}, text_pivots={self.text_pivots}"
-            )
+        check_count(self, "layer", "the number of LLM layers that see every token", least=1)
+        check_count(self, "visual_pivots", "a count of tokens", least=1)
+        check_count(self, "text_pivots", "a count of tokens", least=0)
 
     def decoder_layers(self, depth: int) -> tuple[int, ...]:
         return (self.layer - 1,)

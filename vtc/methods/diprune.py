@@ -20,26 +20,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
+from ..checks import check_count, check_range
 from ..method import Method, register, relative_layers
-from ..reduction import Reduction
+from ..reduction import Reduction, ranks
 from ..views import DecoderView
-
-
-def ranks(scores: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Rank (B, N) int64 of each of scores (B, N): 0 is the highest, ties to the lower index.
-
-    Args:
-        valid: (B, N) bool; entries that are no tokens rank behind all tokens.
-    """
-    scores = scores.float()
-    if valid is not None:
-        scores = scores.clamp(min=torch.finfo(torch.float32).min).masked_fill(~valid, -torch.inf)
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, place)
+from ._common import attended
 
 
 @register
@@ -70,19 +57,15 @@ class DIPrune(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.delta < 1:
-            raise ValueError(
-                f"delta counts layers between the rankings, at least 1; got {self.delta}"
-            )
+        check_count(self, "delta", "the number of layers between the rankings", least=1)
+        check_count(self, "layer", "a 0-based LLM layer", least=0)
         if self.layer < self.delta:
             raise ValueError(
                 f"layer is 0-based, at least delta={self.delta}, whose ranking needs a layer; got "
                 f"{self.layer}"
             )
-        if not 0.0 < self.margin <= 1.0:
-            raise ValueError(f"margin is a fraction of the tokens, in (0, 1]; got {self.margin}")
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"alpha is the weight of the attention, 0 to 1; got {self.alpha}")
+        check_range(self, "margin", "a fraction of the tokens", "(]")
+        check_range(self, "alpha", "the weight of the attention")
 
     def decoder_layers(self, depth: int) -> tuple[int, ...]:
         return relative_layers((self.layer - self.delta, self.layer), of=32, depth=depth)
@@ -98,7 +81,7 @@ class DIPrune(Method):
     def on_decoder_layer(self, v: DecoderView) -> Reduction | None:
         if v.within_budget(self):
             return None
-        attention = v.attention("prompt").mean(1).sum(1)  # rows differ by a factor, not in ranks
+        attention = attended(v, "prompt")
         if v.layer != self.decoder_layers(v.depth)[-1]:
             v.scratch["before"] = attention
             return None

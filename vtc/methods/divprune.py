@@ -20,7 +20,7 @@ from torch import Tensor
 from ..method import Method, register
 from ..reduction import Reduction
 from ..views import FeaturesView
-from .tome import unit
+from ._common import unit
 
 
 def greedy_order(

@@ -16,8 +16,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..checks import check_count
 from ..method import Scorer, Stage, register
 from ..views import DecoderView
+from ._common import attended
 
 
 @register
@@ -38,14 +40,11 @@ class FastV(Scorer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
-            raise ValueError(
-                f"k counts LLM layers that see every token, at least 1; got {self.k!r}"
-            )
+        check_count(self, "k", "the number of LLM layers that see every token", least=1)
 
     @property
     def after_layer(self) -> int:
         return self.k - 1
 
     def score(self, v: DecoderView) -> Tensor:
-        return v.attention("last")[:, :, 0].mean(1)
+        return attended(v, "last")

@@ -30,17 +30,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_choice, check_range
 from ..crops import CropLayout, apportion
 from ..method import Method, register
 from ..reduction import Reduction, top_k
 from ..views import FeaturesView
-from .tome import unit
+from ._common import check_saliency, unit
 
 LAYER = -1
 
@@ -107,22 +109,14 @@ class GlobalCom2(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field, allowed in (
-            ("score", ("logits", "softmax")),
-            ("saliency", ("cls", "cosine")),
-            ("geometry", ("grid", "exact")),
-            ("rounding", ("exact", "published")),
-        ):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} is one of {allowed}; got {getattr(self, field)!r}")
-        if self.temperature is not None and not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0; got {self.temperature}")
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha is a weight in [0, 1]; got {self.alpha}")
+        check_choice(self, "score", ("logits", "softmax"))
+        check_saliency(self, ("cls", "cosine"))
+        check_choice(self, "geometry", ("grid", "exact"))
+        check_choice(self, "rounding", ("exact", "published"))
+        check_range(self, "temperature", "a divisor", "(]", high=inf, optional=True)
+        check_range(self, "alpha", "a weight")
         if self.rounding == "published" and self.keep_tokens is not None:
             raise ValueError('rounding="published" truncates fractions: give keep_ratio')
-        if self.saliency == "cosine":
-            object.__setattr__(self, "needs", frozenset())
 
     @property
     def has_budget(self) -> bool:

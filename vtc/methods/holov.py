@@ -22,16 +22,17 @@ patches of a chunk ranked by A alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from ..checks import check_choice, check_count, check_range
 from ..method import Method, register
-from ..reduction import Reduction, top_k
+from ..reduction import Reduction, ranks, top_k
 from ..views import FeaturesView
-from .tome import unit
-from .vispruner import Saliency, check_saliency, saliency_of
+from ._common import Saliency, best_of_each, check_saliency, saliency_of, unit
 
 LAYER = -2
 CODE_WEIGHT = 0.09
@@ -53,8 +54,7 @@ def quotas(weight: Tensor, room: Tensor, k: int) -> Tensor:
     whole = share.floor().long().where(~full, room)
     left = k - whole.sum(1, keepdim=True)
     remainder = (share - share.floor()).masked_fill(full, -1)
-    order = remainder.argsort(dim=1, descending=True, stable=True)
-    return whole + (order.argsort(dim=1) < left).long()
+    return whole + (ranks(remainder) < left).long()
 
 
 def variances(x: Tensor, chunk: Tensor) -> Tensor:
@@ -66,17 +66,6 @@ def variances(x: Tensor, chunk: Tensor) -> Tensor:
     count = others.sum(2).clamp(min=1)
     mean = (cosine * others).sum(2) / count
     return ((cosine - mean[..., None]).square() * others).sum(2) / count
-
-
-def best_of_each(scores: Tensor, chunk: Tensor, quota: Tensor) -> Tensor:
-    """(B, N) bool, the quota (B, P) of highest scores (B, N) in each chunk (B, N)."""
-    order = scores.float().argsort(dim=1, descending=True, stable=True)
-    order = order.gather(1, chunk.gather(1, order).argsort(dim=1, stable=True))
-    by_chunk = chunk.gather(1, order)  # ascending, and falling scores within
-    first = torch.searchsorted(by_chunk, by_chunk)  # where each one's chunk begins
-    place = torch.arange(order.shape[1], device=order.device)
-    wanted = place - first < quota.gather(1, by_chunk)
-    return torch.zeros_like(wanted).scatter(1, order, wanted)
 
 
 @register
@@ -106,12 +95,9 @@ class HoloV(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_saliency(self)
-        if isinstance(self.chunks, bool) or not isinstance(self.chunks, int) or self.chunks < 1:
-            raise ValueError(f"chunks is a count, at least 1; got {self.chunks!r}")
-        if not 0.0 <= self.tau < float("inf"):
-            raise ValueError(f"tau is an exponent, at least 0; got {self.tau}")
-        if self.variant not in ("paper", "code"):
-            raise ValueError(f'variant is "paper" or "code"; got {self.variant!r}')
+        check_count(self, "chunks", "a count of stretches", least=1)
+        check_range(self, "tau", "an exponent", "[)", high=inf)
+        check_choice(self, "variant", ("paper", "code"))
         if self.variant == "code" and self.tau != 1.0:
             raise ValueError('the published code has no tau; leave it out or give variant="paper"')
 

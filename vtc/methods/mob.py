@@ -25,12 +25,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..checks import check_count
 from ..method import Method, register
-from ..reduction import Reduction, gather_tokens
+from ..reduction import Reduction, gather_tokens, ranks
 from ..views import DecoderView
-from .diprune import ranks
+from ._common import unit
 from .divprune import greedy_order
-from .tome import unit
 
 
 def aligned(
@@ -82,14 +82,9 @@ class MoB(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layer < 1:
-            raise ValueError(
-                f"layer counts LLM layers that see every token, at least 1; got {self.layer!r}"
-            )
-        for name in ("prompt_tokens", "neighbours"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is a count, at least 1; got {value!r}")
+        check_count(self, "layer", "the number of LLM layers that see every token", least=1)
+        check_count(self, "prompt_tokens", "a count", least=1, optional=True)
+        check_count(self, "neighbours", "a count", least=1, optional=True)
 
     def decoder_layers(self, depth: int) -> tuple[int, ...]:
         return (self.layer - 1,)

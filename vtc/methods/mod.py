@@ -19,82 +19,20 @@ layer is 1, 3, 5, ... unless the routers or ``layers`` say otherwise.
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..checks import check_choice, require
 from ..errors import UnsupportedError
 from ..method import Method, register
 from ..reduction import Reduction, gather_tokens
+from ..routers import Routers
 from ..views import DecoderView
-
-
-class Routers(dict[int, Tensor]):
-    """Router weights (D,) by LLM layer."""
-
-    def __repr__(self) -> str:
-        return f"<routers of layers {', '.join(map(str, sorted(self)))}>"
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    @classmethod
-    def read(cls, source: str | os.PathLike[str] | Mapping[Any, Tensor]) -> Routers:
-        """Routers from a safetensors file, a state dict, or a mapping of layers to weights.
-
-        The layer is the first whole number in a name, as in "layers.3.router.weight"; biases and
-        what is no vector are left out.
-
-        Raises:
-            ValueError: no router weights in it, or two for one layer.
-        """
-        if isinstance(source, str | os.PathLike):
-            from safetensors.torch import load_file
-
-            source = load_file(source)
-        found = cls()
-        for name, weight in source.items():
-            number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", str(name))
-            vector = weight.dim() == 1 or (weight.dim() == 2 and weight.shape[0] == 1)
-            if number is None or not vector or str(name).endswith("bias"):
-                continue
-            layer = int(number[1])
-            if layer in found:
-                raise ValueError(f"two router weights for layer {layer}, the second is {name!r}")
-            found[layer] = weight.detach().flatten().float()
-        if not found:
-            raise ValueError(
-                'no router weights found; expected {layer: (D,)} or names like "layers.3.weight"'
-            )
-        return found
-
-
-def best_of_each_image(score: Tensor, image: Tensor, keep: Tensor, valid: Tensor | None) -> Tensor:
-    """(B, N) bool, the ``keep[b, i]`` tokens with the highest score of image i of row b.
-
-    Args:
-        score: (B, N); image: (B, N) ordinals; keep: (B, I); valid: (B, N) bool or None.
-    """
-    n = score.shape[1]
-    if valid is not None:
-        image = image.where(valid, keep.shape[1])  # behind all images
-    order = score.float().argsort(dim=1, descending=True, stable=True)
-    order = order.gather(1, image.gather(1, order).argsort(dim=1, stable=True))
-    sorted_image = image.gather(1, order)
-    place = torch.arange(n, device=score.device).expand_as(order)
-    first = place.where(sorted_image != sorted_image.roll(1, 1), 0)
-    first[:, 0] = 0
-    rank = place - first.cummax(1).values
-    limit = torch.nn.functional.pad(keep, (0, 1)).gather(1, sorted_image)
-    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, rank < limit)
+from ._common import attended, best_of_each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +69,7 @@ class Depths(Method):
         most = max(map(len, v.images))
         keep = [[self.budget(n) for n in row] + [0] * (most - len(row)) for row in v.images]
         budgets = torch.tensor(keep, device=v.hidden.device)
-        chosen = best_of_each_image(self.score(v), v.image, budgets, v.valid)
+        chosen = best_of_each(self.score(v), v.image, budgets, v.valid)
         return Reduction.from_scores(chosen.float(), v.budget(self), v.valid)
 
 
@@ -204,8 +142,7 @@ class HeuristicMoD(Depths):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.router not in ("attention", "ttv"):
-            raise ValueError(f'router is "attention" or "ttv"; got {self.router!r}')
+        check_choice(self, "router", ("attention", "ttv"))
         used = set(self.layers or ())
         if 0 in used or any(i + 1 in used for i in used):
             raise ValueError(
@@ -213,11 +150,11 @@ class HeuristicMoD(Depths):
                 f"out layer 0 and neighbours; got {self.layers}"
             )
         if self.router == "ttv":
-            object.__setattr__(self, "needs", frozenset({"sublayers"}))
+            require(self, "sublayers")
 
     def score(self, v: DecoderView) -> Tensor:
         if self.router == "attention":
-            return v.attention("last")[:, :, 0].mean(1)
+            return attended(v, "last")
         from .transprune import transition
 
         tokens = v.text | v.visual

@@ -32,16 +32,17 @@ key set of encoders without [CLS] from how little a patch is like the mean featu
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from ..checks import check_count, check_layers, check_range, check_shares, waive
 from ..method import Method, geometric_counts, register, relative_layers
-from ..reduction import Reduction, gather_tokens, top_k
+from ..reduction import Reduction, gather_tokens, marked, ranks, top_k
 from ..views import CacheView, DecoderView, FeaturesView, VisionView
-from .tome import unit
+from ._common import check_saliency, saliency_of, unit
 
 LAYER = -1
 PUBLISHED = {192: (0.001, 0.001), 128: (0.0012, 0.001), 64: (0.011, 0.01)}
@@ -155,39 +156,23 @@ class MustDrop(Method):
                 "a token is dropped if it is below both thresholds: give theta_global and "
                 "theta_individual, or neither"
             )
-        if any(t is not None and t <= 0 for t in thetas):
-            raise ValueError(
-                f"thresholds are positive; got theta_global, theta_individual={thetas}"
-            )
-        if (
-            not self.layers
-            or sorted(set(self.layers)) != list(self.layers)
-            or not 0 <= self.layers[0] <= self.layers[-1] < 32
-        ):
-            raise ValueError(f"layers are ascending layer numbers of 32, from 0; got {self.layers}")
-        if self.schedule is not None:
-            if not self.has_budget:
-                raise ValueError("schedule goes with a budget: give keep_ratio or keep_tokens")
-            if len(self.schedule) != len(self.layers) - 1:
-                raise ValueError(
-                    f"schedule has a fraction for each of the {len(self.layers)} layers but the "
-                    f"last, which keeps the budget; got {self.schedule}"
-                )
-            if any(not 0 < s <= 1 for s in self.schedule):
-                raise ValueError(f"schedule holds fractions in (0, 1]; got {self.schedule}")
-        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 2:
-            raise ValueError(f"window is an edge in patches, at least 2; got {self.window!r}")
-        if not 0 <= self.key_ratio <= 1:
-            raise ValueError(f"key_ratio is a fraction in [0, 1]; got {self.key_ratio}")
-        if self.saliency not in ("cls", "cosine"):
-            raise ValueError(f'saliency is "cls" or "cosine"; got {self.saliency!r}')
-        if self.saliency == "cosine" or self.key_ratio == 0:
-            object.__setattr__(self, "needs", frozenset())
+        for theta in ("theta_global", "theta_individual"):
+            check_range(self, theta, "a positive threshold", "(]", high=inf, optional=True)
+        check_layers(self, "layers", "layers of 32", of=32)
+        if self.schedule is not None and not self.has_budget:
+            raise ValueError("schedule goes with a budget: give keep_ratio or keep_tokens")
+        last = len(self.layers) - 1
+        what = f"fractions for each of the {last + 1} layers but the last, which keeps the budget"
+        check_shares(self, "schedule", what, count=last)
+        check_count(self, "window", "an edge in patches", least=2)
+        check_range(self, "key_ratio", "a fraction of the tokens")
+        check_saliency(self, ("cls", "cosine"))
+        if self.key_ratio == 0:
+            waive(self, "cls")
 
     @property
     def has_budget(self) -> bool:
-        given = self.keep_ratio is not None or self.keep_tokens is not None
-        return given or self.theta_global is None
+        return self.budget_given or self.theta_global is None
 
     def captures(self, depth: int) -> tuple[int, ...]:
         return (LAYER % depth,) if "cls" in self.needs else ()
@@ -233,13 +218,9 @@ class MustDrop(Method):
     def on_features(self, v: FeaturesView) -> None:
         if self.key_ratio == 0:
             return
-        if self.saliency == "cls":
-            score = v.cls_attention(LAYER).mean(1)
-        else:
-            x = v.features.float()
-            score = -(unit(x) * unit(x.mean(1, keepdim=True))).sum(-1)
+        score = saliency_of(v, LAYER, self.saliency)
         key = top_k(score, ceil(self.key_ratio * v.count - 1e-9))
-        v.scratch["key"] = torch.zeros_like(score, dtype=torch.bool).scatter(1, key, True)
+        v.scratch["key"] = marked(key, v.count)
 
     # ---- prefill -------------------------------------------------------------------------------
 
@@ -257,8 +238,7 @@ class MustDrop(Method):
         a = v.attention("prompt").mean(1)
         thetas = self.theta_global or PUBLISHED[192][0], self.theta_individual or PUBLISHED[192][1]
         if self.has_budget:
-            order = dual_score(a, *thetas).argsort(dim=1, descending=True, stable=True)
-            rank = order.argsort(dim=1) - key.long() * v.count  # key tokens before all others
+            rank = ranks(dual_score(a, *thetas)) - key.long() * v.count  # key tokens come first
             return Reduction.from_scores(-rank, v.per_row(left), v.valid)
         unread = ~(v.prompt & v.text).any(1, keepdim=True)
         keep = ~dual_filter(a, *thetas) | key | unread

@@ -25,17 +25,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_choice, check_count, check_no_budget, check_range
 from ..errors import UnsupportedError
 from ..method import Method, geometric_counts, register
 from ..reduction import Reduction
 from ..views import VisionView
-from .tome import match, match_parity, unit
+from ._common import unit
+from .tome import match, match_parity
 
 Matching = Literal["pitome", "pitome_bsm", "bsm"]
 
@@ -134,28 +136,17 @@ class PiToMe(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ratio is not None:
-            if self.keep_ratio is not None or self.keep_tokens is not None:
-                raise ValueError("give ratio or a budget (keep_ratio, keep_tokens), not both")
-            if not 0.5 <= self.ratio <= 1.0:
-                raise ValueError(
-                    "ratio is the fraction of tokens each block keeps, in [0.5, 1], because a "
-                    f"block can merge at most half; got {self.ratio}"
-                )
-        matchings = ("pitome", "pitome_bsm", "bsm")
-        for field, allowed in (
-            ("energy", ("elu", "paper")),
-            ("metric", ("key", "hidden")),
-            ("matching", matchings),
-            ("first", (None, *matchings)),
-            ("vision_site", ("middle", "output")),
-        ):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} is one of {allowed}; got {getattr(self, field)!r}")
-        for field, least in (("margin_depth", 1), ("first_blocks", 0), ("skip_last", 0)):
-            value = getattr(self, field)
-            if value is not None and value < least:
-                raise ValueError(f"{field} is a count of blocks, at least {least}; got {value}")
+        check_no_budget(self, "ratio")
+        what = "the fraction of tokens that each block keeps, which can merge at most half"
+        check_range(self, "ratio", what, low=0.5, optional=True)
+        check_choice(self, "energy", ("elu", "paper"))
+        check_choice(self, "metric", ("key", "hidden"))
+        check_choice(self, "matching", get_args(Matching))
+        check_choice(self, "first", (None, *get_args(Matching)))
+        check_choice(self, "vision_site", ("middle", "output"))
+        check_count(self, "margin_depth", "a count of blocks", least=1, optional=True)
+        check_count(self, "first_blocks", "a count of blocks", least=0, optional=True)
+        check_count(self, "skip_last", "a count of blocks", least=0)
 
     @classmethod
     def preset(cls, backbone: str, **kwargs: Any) -> PiToMe:

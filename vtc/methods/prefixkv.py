@@ -37,6 +37,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..checks import check_choice, check_count, check_no_budget, check_shares
 from ..method import Method, register
 from ..reduction import Reduction
 from ..views import CacheView
@@ -99,18 +100,14 @@ class PrefixKV(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scope not in ("visual", "all"):
-            raise ValueError(f'scope is "visual" or "all"; got {self.scope!r}')
+        check_choice(self, "scope", ("visual", "all"))
         if self.scope == "all" and self.keep_tokens is not None:
             raise ValueError('keep_tokens counts visual tokens; scope="all" takes keep_ratio')
-        if isinstance(self.start, bool) or not isinstance(self.start, int) or self.start < 0:
-            raise ValueError(f"start is a count of tokens, at least 0; got {self.start!r}")
+        check_count(self, "start", "a count of tokens", least=0)
         if self.ratios is not None:
             object.__setattr__(self, "ratios", tuple(self.ratios))
-            if self.keep_ratio is not None or self.keep_tokens is not None:
-                raise ValueError("ratios decide what stays: leave out keep_ratio and keep_tokens")
-            if not all(0.0 <= r < 1.0 for r in self.ratios):
-                raise ValueError(f"ratios are fractions to forget, in [0, 1); got {self.ratios}")
+        check_no_budget(self, "ratios")
+        check_shares(self, "ratios", "fractions to forget, one for each layer", ends="[)")
 
     @property
     def while_decoding(self) -> bool:

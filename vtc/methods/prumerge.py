@@ -28,23 +28,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..checks import check_count
 from ..method import Answer, Method, register
-from ..reduction import Reduction, gather_tokens, top_k
+from ..reduction import Reduction, gather_tokens, marked, top_k
 from ..views import FeaturesView
-from .tome import unit
+from ._common import into_chosen, unit
 
 LAYER = -1
 PER_OUTLIER = 3
-
-
-def class_similarity(v: FeaturesView) -> Tensor:
-    """(B, N) softmax over all keys of q_cls k / sqrt(C), the heads taken as one."""
-
-    def row() -> Tensor:
-        heads = v._layer(LAYER).logits(slice(0, 1))[:, :, 0]  # (B, H, T) of q k / sqrt(d), C = H d
-        return (heads.sum(1) / heads.shape[1] ** 0.5).softmax(-1)
-
-    return v._patches("class_similarity", LAYER, "sum", row)
 
 
 def outliers(scores: Tensor) -> Tensor:
@@ -52,12 +43,6 @@ def outliers(scores: Tensor) -> Tensor:
     scores = scores.float()
     q1, q3 = torch.quantile(scores, scores.new_tensor([0.25, 0.75]), dim=1, keepdim=True)
     return scores > q3 + 1.5 * (q3 - q1)
-
-
-def marked(index: Tensor, n: int) -> Tensor:
-    """(B, n) bool, True at index (B, K)."""
-    mask = torch.zeros(len(index), n, dtype=torch.bool, device=index.device)
-    return mask.scatter(1, index, True)
 
 
 def strided(free: Tensor, count: Tensor) -> Tensor:
@@ -92,14 +77,11 @@ class PruMerge(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.neighbours, bool) or not (
-            isinstance(self.neighbours, int) and self.neighbours >= 0
-        ):
-            raise ValueError(f"neighbours is a count of patches; got {self.neighbours!r}")
+        check_count(self, "neighbours", "a count of patches", least=0)
 
     @property
     def has_budget(self) -> bool:
-        return self.keep_ratio is not None or self.keep_tokens is not None
+        return self.budget_given
 
     def captures(self, depth: int) -> tuple[int, ...]:
         return (LAYER % depth,)
@@ -124,7 +106,7 @@ class PruMerge(Method):
         n, k = v.count, v.budget(self) if self.has_budget else None
         if n == 1 or (k is not None and k >= n):
             return None
-        a = class_similarity(v)
+        a = v.cls_similarity(LAYER)
         bundle = not self.plus and k != 1  # one token for all that is not chosen
         chosen = self.choose(a, k if k is None else k - bundle)
         rest = ~chosen
@@ -133,11 +115,9 @@ class PruMerge(Method):
         similarity = key @ key.transpose(1, 2)
 
         index = torch.arange(n, device=a.device).expand_as(a)
-        if bundle:
-            into = index.where(rest, -1).amax(1, keepdim=True)
-        else:
-            into = similarity.masked_fill(rest[:, None], -torch.inf).argmax(2)
-        reduction = Reduction.from_merge(index.where(chosen, into), k)
+        last = index.where(rest, -1).amax(1, keepdim=True)
+        target = index.where(chosen, last) if bundle else into_chosen(similarity, chosen)
+        reduction = Reduction.from_merge(target, k)
 
         near = gather_tokens(similarity, reduction.keep).masked_fill(chosen[:, None], -torch.inf)
         near = near.argsort(dim=2, descending=True, stable=True)[:, :, : self.neighbours]
@@ -145,5 +125,5 @@ class PruMerge(Method):
         weight = torch.zeros_like(weight).scatter(2, near, weight.gather(2, near))
         tokens = reduction.select(x) + weight @ x
         if bundle:
-            tokens = torch.where((reduction.keep == into)[..., None], a[:, None] @ x, tokens)
+            tokens = torch.where((reduction.keep == last)[..., None], a[:, None] @ x, tokens)
         return reduction, tokens.to(v.features.dtype)

@@ -13,17 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import check_count
 from ..method import Scorer, register
 from ..views import FeaturesView
-
-
-def hash32(x: Tensor) -> Tensor:
-    """Pseudo-random bits in [0, 2^32) of the lower 32 bits of an int64 tensor."""
-    mask = 0xFFFFFFFF
-    x = x & mask
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
-    return x ^ (x >> 16)
+from ._common import noise
 
 
 @register
@@ -42,10 +35,8 @@ class Random(Scorer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"seed is an integer; got {self.seed!r}")
+        check_count(self, "seed")
 
     def score(self, v: FeaturesView) -> Tensor:
         place = torch.arange(v.count, device=v.features.device)
-        seed = hash32(torch.full_like(place, self.seed & 0xFFFFFFFF) + 1)
-        return hash32(place + seed).expand(len(v.features), -1)
+        return noise(place, self.seed).expand(len(v.features), -1)

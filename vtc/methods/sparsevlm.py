@@ -34,11 +34,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..checks import check_range
 from ..method import register
-from ..reduction import Reduction, gather_tokens
+from ..reduction import Reduction, gather_tokens, ranks
 from ..views import DecoderView
-from .diprune import ranks
-from .pyramiddrop import Staged
+from ._stages import Staged
 
 NEIGHBOURS = 5
 RANK_TOLERANCE = 1e-5  # singular values below this share of the largest are zeros
@@ -116,15 +116,9 @@ class SparseVLM(Staged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 <= self.recycle <= 1.0:
-            raise ValueError(
-                f"recycle is a share of the removed tokens, 0 to 1; got {self.recycle}"
-            )
-        if not 0.0 <= self.deletion <= 1.0:
-            raise ValueError(
-                f"deletion is a share of the redundant tokens, 0 to 1; got {self.deletion}"
-            )
-        if self.adaptive and not (self.keep_ratio is self.keep_tokens is self.ratios is None):
+        check_range(self, "recycle", "a share of the removed tokens")
+        check_range(self, "deletion", "a share of the redundant tokens")
+        if self.adaptive and (self.budget_given or self.ratios is not None):
             raise ValueError(
                 "adaptive=True takes the number of tokens from the attention: give no keep_ratio, "
                 "keep_tokens or ratios with it"

@@ -41,11 +41,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..checks import check_choice, check_count, check_range, waive
 from ..method import Method, Stage, register, relative_layers
 from ..reduction import Reduction
 from ..views import DecoderView, FeaturesView
-from .random import hash32
-from .tome import unit
+from ._common import noise, unit
 
 PUBLISHED_TAU = 0.1
 LAYER = 27  # of 32: layers 28 to 31 run without visual tokens
@@ -102,23 +102,18 @@ class ToDRE(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tau is not None and not 0.0 <= self.tau <= 1.0:
-            raise ValueError(
-                f"tau is a share of attention in [0, 1], 0 for no second stage; got {self.tau}"
-            )
-        if self.pivot not in ("cls", "random"):
-            raise ValueError(f'pivot is "cls" or "random"; got {self.pivot!r}')
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"seed is an integer; got {self.seed!r}")
+        check_range(self, "tau", "a share of attention, 0 for no second stage", optional=True)
+        check_choice(self, "pivot", ("cls", "random"))
+        check_count(self, "seed")
         if self.pivot == "random":
-            object.__setattr__(self, "needs", frozenset())
+            waive(self, "cls")
 
     @property
     def threshold(self) -> float:
         """tau in use; 0 when there is no second stage."""
         if self.tau is not None:
             return self.tau
-        return PUBLISHED_TAU if self.keep_ratio is None and self.keep_tokens is None else 0.0
+        return 0.0 if self.budget_given else PUBLISHED_TAU
 
     @property
     def has_budget(self) -> bool:
@@ -142,7 +137,7 @@ class ToDRE(Method):
                 thumbnail = v.crops.crop.to(v.index.device)[v.index] == 0
                 scores = scores + thumbnail  # attention is below 1: the thumbnail first
             return scores.argmax(1)
-        return hash32(v.index + hash32(torch.full_like(v.index, self.seed) + 1)).argmax(1)
+        return noise(v.index, self.seed).argmax(1)
 
     def on_features(self, v: FeaturesView) -> Reduction | None:
         k = v.budget(self)

@@ -25,16 +25,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from ..checks import check_count, check_range
 from ..method import Method, register
-from ..reduction import Reduction, top_k
+from ..reduction import Reduction, marked, ranks, top_k
 from ..views import FeaturesView
-from .prumerge import marked, outliers
-from .random import hash32
-from .tome import unit
-from .vispruner import Saliency, check_saliency, saliency_of
+from ._common import Saliency, check_saliency, into_chosen, noise, saliency_of, unit
+from .prumerge import outliers
 
 
 def informative(similarity: Tensor, threshold: float, duplicates: int) -> Tensor:
@@ -44,15 +42,9 @@ def informative(similarity: Tensor, threshold: float, duplicates: int) -> Tensor
     return (near.sum(2) <= duplicates).sum(1).clamp(min=1)
 
 
-def ranks(scores: Tensor) -> Tensor:
-    """(B, N) int64, 0 for the highest score of a row; ties to the first."""
-    return scores.float().argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-
-
 def gumbel(index: Tensor, seed: int) -> Tensor:
     """Gumbel noise by patch index and seed: the top k of log p + noise is a draw by p."""
-    bits = hash32(index + hash32(torch.full_like(index, seed & 0xFFFFFFFF) + 1))
-    return -(-((bits + 0.5) / 2.0**32).log()).log()
+    return -(-((noise(index, seed) + 0.5) / 2.0**32).log()).log()
 
 
 @register
@@ -89,18 +81,14 @@ class TokenCorr(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_saliency(self)
-        for field in ("early", "late", "duplicates", "seed"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"{field} is an integer; got {value!r}")
-        if self.duplicates < 0:
-            raise ValueError(f"duplicates is a count, at least 0; got {self.duplicates}")
-        if not -1.0 <= self.similarity <= 1.0:
-            raise ValueError(f"similarity is a cosine, from -1 to 1; got {self.similarity}")
+        for field in ("early", "late", "seed"):
+            check_count(self, field)
+        check_count(self, "duplicates", "a count of patches", least=0)
+        check_range(self, "similarity", "a cosine", low=-1)
 
     @property
     def has_budget(self) -> bool:
-        return self.keep_ratio is not None or self.keep_tokens is not None
+        return self.budget_given
 
     def captures(self, depth: int) -> tuple[int, ...]:
         return (self.early % depth, self.late % depth)
@@ -122,6 +110,4 @@ class TokenCorr(Method):
         else:
             first = (2 * n - ranks(late)).where(stands_out, n - ranks(local))
             chosen = marked(top_k(first, k), n)
-        index = torch.arange(n, device=key.device).expand_as(chosen)
-        nearest = similarity.masked_fill(~chosen[:, None], -torch.inf).argmax(2)
-        return Reduction.from_merge(index.where(chosen, nearest), k)
+        return Reduction.from_merge(into_chosen(similarity, chosen), k)

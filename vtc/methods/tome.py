@@ -23,15 +23,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import check_count, check_no_budget
 from ..method import Method, register
 from ..reduction import Reduction
 from ..views import VisionView
-
-
-def unit(x: Tensor) -> Tensor:
-    """x (..., C) in fp32, scaled to unit length."""
-    x = x.float()
-    return x / x.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+from ._common import unit
 
 
 def match(x: Tensor, a: Tensor, b: Tensor, r: int, barred: Tensor | None = None) -> Tensor:
@@ -105,12 +101,8 @@ class ToMe(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r is None:
-            return
-        if self.keep_ratio is not None or self.keep_tokens is not None:
-            raise ValueError("give r or a budget (keep_ratio, keep_tokens), not both")
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 0:
-            raise ValueError(f"r is a count of tokens to merge in each block; got {self.r!r}")
+        check_no_budget(self, "r")
+        check_count(self, "r", "a count of tokens to merge in each block", least=0, optional=True)
 
     @property
     def has_budget(self) -> bool:

@@ -29,18 +29,18 @@ small kernels, so that launches, not arithmetic, set the time; that has not been
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from math import inf
 
 import torch
 from torch import Tensor
 
-from ..method import Method, register, relative_layers
-from ..reduction import Reduction
+from ..checks import check_range
+from ..method import register
+from ..reduction import Reduction, marked
 from ..views import DecoderView, FeaturesView
-from .tome import unit
-from .vscan import LAYER, check_share, entering
+from ._common import Saliency, attended, check_saliency, saliency_of, unit
+from ._stages import TwoPlaces
 
 SALIENCY_LAYER = -2
 TINY = 1e-6
@@ -84,14 +84,12 @@ def greedy_set(
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class TOPS(Method):
+class TOPS(TwoPlaces):
     """Grow a set by relevance, coverage and diversity, in front of the LLM and again inside it.
 
     Args:
         cover: weight of coverage, the paper's lambda.
         novel: weight of diversity, the paper's alpha.
-        llm_share: fraction of the tokens that entered the LLM which its middle layer keeps; 1 for
-            one selection only, in front of it.
         saliency: "cls", attention of [CLS], or "received", the mean attention a patch receives,
             for encoders without [CLS].
     """
@@ -99,7 +97,7 @@ class TOPS(Method):
     cover: float = 1.0
     novel: float = 1.0
     llm_share: float = 0.5
-    saliency: Literal["cls", "received"] = "cls"
+    saliency: Saliency = "cls"
 
     name = "tops"
     summary = "Grows a relevant, covering, diverse set in front of the LLM and inside it (TOPS)"
@@ -109,31 +107,17 @@ class TOPS(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("cover", "novel"):
-            if not 0.0 <= getattr(self, name) < float("inf"):
-                raise ValueError(
-                    f"{name} is a weight, 0 or more, 0.5 to 1 in the paper; "
-                    f"got {getattr(self, name)}"
-                )
-        check_share(self.llm_share)
-        if self.saliency not in ("cls", "received"):
-            raise ValueError(f'saliency is "cls" or "received"; got {self.saliency!r}')
-        if self.saliency == "received":
-            object.__setattr__(self, "needs", frozenset())
+            check_range(self, name, "a weight, 0.5 to 1 in the paper", "[)", high=inf)
+        check_saliency(self)
 
     def captures(self, depth: int) -> tuple[int, ...]:
         return (SALIENCY_LAYER % depth,)
 
-    def decoder_layers(self, depth: int) -> Iterable[int]:
-        return relative_layers((LAYER,), of=32, depth=depth)
-
     def on_features(self, v: FeaturesView) -> Reduction | None:
-        n, k = v.count, entering(v.budget(self), v.total, self.llm_share)
+        n, k = v.count, self.entering(v)
         if k >= n:
             return None
-        if self.saliency == "cls":
-            r = v.cls_attention(SALIENCY_LAYER).mean(1)
-        else:
-            r = v.attention_received(SALIENCY_LAYER)
+        r = saliency_of(v, SALIENCY_LAYER, self.saliency)
         order = greedy_set(v.projected, r, k, self.cover, self.novel)
         return Reduction.from_keep(order.sort(1).values, n)
 
@@ -141,13 +125,12 @@ class TOPS(Method):
         if v.within_budget(self):
             return None
         k = v.budget(self)
-        r = v.attention("prompt").mean(1).sum(1)  # as good as the mean over the raters of a row
+        r = attended(v, "prompt")
         if isinstance(k, int):
             order = greedy_set(v.tokens, r, k, self.cover, self.novel)
             return Reduction.from_keep(order.sort(1).values, v.count)
         order = greedy_set(v.tokens, r, int(k.max()), self.cover, self.novel, v.valid)
         wanted = torch.arange(order.shape[1], device=order.device) < k[:, None]
-        order = order.where(wanted, v.count)  # column N takes what a short row does not want
-        mask = torch.zeros(len(r), v.count + 1, dtype=torch.bool, device=r.device)
-        mask = mask.scatter(1, order, True)[:, : v.count]
+        # Column N takes what a short row does not want.
+        mask = marked(order.where(wanted, v.count), v.count + 1)[:, : v.count]
         return Reduction.from_mask(mask if v.valid is None else mask & v.valid)

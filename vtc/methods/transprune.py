@@ -32,11 +32,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..checks import check_choice, check_range
 from ..method import register
 from ..reduction import Reduction, gather_tokens
 from ..views import DecoderView
-from .pyramiddrop import Staged
-from .tome import unit
+from ._common import attended, unit
+from ._stages import Staged
 
 HIGH = (0.875, 0.625, 0.125)
 LOW = (0.5, 0.25, 0.0625)
@@ -102,10 +103,8 @@ class TransPrune(Staged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"alpha is the weight of the transitions, 0 to 1; got {self.alpha}")
-        if self.direction not in ("code", "abs"):
-            raise ValueError(f'direction is "code" or "abs"; got {self.direction!r}')
+        check_range(self, "alpha", "the weight of the transitions")
+        check_choice(self, "direction", ("code", "abs"))
 
     def decoder_layers(self, depth: int) -> tuple[int, ...]:
         """Every layer from the first pruning layer to the last: transitions add up in all."""
@@ -125,7 +124,7 @@ class TransPrune(Staged):
         k = self.target(v)
         if k is None:
             return None
-        guided = v.attention("prompt", ahead=True).mean(1).sum(1)
+        guided = attended(v, "prompt", ahead=True)
         score = self.alpha * share_of(change, v.valid)
         score = score + (1 - self.alpha) * share_of(guided, v.valid)
         return Reduction.from_scores(score, k, v.valid)

@@ -32,9 +32,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import check_range
 from ..method import Method, Stage, register
 from ..quantized import Affine, MixedKeys, Packing, Ternary, check_group
-from ..reduction import Reduction
+from ..reduction import Reduction, ranks
 from ..views import CacheView, DecoderView
 
 
@@ -75,11 +76,9 @@ class VidKV(Method):
                 "vidkv keeps every token and saves bits instead: set key_share, gamma and protect, "
                 "or chain it behind a method that drops tokens"
             )
-        for name in ("key_share", "protect"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} is a fraction, 0 to 1; got {getattr(self, name)}")
-        if not 0.0 <= self.gamma < 1.0:
-            raise ValueError(f"gamma is at least 0 and below 1; got {self.gamma}")
+        check_range(self, "key_share", "a fraction of the key channels")
+        check_range(self, "protect", "a fraction of the visual tokens")
+        check_range(self, "gamma", "a fraction of the mean magnitude", "[)")
         check_group(self.group, self.window)
 
     @property
@@ -121,6 +120,5 @@ class VidKV(Method):
             rank = v.scratch["relevance"].masked_fill(~v.visual, -torch.inf)
             ask.values_high, ask.rank = Affine(2), rank
             k = (self.protect * v.visual.sum(1)).round()
-            order = rank.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-            ask.important = (order < k[:, None]) & v.visual
+            ask.important = (ranks(rank) < k[:, None]) & v.visual
         return ask

@@ -4,7 +4,7 @@
 Yang et al., VisionZip: Longer is Better but Not Necessary in Vision Language Models, CVPR 2025,
 arXiv 2412.04467. All from the last but one encoder block:
 
-    dominant   = the patches with the highest sum over heads of A[h, CLS, j]
+    dominant   = the patches with the highest mean over heads of A[h, CLS, j]
     targets    = a uniform stride over the other patches
     contextual = every remaining patch folds into the target of the most similar head-mean key
 
@@ -20,14 +20,15 @@ counts [CLS], which goes to the LLM there and not here, so one more patch is dom
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
+from ..checks import check_count
 from ..method import Method, register
-from ..reduction import Reduction, gather_tokens, top_k
+from ..reduction import Reduction, marked, top_k
 from ..views import FeaturesView
-from .tome import unit
+from ._common import Saliency, check_saliency, into_nearest, saliency_of, unit
 
 LAYER = -2
 
@@ -42,7 +43,7 @@ class VisionZip(Method):
         contextual: tokens of the budget that merge the rest; 10 of each 64 when None.
     """
 
-    saliency: Literal["cls", "received"] = "cls"
+    saliency: Saliency = "cls"
     contextual: int | None = None
 
     name = "visionzip"
@@ -55,16 +56,8 @@ class VisionZip(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.saliency not in ("cls", "received"):
-            raise ValueError(f'saliency is "cls" or "received"; got {self.saliency!r}')
-        if self.contextual is not None and (
-            isinstance(self.contextual, bool)
-            or not isinstance(self.contextual, int)
-            or self.contextual < 0
-        ):
-            raise ValueError(f"contextual is a count of tokens; got {self.contextual!r}")
-        if self.saliency == "received":
-            object.__setattr__(self, "needs", frozenset())
+        check_saliency(self)
+        check_count(self, "contextual", "a count of tokens", least=0, optional=True)
 
     def captures(self, depth: int) -> tuple[int, ...]:
         return (LAYER % depth,)
@@ -81,22 +74,15 @@ class VisionZip(Method):
         if k >= n:
             return None
         dominant, contextual = self.split(k)
-        if self.saliency == "cls":
-            scores = v.cls_attention(LAYER).sum(1)
-        else:
-            scores = v.attention_received(LAYER)
+        scores = saliency_of(v, LAYER, self.saliency)
         if contextual == 0:
             return Reduction.from_scores(scores, k)
 
-        chosen = torch.zeros_like(scores, dtype=torch.bool)
-        chosen.scatter_(1, top_k(scores, dominant), True)
+        chosen = marked(top_k(scores, dominant), n)
         rest = top_k(~chosen, n - dominant)
         stride = (n - dominant) // contextual
         targets = rest[:, : stride * contextual : stride]
 
         key = unit(v.key(LAYER).mean(2))
-        similarity = gather_tokens(key, rest) @ gather_tokens(key, targets).transpose(1, 2)
-        into = torch.arange(n, device=rest.device).repeat(len(rest), 1)
-        into.scatter_(1, rest, targets.gather(1, similarity.argmax(2)))
-        into.scatter_(1, targets, targets)
-        return Reduction.from_merge(into, k)
+        index = torch.arange(n, device=rest.device).expand_as(chosen)
+        return Reduction.from_merge(index.where(chosen, into_nearest(key, targets)), k)

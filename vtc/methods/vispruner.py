@@ -17,34 +17,19 @@ substitute for encoders without [CLS].
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..checks import check_range
 from ..method import Method, register
-from ..reduction import Reduction, top_k
+from ..reduction import Reduction, marked, top_k
 from ..views import FeaturesView
-from .prumerge import marked
-from .tome import unit
+from ._common import Saliency, check_saliency, saliency_of, unit
 
 LAYER = -2
 STEP = 8
-
-Saliency = Literal["cls", "received"]
-
-
-def saliency_of(v: FeaturesView, layer: int, how: Saliency) -> Tensor:
-    """(B, N) attention of [CLS], mean over heads, or the mean attention that a patch receives."""
-    return v.cls_attention(layer).mean(1) if how == "cls" else v.attention_received(layer)
-
-
-def check_saliency(method: Any) -> None:
-    """Refuse an unknown ``saliency``; without [CLS] the method needs no class token."""
-    if method.saliency not in ("cls", "received"):
-        raise ValueError(f'saliency is "cls" or "received"; got {method.saliency!r}')
-    if method.saliency == "received":
-        object.__setattr__(method, "needs", method.needs - {"cls"})
 
 
 def without_duplicates(similarity: Tensor, left: Tensor, k: int, step: int = STEP) -> Tensor:
@@ -93,10 +78,7 @@ class VisPruner(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_saliency(self)
-        if not 0.0 <= self.important <= 1.0:
-            raise ValueError(
-                f"important is a share of the budget, from 0 to 1; got {self.important}"
-            )
+        check_range(self, "important", "a share of the budget")
 
     def captures(self, depth: int) -> tuple[int, ...]:
         return (LAYER % depth,)

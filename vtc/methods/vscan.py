@@ -24,7 +24,6 @@ like an image; layers of other depths are scaled; survivors keep their RoPE posi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,26 +31,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..method import Method, register, relative_layers
-from ..reduction import Reduction, gather_tokens, top_k
+from ..checks import check_count
+from ..method import register, relative_layers
+from ..reduction import Reduction, top_k
 from ..views import DecoderView, FeaturesView
-from .tome import unit
+from ._common import attended, into_nearest, unit
+from ._stages import TwoPlaces
 
 LOCAL, GLOBAL = 5, -2  # encoder blocks: of 24, and from the end
-LAYER = 15  # of 32: layers 16 to 31 run on a third
-
-
-def entering(k: int, n: int, share: float) -> int:
-    """Tokens of n that enter the LLM when it later keeps ``share`` of them, and k at the end."""
-    return max(k, min(n, round(k / share)))
-
-
-def check_share(share: float) -> None:
-    if not 0.0 < share <= 1.0:
-        raise ValueError(
-            "llm_share is the fraction of its visual tokens that the LLM keeps, in (0, 1], 1 for "
-            f"no selection inside it; got {share}"
-        )
 
 
 def windows(index: Tensor, grid: tuple[int, int], side: int) -> tuple[Tensor, int]:
@@ -73,13 +60,11 @@ def best_of_windows(scores: Tensor, window: Tensor, count: int, k: int) -> Tenso
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class VScan(Method):
+class VScan(TwoPlaces):
     """Keep what [CLS] attends to, early by window and late overall; merge the rest; prune again.
 
     Args:
         window: side of the windows, in patches.
-        llm_share: fraction of the tokens that entered the LLM which its middle layer keeps; 1 for
-            no selection inside the LLM.
     """
 
     window: int = 6
@@ -96,18 +81,13 @@ class VScan(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
-            raise ValueError(f"window is a side in patches, at least 1; got {self.window!r}")
-        check_share(self.llm_share)
+        check_count(self, "window", "a side in patches", least=1)
 
     def captures(self, depth: int) -> tuple[int, ...]:
         return (*relative_layers((LOCAL,), of=24, depth=depth), GLOBAL % depth)
 
-    def decoder_layers(self, depth: int) -> Iterable[int]:
-        return relative_layers((LAYER,), of=32, depth=depth)
-
     def on_features(self, v: FeaturesView) -> Reduction | None:
-        n, k = v.count, entering(v.budget(self), v.total, self.llm_share)
+        n, k = v.count, self.entering(v)
         if k >= n:
             return None
         (early,) = relative_layers((LOCAL,), of=24, depth=v.depth)
@@ -117,12 +97,9 @@ class VScan(Method):
         scores = v.cls_attention(GLOBAL).mean(1).scatter(1, local, torch.inf)
         kept = top_k(scores, k)
         x = unit(v.features)
-        nearest = (x @ gather_tokens(x, kept).mT).argmax(2)
-        target = kept.gather(1, nearest).scatter(1, kept, kept)
-        return Reduction.from_merge(target, k)
+        return Reduction.from_merge(into_nearest(x, kept), k)
 
     def on_decoder_layer(self, v: DecoderView) -> Reduction | None:
         if v.within_budget(self):
             return None
-        scores = v.attention("last")[:, :, 0].mean(1)
-        return Reduction.from_scores(scores, v.budget(self), v.valid)
+        return Reduction.from_scores(attended(v, "last"), v.budget(self), v.valid)

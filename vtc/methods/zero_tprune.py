@@ -39,11 +39,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..checks import check_choice, check_layers, check_shares, require
 from ..errors import UnsupportedError
 from ..method import Method, register
 from ..reduction import Reduction, gather_tokens, top_k
 from ..views import VisionView
-from .tome import unit
+from ._common import unit
 
 RATIOS = (1.0, 0.9, 0.8, 0.7, 1.0)
 
@@ -131,16 +132,11 @@ class ZeroTPrune(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.layers or sorted(set(self.layers)) != list(self.layers) or self.layers[0] < 1:
-            raise ValueError(f"layers are ascending block numbers from 1; got {self.layers}")
+        check_layers(self, "layers", "blocks", first=1)
         if self.of < self.layers[-1]:
             raise ValueError(f"layers reach to {self.layers[-1]}, behind the {self.of} blocks (of)")
-        ratios = self.shape
-        if len(ratios) != len(self.layers) or not all(0 < r <= 1 for r in ratios):
-            raise ValueError(
-                f"ratios are shares in (0, 1], one for each of {len(self.layers)} layers; "
-                f"got {ratios}"
-            )
+        count = len(self.layers)
+        check_shares(self, "ratios", f"shares, one for each of {count} layers", count)
         if len(self.iterations) != len(self.layers) or any(i < 1 for i in self.iterations):
             raise ValueError(
                 f"iterations are counts of votes, at least 1, one for each of {len(self.layers)} "
@@ -151,23 +147,19 @@ class ZeroTPrune(Method):
             raise ValueError(
                 f"similar is a count of patches or a fraction of them below 1; got {self.similar!r}"
             )
-        if not self.similar and all(r == 1 for r in ratios):
+        if not self.similar and all(r == 1 for r in self.shape):
             raise ValueError("nothing would be pruned: ratios of 1 and similar=0; lower a ratio")
         if not 0 <= self.v_min <= self.v_max:
             raise ValueError(f"0 <= v_min <= v_max is needed; got {self.v_min}, {self.v_max}")
-        for field, allowed in (
-            ("start", (None, "cls", "uniform")),
-            ("vhf_scale", ("mean1", "none")),
-            ("similarity", ("concat", "mean")),
-        ):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} is one of {allowed}; got {getattr(self, field)!r}")
+        check_choice(self, "start", (None, "cls", "uniform"))
+        check_choice(self, "vhf_scale", ("mean1", "none"))
+        check_choice(self, "similarity", ("concat", "mean"))
         if self.start == "cls":
-            object.__setattr__(self, "needs", frozenset({"cls"}))
+            require(self, "cls")
 
     @property
     def has_budget(self) -> bool:
-        return self.ratios is None or self.keep_ratio is not None or self.keep_tokens is not None
+        return self.ratios is None or self.budget_given
 
     @property
     def shape(self) -> tuple[float, ...]:

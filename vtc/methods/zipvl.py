@@ -36,11 +36,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..checks import check_choice, check_count, check_range, waive
 from ..method import Method, Stage, register
 from ..quantized import Affine, Packing, check_group
-from ..reduction import Reduction
+from ..reduction import Reduction, ranks
 from ..views import CacheView, DecoderView
-from .random import hash32
+from ._common import noise
 
 STREAM = 100
 
@@ -58,8 +59,7 @@ def probe_rows(
     """
     place = real.long().cumsum(1) - 1
     last = place >= real.sum(1, keepdim=True) - recent
-    salt = hash32(torch.full_like(place, seed & 0xFFFFFFFF) + 1)
-    order = hash32(place + salt).where(~last, 1 << 33).where(real, -1)
+    order = noise(place, seed).where(~last, 1 << 33).where(real, -1)
     order, index = order.sort(dim=1, descending=True, stable=True)
     index = index[:, : recent + random].sort(dim=1).values
     return index, real.gather(1, index)
@@ -104,21 +104,15 @@ class ZipVL(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 < self.tau <= 1.0:
-            raise ValueError(f"tau is a share of the attention, in (0, 1]; got {self.tau}")
-        for name in ("recent", "random"):
-            count = getattr(self, name)
-            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                raise ValueError(f"{name} is a count of rows, at least 0; got {count!r}")
-        if self.recent < 1:
-            raise ValueError("recent counts the last rows, at least 1")
-        if self.kv not in ("drop", "mixed"):
-            raise ValueError(f'kv is "drop" or "mixed"; got {self.kv!r}')
+        check_range(self, "tau", "a share of the attention", "(]")
+        check_count(self, "recent", "the number of last rows", least=1)
+        check_count(self, "random", "a count of rows", least=0)
+        check_choice(self, "kv", ("drop", "mixed"))
         check_group(self.group, 0)
         if self.kv == "mixed":
-            if self.keep_ratio is not None or self.keep_tokens is not None:
+            if self.budget_given:
                 raise ValueError('kv="mixed" holds every token: set tau, not a number of tokens')
-            object.__setattr__(self, "needs", frozenset())
+            waive(self, "ahead")
 
     @property
     def while_decoding(self) -> bool:
@@ -126,7 +120,7 @@ class ZipVL(Method):
 
     @property
     def has_budget(self) -> bool:
-        return self.keep_ratio is not None or self.keep_tokens is not None
+        return self.budget_given
 
     @property
     def stages(self) -> frozenset[Stage]:
@@ -173,7 +167,6 @@ class ZipVL(Method):
         ends = (place == 0) | (place == real.sum(1, keepdim=True) - 1)
         rank = (a / v.scratch["visible"].clamp(min=1)).masked_fill(ends, torch.inf)
         rank = rank.masked_fill(~real, -torch.inf)
-        order = rank.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         return Packing(
             keys=Affine(2),
             values=Affine(2),
@@ -182,6 +175,6 @@ class ZipVL(Method):
             group=self.group,
             keys_high=Affine(4),
             values_high=Affine(4),
-            important=(order < p[:, None]) & real,
+            important=(ranks(rank) < p[:, None]) & real,
             rank=rank,
         )

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several methods share: saliency, similarity, pseudo-random numbers, merge targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..checks import check_choice, waive
+from ..reduction import gather_tokens
+from ..views import DecoderView, FeaturesView
+
+Saliency = Literal["cls", "received"]
+
+
+def unit(x: Tensor) -> Tensor:
+    """x (..., C) in fp32, scaled to unit length."""
+    x = x.float()
+    return x / x.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+
+
+# ---- scores ------------------------------------------------------------------------------------
+
+
+def check_saliency(method: Any, allowed: Sequence[str] = ("cls", "received")) -> None:
+    """Refuse an unknown ``saliency``; the substitutes for [CLS] need no class token."""
+    check_choice(method, "saliency", allowed)
+    if method.saliency != "cls":
+        waive(method, "cls")
+
+
+def saliency_of(v: FeaturesView, layer: int, how: Saliency | Literal["cosine"]) -> Tensor:
+    """(B, N) attention of [CLS] in an encoder block, mean over heads, or a substitute for it.
+
+    Args:
+        how: "cls"; "received", the mean attention that a patch receives; or "cosine", how little a
+            patch is like the mean feature.
+    """
+    if how == "cls":
+        return v.cls_attention(layer).mean(1)
+    if how == "received":
+        return v.attention_received(layer)
+    x = v.features.float()
+    return -(unit(x) * unit(x.mean(1, keepdim=True))).sum(-1)
+
+
+def attended(v: DecoderView, rows: Literal["last", "prompt"], ahead: bool = False) -> Tensor:
+    """(B, N) attention to visual tokens, mean over heads, of the last token or summed over a text.
+
+    The text is what stands behind the last image. Its sum ranks tokens like its mean: they differ
+    by one factor for each row of the batch.
+    """
+    return v.attention(rows, ahead=ahead).mean(1).sum(1)
+
+
+def noise(index: Tensor, seed: int) -> Tensor:
+    """Pseudo-random integers in [0, 2^32) by token index (int64) and seed."""
+    return hash32(index + hash32(torch.full_like(index, seed & 0xFFFFFFFF) + 1))
+
+
+def hash32(x: Tensor) -> Tensor:
+    """Wellons' lowbias32 of the lower 32 bits of an int64 tensor."""
+    mask = 0xFFFFFFFF
+    x = x & mask
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
+    return x ^ (x >> 16)
+
+
+# ---- choices -----------------------------------------------------------------------------------
+
+
+def best_of_each(
+    scores: Tensor, group: Tensor, quota: Tensor, valid: Tensor | None = None
+) -> Tensor:
+    """(B, N) bool, the ``quota[b, g]`` tokens with the highest scores of group g in row b.
+
+    Args:
+        scores: (B, N), ties to the first; group: (B, N) numbers below P; quota: (B, P).
+        valid: (B, N) bool, False on entries that are no tokens.
+    """
+    if valid is not None:
+        group = group.where(valid, quota.shape[1])  # behind all groups, and none of them wanted
+        quota = torch.nn.functional.pad(quota, (0, 1))
+    order = scores.float().argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))
+    by_group = group.gather(1, order)  # ascending, and falling scores within
+    first = torch.searchsorted(by_group, by_group)  # where each one's group begins
+    place = torch.arange(order.shape[1], device=order.device)
+    wanted = place - first < quota.gather(1, by_group)
+    return torch.zeros_like(wanted).scatter(1, order, wanted)
+
+
+def into_nearest(x: Tensor, targets: Tensor) -> Tensor:
+    """(B, N) where tokens x (B, N, C), of unit length, fold: the most similar of targets (B, K)."""
+    nearest = (x @ gather_tokens(x, targets).mT).argmax(2)
+    return targets.gather(1, nearest).scatter(1, targets, targets)
+
+
+def into_chosen(similarity: Tensor, chosen: Tensor) -> Tensor:
+    """(B, N) where tokens fold by similarity (B, N, N): the most similar of those chosen (B, N)."""
+    index = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
+    nearest = similarity.masked_fill(~chosen[:, None], -torch.inf).argmax(2)
+    return index.where(chosen, nearest)

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods that remove visual tokens in more than one place, and how they share the budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..checks import check_layers, check_no_budget, check_range, check_shares
+from ..errors import UnsupportedError
+from ..method import Method, relative_layers
+from ..views import DecoderView, FeaturesView
+
+MIDDLE = 15  # of 32: layers 16 to 31 run on fewer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staged(Method):
+    """Shrinks the visual tokens after a few LLM layers, each time to a share of the original ones.
+
+    Without a budget the shares are ``ratios``, or the published ones, of which int() tokens stay.
+    With a budget of f n tokens they are f^a, with exponents a that give the published shares at the
+    published f, rounded; the last stage leaves exactly the budget.
+
+    Args:
+        layers: 0-based layers of a 32-layer LLM after which tokens leave; others are scaled.
+        ratios: share of the original tokens that each stage leaves; instead of a budget.
+    """
+
+    layers: tuple[int, ...]
+    ratios: tuple[float, ...] | None = None
+
+    published: ClassVar[tuple[float, ...]]
+    """Shares when neither ratios nor a budget is given."""
+    exponents: ClassVar[tuple[float, ...]]
+    """Powers of the final share f; the last one is 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        stages = len(self.exponents)
+        check_layers(self, "layers", "0-based layers of 32", of=32, count=stages)
+        check_no_budget(self, "ratios")
+        what = f"{stages} falling shares of the original tokens"
+        check_shares(self, "ratios", what, count=stages, falling=True)
+
+    def shares(self, n: int) -> tuple[int, ...]:
+        """Tokens of an image with n that each stage leaves."""
+        ratios = self.ratios
+        if ratios is None and not self.budget_given:
+            ratios = self.published
+        if ratios is not None:  # a count such as 300 / 576 must survive the division
+            return tuple(max(1, int(n * r + 1e-6)) for r in ratios)
+        k = super().budget(n)
+        return (*(max(k, round(n * (k / n) ** a)) for a in self.exponents[:-1]), k)
+
+    def budget(self, n: int, grid: tuple[int, int] | None = None) -> int:
+        return self.shares(n)[-1]
+
+    def stage_layers(self, depth: int) -> tuple[int, ...]:
+        """The 0-based layers of an LLM of ``depth`` after which tokens leave.
+
+        Raises:
+            UnsupportedError: the LLM has too few layers.
+        """
+        layers = relative_layers(self.layers, of=32, depth=depth)
+        if layers[-1] > depth - 2:
+            raise UnsupportedError(
+                f"{self.name} prunes after {len(layers)} layers and needs at least "
+                f"{len(layers) + 1}; the language model has {depth}; use fastv"
+            )
+        return layers
+
+    def decoder_layers(self, depth: int) -> tuple[int, ...]:
+        return self.stage_layers(depth)
+
+    def schedule(self, n: int, depth: int) -> list[int]:
+        """Visual tokens that each LLM layer processes, of an image with n."""
+        after = dict(zip(self.stage_layers(depth), self.shares(n), strict=True))
+        counts = []
+        for layer in range(depth):
+            counts.append(n)
+            n = after.get(layer, n)
+        return counts
+
+    def target(self, v: DecoderView) -> int | Tensor | None:
+        """Tokens each row keeps here, as `DecoderView.budget`; None where there is nothing to do.
+
+        That is between the stages, and when no row has more.
+        """
+        layers = self.stage_layers(v.depth)
+        if v.layer not in layers:
+            return None
+        stage = layers.index(v.layer)
+
+        def share(n: int) -> int:
+            return self.shares(n)[stage]
+
+        return None if v.within(share) else v.per_row(share)
+
+
+def entering(k: int, n: int, share: float) -> int:
+    """Tokens of n that enter the LLM when it later keeps ``share`` of them, and k at the end."""
+    return max(k, min(n, round(k / share)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoPlaces(Method):
+    """Selects in front of the LLM, and again after half of its layers; the budget is the final one.
+
+    Args:
+        llm_share: fraction of the tokens that entered the LLM which its middle layer keeps; 1 for
+            no selection inside the LLM.
+    """
+
+    llm_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        what = "the fraction of its visual tokens that the LLM keeps, 1 for no selection inside it"
+        check_range(self, "llm_share", what, "(]")
+
+    def decoder_layers(self, depth: int) -> tuple[int, ...]:
+        return relative_layers((MIDDLE,), of=32, depth=depth)
+
+    def entering(self, v: FeaturesView) -> int:
+        """Tokens that each image of the view keeps in front of the LLM."""
+        return entering(v.budget(self), v.total, self.llm_share)
