@@ -39,6 +39,7 @@ from PIL import Image
 
 from ..adapters.locate import locate
 from ..errors import UnsupportedError
+from ..matching import match
 from ..method import Chain, Method, resolve
 from ..wrapping import compressing, observe
 
@@ -429,31 +430,29 @@ def seeded(name: str, keep: Fraction | int | None, seed: int) -> Method:
 def plan(
     model: Any, inputs: dict[str, torch.Tensor], total: int, settings: Settings
 ) -> list[tuple[Row, Method | None]]:
-    """A row for each configuration to run, and its method; None where it cannot be made."""
+    """A row for each configuration to run, and its method; None where it cannot be made.
+
+    Methods that take no budget run once, as they come.
+    """
     plans: list[tuple[Row, Method | None]] = []
     for name in settings.methods:
-        stages: list[str] = sorted(seeded(name, None, settings.seed).stages)
-        if settings.flops is not None:
-            from ..matching import match
-
-            row, method = Row(name, stages, None), None
-            try:
-                wanted = seeded(name, None, settings.seed)
-                found = match(
-                    [wanted], flops=settings.flops, model=model, inputs=inputs, which="llm"
-                )
-                (method,) = resolve(found[name])
-            except ValueError as error:  # out of reach, or it has no budget
-                row.error = str(error)
-            plans.append((row, method))
-            continue
-        for tokens, keep in token_budgets(settings.keep, total).items():
+        plain = seeded(name, None, settings.seed)
+        stages: list[str] = sorted(plain.stages)
+        budgets = token_budgets(settings.keep, total) if settings.flops is None else {None: None}
+        for tokens, keep in budgets.items():
             row, method = Row(name, stages, tokens), None
             try:
-                method = seeded(name, keep, settings.seed)
-            except ValueError as error:
+                if settings.flops is None:
+                    method = seeded(name, keep, settings.seed)
+                else:
+                    how: dict[str, Any] = {"model": model, "inputs": inputs, "which": "llm"}
+                    (method,) = resolve(match([plain], flops=settings.flops, **how)[name])
+            except ValueError as error:  # out of reach, or it takes no budget
                 row.error = str(error)
             plans.append((row, method))
+        if settings.flops is None and plans[-1][1] is None:
+            del plans[-len(budgets) :]
+            plans.append((Row(name, stages, None), plain))
     for row, method in plans:
         row.parameters = "" if method is None else str(method)
     return plans

@@ -66,7 +66,11 @@ def _tile(
         return None
     crops = getattr(processor.image_processor, "do_center_crop", False)
     fit: Fit = "crop" if crops else "stretch"
-    if method.merges and report.reduction is not None:
+    if report.layouts:  # the canvas of all crops, which covers the image without padding
+        layout = report.layouts[0]
+        kept = [i - layout.thumbnail for i in report.kept[0].tolist() if i >= layout.thumbnail]
+        picture = kept_overlay(item.image, layout.canvas, kept, fit="stretch", size=size)
+    elif method.merges and report.reduction is not None:
         picture = merge_groups(
             item.image, report.grid, report.reduction, fit=fit, size=size, fill=0.85
         )

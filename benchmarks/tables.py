@@ -54,11 +54,19 @@ COLUMNS: tuple[tuple[str, Cell], ...] = (
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """One row of the table; a method that cannot run shows why."""
-    out = [cell(row) for _, cell in COLUMNS]
-    if row["error"]:
-        out[-2] = row["error"].split(";")[0]
-    return out
+    """One row of the table; `failures` says why a method did not run."""
+    return [cell(row) for _, cell in COLUMNS]
+
+
+def failures(results: list[dict[str, Any]]) -> list[str]:
+    """A line for each method that did not run on a task, and why."""
+    lines = [
+        f"{r['method']} on {result['task']}: {r['error'].split(';')[0]}"
+        for result in results
+        for r in result["rows"][1:]
+        if r["error"]
+    ]
+    return list(dict.fromkeys(lines))
 
 
 def caption(result: dict[str, Any]) -> str:
@@ -80,12 +88,14 @@ def markdown(result: dict[str, Any]) -> str:
         "|" + "|".join("---" if i < 2 else "---:" for i in range(len(COLUMNS))) + "|",
     ]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in result["rows"]]
+    lines += [f"\n{text}" for text in failures([result])]
     return "\n".join([*lines, "", caption(result)])
 
 
 def summary(result: dict[str, Any]) -> str:
     """A table for the README: methods down, budgets across, accuracy in percent in the cells."""
-    budgets = sorted({r["asked_tokens"] or 0 for r in result["rows"][1:]}, reverse=True)
+    asked = {r["asked_tokens"] for r in result["rows"][1:]}
+    budgets = sorted((n for n in asked if n), reverse=True)
     base = result["rows"][0]
     full = result["visual_tokens"]
     smallest = min(budgets, default=full)
@@ -126,7 +136,8 @@ def overview(results: list[dict[str, Any]]) -> str:
     columns: list[tuple[dict[str, Any], int | None]] = []
     for result in results:
         asked = {r["asked_tokens"] for r in result["rows"][1:]}
-        columns += [(result, n) for n in sorted(asked, key=lambda n: -(n or 0))]
+        tokens = sorted((n for n in asked if n), reverse=True)
+        columns += [(result, n) for n in tokens or [None]]
     names = dict.fromkeys(r["method"] for result in results for r in result["rows"][1:])
     cell_of = {
         (id(result), r["asked_tokens"], r["method"]): r
@@ -136,7 +147,10 @@ def overview(results: list[dict[str, Any]]) -> str:
 
     def cell(result: dict[str, Any], asked: int | None, name: str) -> str:
         row = cell_of.get((id(result), asked, name))
-        if row is None or row["accuracy"] is None:
+        if row is None:  # it takes no budget
+            row = cell_of.get((id(result), None, name))
+            return "-" if row is None or row["accuracy"] is None else margin(row) + " (all)"
+        if row["accuracy"] is None:
             return "-"
         chance = cell_of.get((id(result), asked, "random"))
         low = chance is not None and row["accuracy"] < chance["accuracy"]
@@ -154,12 +168,7 @@ def overview(results: list[dict[str, Any]]) -> str:
         found = [cell(result, n, name) for result, n in columns]
         variant = ", ".join(f"{k}={v}" for k, v in VARIANTS.get(name, {}).items())
         lines.append(f"| {name}{f' ({variant})' if variant else ''} | {' | '.join(found)} |")
-    why = {
-        f"`{r['method']}` on {result['task']}: {r['error'].split(';')[0]}": None
-        for result in results
-        for r in result["rows"][1:]
-        if r["error"]
-    }
+    why = failures(results)
     if why:
         lines += ["", "Not run (-):", "", *(f"* {text}" for text in why)]
     return "\n".join(lines)
@@ -170,6 +179,7 @@ __all__ = [
     "COLUMNS",
     "caption",
     "cells",
+    "failures",
     "interval",
     "markdown",
     "overview",

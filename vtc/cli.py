@@ -297,7 +297,7 @@ class _progress:
 
 
 def _print_table(result: dict[str, Any]) -> None:
-    from .benchmarks.tables import COLUMNS, caption, cells
+    from .benchmarks.tables import COLUMNS, caption, cells, failures
 
     table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1))
     for i, (name, _) in enumerate(COLUMNS):
@@ -310,6 +310,8 @@ def _print_table(result: dict[str, Any]) -> None:
         previous = row["method"]
     wide = out if out.is_terminal else Console(width=150)
     wide.print(table)
+    for text in failures([result]):
+        wide.print(text, style="yellow", highlight=False)
     wide.print(caption(result), style="dim", highlight=False)
 
 
