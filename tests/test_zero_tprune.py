@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 import vtc
+from vtc.method import resolve
+from vtc.methods.mustdrop import MustDrop
 from vtc.methods.zero_tprune import (
     RATIOS,
     ZeroTPrune,
@@ -321,11 +324,19 @@ def test_preset_in_a_model_of_another_depth() -> None:
 
 
 @torch.no_grad()
-def test_ragged_rows_are_refused() -> None:
-    v = view(2)
-    v.valid = torch.ones(2, 16, dtype=torch.bool)
-    with pytest.raises(vtc.UnsupportedError, match="put zero-tprune in front"):
-        ZeroTPrune(keep_tokens=4).on_vision_layer(v)
+@pytest.mark.parametrize("name", ["zero-tprune", "tome", "pitome"])
+def test_ragged_rows_are_refused(name: str) -> None:
+    """Behind MustDrop, which merges as many windows of each image as pass."""
+    model, inputs = mini_llava.build(), mini_llava.prompt([1, 2], pad="right")
+    (later,) = resolve(name, keep_tokens=3)
+    ragged = MustDrop(merge_threshold=0.25, window=2, keep_tokens=3)
+    vtc.wrap(model, vtc.chain(ragged, later))
+    with pytest.raises(vtc.UnsupportedError, match=f"let {name} finish.*batch_coupled=True"):
+        model(**inputs)
+    vtc.unwrap(model)
+    vtc.wrap(model, vtc.chain(replace(ragged, batch_coupled=True), later))
+    model(**inputs)
+    assert [len(k) for k in model.vtc.report().kept] == [3, 3, 3]
 
 
 @torch.no_grad()

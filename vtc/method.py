@@ -75,6 +75,8 @@ class Method:
     """Encoder blocks add the log of the token sizes to the attention scores of their keys."""
     track_size: ClassVar[bool] = True
     """Merge by size-weighted mean; else each merge takes the plain mean of its tokens."""
+    ragged: ClassVar[bool] = False
+    """`on_vision_layer` copes with images that have different numbers of tokens (``v.valid``)."""
     bypass: ClassVar[Literal["attention", "layer"]] = "layer"
     """What the tokens that `on_bypass` leaves out jump over; the MLP still acts in "attention"."""
     joint: ClassVar[bool] = False

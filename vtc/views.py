@@ -153,6 +153,11 @@ class VisionView:
             return self.places
         return torch.arange(self.count, device=self.x.device).expand(len(self.x), -1)
 
+    def in_sequence(self, index: Tensor) -> Tensor:
+        """(B, prefix + K) places in the sequence: the prefix, then patches (B, K); -1 stays -1."""
+        front = torch.arange(self.prefix, device=index.device).expand(len(index), -1)
+        return torch.cat([front, index + self.prefix * (index >= 0)], 1)
+
     @cached_property
     def key(self) -> Tensor:
         """(B, H, T, d) keys of this block, as attention sees them."""

@@ -459,6 +459,13 @@ class VisionEngine:
             reduction, tokens = split_answer(m.on_vision_layer(view))
             if reduction is None or _is_identity(reduction):
                 continue
+            if view.valid is not None and not m.ragged:
+                raise UnsupportedError(
+                    f"{m.name} takes as many patches of every image, and an earlier method of the "
+                    f"chain has left different numbers in front of encoder block {i}; let "
+                    f"{m.name} finish in front of that one, have that one treat all images alike "
+                    "(mustdrop: batch_coupled=True), or run one image at a time"
+                )
             _follow(st, x.device)
             x, sizes = apply_method(m, reduction, x, st.sizes, tokens)
             st.advance(reduction, sizes)

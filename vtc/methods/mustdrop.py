@@ -87,8 +87,7 @@ def merge_windows(
     r = (score >= threshold).sum(1)
     r = r if most is None else r.clamp(max=most)
     r = r.min().expand(batch) if coupled else r
-    rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    into = member[:, :, -1:].where((rank < r[:, None])[..., None], member)
+    into = member[:, :, -1:].where((ranks(score) < r[:, None])[..., None], member)
     padded = torch.cat([own, own.new_full((batch, 1), n)], 1)
     return padded.scatter(1, member.flatten(1), into.flatten(1))[:, :n]
 
@@ -142,6 +141,7 @@ class MustDrop(Method):
     needs = frozenset({"cls"})
     merges = True
     track_size: ClassVar[bool] = False
+    ragged = True
     vision_site: ClassVar[Literal["middle", "output"]] = "output"
     presets: ClassVar[dict[tuple[str, int], dict[str, Any]]] = {
         ("llava-1.5", tokens): {"theta_global": g, "theta_individual": i}
@@ -210,8 +210,7 @@ class MustDrop(Method):
         )
         if v.valid is not None:
             into = into.where(v.valid[:, prefix:], -1)
-        front = torch.arange(prefix, device=into.device).expand(len(into), -1)
-        reduction = Reduction.from_merge(torch.cat([front, into + prefix * (into >= 0)], 1))
+        reduction = Reduction.from_merge(v.in_sequence(into))
         nothing = reduction.valid is None and reduction.count == v.x.shape[1]
         return None if nothing else reduction
 

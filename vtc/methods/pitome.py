@@ -194,7 +194,5 @@ class PiToMe(Method):
             margin = self.margin - slope * v.layer / (self.margin_depth or v.depth)
             patches = x[:, v.prefix :]
             energy = energies(patches, margin, self.alpha, self.energy)
-            into = match_energy(patches, energy, r, protect=matching == "pitome") + v.prefix
-            front = torch.arange(v.prefix, device=x.device).expand(len(x), -1)
-            into = torch.cat([front, into], 1)
+            into = v.in_sequence(match_energy(patches, energy, r, protect=matching == "pitome"))
         return Reduction.from_merge(into, v.x.shape[1] - r)

@@ -40,7 +40,6 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_layers, check_shares, require
-from ..errors import UnsupportedError
 from ..method import Method, register
 from ..reduction import Reduction, gather_tokens, top_k
 from ..views import VisionView
@@ -208,16 +207,10 @@ class ZeroTPrune(Method):
         plan = self.schedule(v.total, v.depth).get(v.layer)
         if plan is None or v.count <= plan[1]:
             return None
-        if v.valid is not None:
-            raise UnsupportedError(
-                "zero-tprune takes as many patches of every image, and an earlier method of the "
-                "chain left different numbers; put zero-tprune in front of it"
-            )
         similar, left, votes = plan
         n, prefix, batch = v.count, v.prefix, len(v.x)
         heads = v.projections.by_heads()
         keep = torch.arange(n, device=v.x.device).expand(batch, n)
-        front = torch.arange(prefix, device=v.x.device).expand(batch, prefix)
 
         r = min(similar, n - left, n // 2)
         if r > 0:
@@ -226,9 +219,9 @@ class ZeroTPrune(Method):
             keep = top_k(torch.ones_like(keep).scatter(1, gone, 0), n - r)
 
         if n - r > left:
-            rank = self._importance(v, heads, torch.cat([front, keep + prefix], 1), votes)
+            rank = self._importance(v, heads, v.in_sequence(keep), votes)
             keep = keep.gather(1, top_k(rank[:, prefix:], left))
-        return Reduction.from_keep(torch.cat([front, keep + prefix], 1), prefix + n)
+        return Reduction.from_keep(v.in_sequence(keep), prefix + n)
 
     def _keys(self, v: VisionView) -> Tensor:
         """(B, N, C) of unit length: keys of the patches."""
