@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of small numbered signs: the answers need a model's high-resolution crops.
 
-Each picture carries three to five round or square signs of different colours, each with a digit
-12 to 16 pixels high, and up to two shapes without one. Pictures are at most 336 pixels wide or
+Each picture carries one or two round or square signs, each with a digit 13 to 16 pixels high, and
+one to three shapes without one, all of different colours. Pictures are at most 336 pixels wide or
 high, some of them strips. Cut into crops at full size the digits can be read; in a thumbnail of
 112 x 112 pixels they are 3 to 8 pixels high or wide. A picture is fully determined by
 (split, seed, index), and the splits draw from different random streams.
@@ -32,9 +32,9 @@ SIZES = {
 }
 """(width, height) in pixels -> how often."""
 SIGNS, PLAIN = ("circle", "square"), ("triangle", "star", "cross")
-RADIUS = (14.0, 17.0)
-QUESTIONS_PER_IMAGE = 5
-KINDS = ("digit", "place", "color")
+RADIUS = (15.0, 18.0)
+QUESTIONS_PER_IMAGE = 2
+KINDS = ("digit", "place")
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def make_picture(
     rng = random.Random(key)
     drawn = rng.choices(tuple(SIZES), tuple(SIZES.values()))[0]
     width, height = size or drawn
-    signs = rng.randint(3, 5)
-    wanted = signs + rng.randint(0, 2)
+    signs = rng.choice((1, 1, 2))
+    wanted = signs + rng.randint(1, 3)
     colors = rng.sample(tuple(scenes.COLORS), wanted)
     objects: list[scenes.Obj] = []
     for _ in range(1000):
@@ -137,25 +137,15 @@ def _place(picture: Picture, rng: random.Random) -> tuple[str, str] | None:
     return f"what digit is {at} the {place}?", str(options[place].digit)
 
 
-def _color(picture: Picture, rng: random.Random) -> tuple[str, str] | None:
-    digits = [s.digit for s in signs(picture)]
-    alone = [s for s in signs(picture) if digits.count(s.digit) == 1]
-    if not alone:
-        return None
-    sign = rng.choice(alone)
-    template = rng.choice(("what color is {}?", "what is the color of {}?"))
-    return template.format(f"the object with the digit {sign.digit}"), sign.color
-
-
-_ASK = {"digit": _digit, "place": _place, "color": _color}
+_ASK = {"digit": _digit, "place": _place}
 
 
 def ask(picture: Picture, n: int, rng: random.Random | None = None) -> list[tuple[str, str, str]]:
-    """Return up to `n` different (question, answer, kind), every second one of kind "digit"."""
+    """Return up to `n` different (question, answer, kind), the kinds in turn."""
     rng = rng or random.Random(picture.key + "/questions")
     found: dict[str, tuple[str, str, str]] = {}
     for turn in range(8 * n):
-        kind = "digit" if turn % 2 == 0 else rng.choice(KINDS[1:])
+        kind = KINDS[turn % 2]
         asked = _ASK[kind](picture, rng)
         if asked:
             found.setdefault(asked[0], (*asked, kind))
@@ -169,7 +159,7 @@ def _load(index: int, split: str, seed: int) -> Image.Image:
 
 
 def entries(split: str, n: int | None, seed: int) -> list[Entry]:
-    """Return `n` questions (500 if None), five per picture."""
+    """Return `n` questions (500 if None), two per picture."""
     n = 500 if n is None else n
     result: list[Entry] = []
     index = 0

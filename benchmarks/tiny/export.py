@@ -2,12 +2,14 @@
 """Assemble the asset folders from the pretrained tower and the trained weights.
 
 python -m vtc.benchmarks.tiny.export --tower dinov2.safetensors --trained run --assets vtc/assets
+python -m vtc.benchmarks.tiny.export --next next/llava_next.safetensors
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,12 +18,27 @@ from transformers import (
     CLIPTextModelWithProjection,
     GenerationConfig,
     LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
     LlavaProcessor,
 )
 
 from .extract import build_tower
-from .models import ASSETS, BOS, CHAT_TEMPLATE, EOS, PAD, llava_config, make_tokenizer, text_config
-from .train import MEAN, STD, Trainer
+from .models import (
+    ASSETS,
+    BOS,
+    CHAT_TEMPLATE,
+    EOS,
+    PAD,
+    PINPOINTS,
+    VIEW,
+    llava_config,
+    llava_next_config,
+    make_tokenizer,
+    text_config,
+)
+from .train import MEAN, STD, load_trained
 
 
 def make_processor() -> LlavaProcessor:
@@ -32,25 +49,59 @@ def make_processor() -> LlavaProcessor:
         image_mean=list(MEAN),
         image_std=list(STD),
     )
-    return LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=make_tokenizer(),
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
+    return LlavaProcessor(image_processor=image_processor, **_processor())
+
+
+def make_next_processor() -> LlavaNextProcessor:
+    """Return the processor of the LLaVA-NeXT: views of 112 px, ImageNet statistics."""
+    side = {"height": VIEW, "width": VIEW}
+    image_processor = LlavaNextImageProcessor(
+        size=side,
+        crop_size=side,
+        image_grid_pinpoints=PINPOINTS,
+        image_mean=list(MEAN),
+        image_std=list(STD),
     )
+    return LlavaNextProcessor(image_processor=image_processor, **_processor())
+
+
+def _processor() -> dict[str, Any]:
+    return {
+        "tokenizer": make_tokenizer(),
+        "patch_size": 14,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+        "chat_template": CHAT_TEMPLATE,
+    }
+
+
+def _generation() -> GenerationConfig:
+    return GenerationConfig(
+        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=8, do_sample=False
+    )
+
+
+def export_next(trained: Path, assets: Path) -> None:
+    """Write `assets`/tiny-llava-next in fp16, without the tower that tiny-llava holds."""
+    model = LlavaNextForConditionalGeneration(llava_next_config())
+    load_trained(model, trained)
+    model.tie_weights()
+    model.generation_config = _generation()
+    folder = assets / "tiny-llava-next"
+    model.to(torch.float16).save_pretrained(folder)
+    make_next_processor().save_pretrained(folder)
+    path = folder / "model.safetensors"
+    state = {k: v for k, v in load_file(path).items() if "vision_tower" not in k}
+    save_file(state, path, metadata={"format": "pt"})
 
 
 def export(tower: Path, trained: Path, assets: Path) -> None:
     """Write `assets`/tiny-llava and `assets`/tiny-text in fp16."""
     model = LlavaForConditionalGeneration(llava_config())
     model.model.vision_tower = build_tower(load_file(tower))
-    Trainer.load_trained(model, trained / "llava.safetensors")
+    load_trained(model, trained / "llava.safetensors")
     model.tie_weights()
-    model.generation_config = GenerationConfig(
-        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=8, do_sample=False
-    )
+    model.generation_config = _generation()
     model.to(torch.float16).save_pretrained(assets / "tiny-llava")
     make_processor().save_pretrained(assets / "tiny-llava")
 
@@ -69,11 +120,15 @@ def export(tower: Path, trained: Path, assets: Path) -> None:
 def main() -> None:
     """Parse the arguments and export."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tower", type=Path, required=True, help="output of extract.py")
-    parser.add_argument("--trained", type=Path, required=True, help="work folder of train.py")
+    parser.add_argument("--tower", type=Path, help="output of extract.py")
+    parser.add_argument("--trained", type=Path, help="work folder of train.py, with --tower")
+    parser.add_argument("--next", type=Path, help="output of train_next.py")
     parser.add_argument("--assets", type=Path, default=ASSETS)
     args = parser.parse_args()
-    export(args.tower, args.trained, args.assets)
+    if args.next:
+        export_next(args.next, args.assets)
+    if args.trained:
+        export(args.tower, args.trained, args.assets)
     size = sum(f.stat().st_size for f in args.assets.rglob("*") if f.is_file())
     print(f"{args.assets}: {size / 1e6:.1f} MB")
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build and load the embedded tiny models: a LLaVA and a text tower on the same vision features."""
+"""Build and load the embedded tiny models: a LLaVA, a LLaVA-NeXT and a text tower, all on the same
+vision tower."""
 
 from __future__ import annotations
 
@@ -14,20 +15,27 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     Dinov2Model,
+    GenerationConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
 
 import vtc
 
 from ..tasks import scenes
-from .extract import tower_config
+from .extract import resize_positions, tower_config
 
 ASSETS = Path(vtc.__file__).parent / "assets"
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 PAD, BOS, EOS, UNK, IMAGE = range(5)
+VIEW = 112
+"""Side in pixels of the thumbnail and of each crop of the LLaVA-NeXT: 8 x 8 patches."""
+PINPOINTS = [[224, 336], [336, 224], [224, 224], [112, 336], [336, 112], [112, 224], [224, 112]]
+"""(height, width) in pixels into which the LLaVA-NeXT fits an image: two to six crops."""
 PROMPT = "USER: <image>\n{question} ASSISTANT:"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -198,8 +206,8 @@ def make_tokenizer(end: bool = False) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def llava_config(image_size: int = 336) -> LlavaConfig:
-    """Return the configuration of the tiny LLaVA: DINOv2-S/14 and a Llama of 6.5 M parameters."""
+def _config(image_size: int) -> dict[str, Any]:
+    """Return what both LLaVAs have: DINOv2-S/14 and a Llama of 6.5 M parameters."""
     text = LlamaConfig(
         vocab_size=len(vocabulary()),
         hidden_size=256,
@@ -215,16 +223,26 @@ def llava_config(image_size: int = 336) -> LlavaConfig:
         eos_token_id=EOS,
         tie_word_embeddings=True,
     )
-    return LlavaConfig(
-        vision_config=tower_config(image_size),
-        text_config=text,
-        image_token_index=IMAGE,
-        image_seq_length=(image_size // 14) ** 2,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        projector_hidden_act="gelu",
-        tie_word_embeddings=True,
-    )
+    return {
+        "vision_config": tower_config(image_size),
+        "text_config": text,
+        "image_token_index": IMAGE,
+        "image_seq_length": (image_size // 14) ** 2,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "projector_hidden_act": "gelu",
+        "tie_word_embeddings": True,
+    }
+
+
+def llava_config(image_size: int = 336) -> LlavaConfig:
+    """Return the configuration of the tiny LLaVA."""
+    return LlavaConfig(**_config(image_size))
+
+
+def llava_next_config() -> LlavaNextConfig:
+    """Return the configuration of the tiny LLaVA-NeXT: a thumbnail and two to six crops."""
+    return LlavaNextConfig(image_grid_pinpoints=PINPOINTS, **_config(VIEW))
 
 
 def text_config() -> CLIPTextConfig:
@@ -280,18 +298,39 @@ class Retrieval(NamedTuple):
     image_processor: Any
 
 
-def _missing(folder: Path) -> FileNotFoundError:
-    return FileNotFoundError(f"{folder} is missing; see benchmarks/tiny/README.md to make it")
+def _folder(assets: Path, name: str) -> Path:
+    folder = Path(assets) / name
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} is missing; see benchmarks/tiny/README.md to make it")
+    return folder
 
 
 def load_llava(
     device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, assets: Path = ASSETS
 ):
     """Return (model, processor) of the embedded tiny LLaVA."""
-    folder = Path(assets) / "tiny-llava"
-    if not folder.exists():
-        raise _missing(folder)
+    folder = _folder(assets, "tiny-llava")
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    return model.to(device).eval(), AutoProcessor.from_pretrained(folder)
+
+
+def load_llava_next(
+    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, assets: Path = ASSETS
+):
+    """Return (model, processor) of the embedded tiny LLaVA-NeXT.
+
+    Its folder holds no vision tower: that of tiny-llava is taken, positions resized to 8 x 8.
+    """
+    folder = _folder(assets, "tiny-llava-next")
+    state = load_file(_folder(assets, "tiny-llava") / "model.safetensors")
+    state = {name: value for name, value in state.items() if "vision_tower" in name}
+    for name in [n for n in state if n.endswith("position_embeddings")]:
+        state[name] = resize_positions(state[name], VIEW // 14)
+    state.update(load_file(folder / "model.safetensors"))
+    model = LlavaNextForConditionalGeneration.from_pretrained(
+        None, config=LlavaNextConfig.from_pretrained(folder), state_dict=state, dtype=dtype
+    )
+    model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.to(device).eval(), AutoProcessor.from_pretrained(folder)
 
 
@@ -300,9 +339,7 @@ def load_retrieval(
 ) -> Retrieval:
     """Return the vision tower of the tiny LLaVA with the text tower trained on its features."""
     model, processor = load_llava(device, dtype, assets)
-    folder = Path(assets) / "tiny-text"
-    if not folder.exists():
-        raise _missing(folder)
+    folder = _folder(assets, "tiny-text")
     text = CLIPTextModelWithProjection.from_pretrained(folder, dtype=dtype).to(device).eval()
     projection = ImageProjection()
     projection.load_state_dict(load_file(folder / "visual_projection.safetensors"))

@@ -17,8 +17,10 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,17 +49,190 @@ def packed_layout(prefix: int, pairs: int, length: int) -> tuple[torch.Tensor, t
     return mask, torch.cat([torch.arange(prefix), inside.repeat(pairs)])
 
 
-class Trainer:
+def load_trained(model: nn.Module, path: Path, fresh: tuple[str, ...] = ()) -> None:
+    """Load trained weights into `model`: all but the tower and what `fresh` names."""
+    state = {k: v.float() for k, v in load_file(path).items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    absent = ("vision_tower", "lm_head", *fresh)
+    missing = [k for k in missing if not any(name in k for name in absent)]
+    if missing or unexpected:
+        raise ValueError(f"{path} does not fit: missing {missing}, unexpected {unexpected}")
+
+
+def trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the trained weights of a LLaVA (no tower, no tied copy)."""
+    return {
+        k: v
+        for k, v in model.state_dict().items()
+        if "vision_tower" not in k and not k.startswith("lm_head")
+    }
+
+
+def save_half(state: dict[str, torch.Tensor], path: Path) -> None:
+    """Write the floating-point tensors of `state` in fp16."""
+    half = {
+        k: v.detach().half().cpu().contiguous() for k, v in state.items() if v.is_floating_point()
+    }
+    save_file(half, path)
+
+
+class Loop:
+    """What every run has: a LLaVA, an optimizer on a clock, a log, the losses.
+
+    Subclasses set `model`, `words` (the word embeddings) and `elapsed` (seconds by stage).
+    """
+
+    model: Any
+    words: nn.Parameter
+    elapsed: dict[str, float]
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.device, self.step = args, torch.device(args.device), 0
+        self.rng = np.random.default_rng(args.seed)
+        vocab = make_tokenizer().get_vocab()
+        self.classes = [
+            torch.tensor([vocab[w] for w in names], device=self.device)
+            for names in (
+                [*scenes.SHAPES, "background"],
+                list(scenes.COLORS),
+                [str(d) for d in range(10)],
+            )
+        ]
+        self.prefix_ids = torch.tensor([BOS, *(vocab[w] for w in ("user", ":"))])
+        self.prefix_ids = self.prefix_ids.to(self.device)
+        self.run_decoder: Callable[..., torch.Tensor] = self._run_decoder
+
+    def autocast(self):
+        """Return the bf16 autocast context."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def optimizer(self, modules, lr: float, decay: float) -> torch.optim.AdamW:
+        """Return AdamW over the modules' parameters; no decay of vectors and embeddings."""
+        params = list(
+            {id(p): p for m in modules for p in m.parameters() if p.requires_grad}.values()
+        )
+        matrices = [p for p in params if p.ndim > 1 and p is not self.words]
+        rest = [p for p in params if p.ndim <= 1 or p is self.words]
+        groups = [
+            {"params": matrices, "weight_decay": decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=self.device.type == "cuda")
+
+    def ticks(self, stage: str, seconds: float, optimizer, lr: float, warmup: int = 200):
+        """Yield (step, share of the stage's time), setting the learning rate, saving now and
+        then."""
+        start = time.perf_counter() - self.elapsed[stage]
+        saved, first = time.perf_counter(), self.step
+        while (time.perf_counter() - start) < seconds:
+            share = (time.perf_counter() - start) / seconds
+            rate = lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(1.0, (self.step + 1 - first) / warmup)
+            yield self.step, share
+            self.step += 1
+            self.elapsed[stage] = time.perf_counter() - start
+            if time.perf_counter() - saved > self.args.save_every:
+                self.save(stage, optimizer)
+                saved = time.perf_counter()
+
+    def log(self, **values) -> None:
+        """Print one line and append it to the log."""
+        row = {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
+        print(json.dumps(row), flush=True)
+        with (self.args.work / "log.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that is trained."""
+        return {"llava": trained(self.model)}
+
+    def save(self, stage: str, optimizer) -> None:
+        """Write a checkpoint with everything that a continued run needs."""
+        torch.save(
+            {
+                **self.state(),
+                "stage": stage,
+                "step": self.step,
+                "elapsed": self.elapsed,
+                "optimizer": optimizer.state_dict(),
+                "torch_rng": torch.get_rng_state(),
+                "numpy_rng": self.rng.bit_generator.state,
+            },
+            self.args.work / "checkpoint.tmp",
+        )
+        (self.args.work / "checkpoint.tmp").replace(self.args.work / "checkpoint.pt")
+
+    def resume(self) -> dict[str, Any] | None:
+        """Load the checkpoint of an interrupted run, where there is one, and return it."""
+        path = self.args.work / "checkpoint.pt"
+        if not path.exists():
+            return None
+        saved = torch.load(path, map_location="cpu", weights_only=False)
+        self.model.load_state_dict(saved["llava"], strict=False)
+        self.step, self.elapsed = saved["step"], saved["elapsed"]
+        torch.set_rng_state(saved["torch_rng"])
+        self.rng.bit_generator.state = saved["numpy_rng"]
+        return saved
+
+    def patch_loss(self, image: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, list]:
+        """Cross-entropy of naming shape, colour and digit (B, N, 3; -1 = none) of every patch.
+
+        Projected patches (B, N, D) are compared with the word embeddings by cosine. Also returns
+        the three accuracies over the patches of objects.
+        """
+        patches, right = F.normalize(image.float(), dim=-1), []
+        loss = patches.new_zeros(())
+        for k, ids in enumerate(self.classes):
+            target = labels[..., k]
+            logits = 16.0 * patches @ F.normalize(self.words[ids], dim=-1).T
+            loss = loss + F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-1)
+            objects = target >= 0
+            if k == 0:
+                objects = objects & (target < len(scenes.SHAPES))
+            right.append((logits.argmax(-1) == target)[objects].float().mean())
+            if k == 0:  # objects are a small part of the patches
+                loss = loss + F.cross_entropy(logits[objects], target[objects])
+        return loss, right
+
+    def _run_decoder(self, embeds, mask, positions) -> torch.Tensor:
+        # (B, S, D)
+        return self.model.model.language_model(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+
+    def answer_logits(
+        self, image, tokens, starts, mask, positions
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits (B, P, 2, V) and targets (B, P, 2) of answer and </s>.
+
+        `image` (B, N, D) are the projected patches, `tokens` (B, P, L) the pairs, `starts` (B, P)
+        where their answers stand; `mask` and `positions` are those of `packed_layout`.
+        """
+        batch, pairs, length = tokens.shape
+        embed = self.model.model.language_model.embed_tokens
+        with self.autocast():
+            before = embed(self.prefix_ids).expand(batch, -1, -1)
+            asked = embed(tokens).flatten(1, 2)
+            embeds = torch.cat([before.to(image.dtype), image, asked.to(image.dtype)], dim=1)
+            hidden = self.run_decoder(embeds, mask, positions)[:, -pairs * length :]
+            hidden = hidden.unflatten(1, (pairs, length))
+            where = torch.stack([starts - 1, starts], -1)
+            hidden = hidden.gather(2, where[..., None].expand(-1, -1, -1, hidden.shape[-1]))
+            logits = self.model.lm_head(hidden)
+        return logits.float(), tokens.gather(2, where + 1)
+
+
+class Trainer(Loop):
     """Models, data and the three stages."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.device = args, torch.device(args.device)
         # Forked before the accelerator is touched.
         self.scenes = ScenePool(args.scenes, "train", args.seed, True, args.workers)
         self.val = ScenePool(args.val, "val", args.seed, False, min(2, args.workers))
+        super().__init__(args)
         torch.manual_seed(args.seed)
         torch.set_float32_matmul_precision("high")
-        self.rng = np.random.default_rng(args.seed)
         self.easy = [torch.from_numpy(a) for a in easy_arrays("train")]
         self.easy_val = [torch.from_numpy(a[: args.val]) for a in easy_arrays("test")]
         self.easy[0] = self.easy[0].to(self.device)
@@ -69,7 +244,7 @@ class Trainer:
         with torch.no_grad():
             model.model.language_model.embed_tokens.weight.normal_(0, 0.06)
         if args.init:
-            self.load_trained(model, args.init)
+            load_trained(model, args.init)
         self.model = model.to(self.device)
         self.tower = model.model.vision_tower.eval()
         self.projector, self.decoder = model.model.multi_modal_projector, model.model.language_model
@@ -82,20 +257,6 @@ class Trainer:
         self.features = np.zeros((args.scenes, 768), np.float16)
         self.seen = np.zeros(args.scenes, bool)
 
-        tokenizer = make_tokenizer()
-        self.prefix_ids = torch.tensor(
-            [BOS, *tokenizer("USER:", add_special_tokens=False).input_ids]
-        )
-        self.prefix_ids = self.prefix_ids.to(self.device)
-        vocab = tokenizer.get_vocab()
-        self.classes = [
-            torch.tensor([vocab[w] for w in names], device=self.device)
-            for names in (
-                [*scenes.SHAPES, "background"],
-                list(scenes.COLORS),
-                [str(d) for d in range(10)],
-            )
-        ]
         mask, positions = packed_layout(len(self.prefix_ids) + scenes.GRID**2, PACKED, LENGTH)
         self.mask, self.positions = (
             mask[None, None].to(self.device),
@@ -104,14 +265,11 @@ class Trainer:
         self.pixel_mean = torch.tensor(MEAN, device=self.device)[None, :, None, None]
         self.pixel_std = torch.tensor(STD, device=self.device)[None, :, None, None]
         self.run_tower = torch.compile(self._run_tower) if args.compile else self._run_tower
-        self.run_decoder = torch.compile(self._run_decoder) if args.compile else self._run_decoder
-        self.step, self.elapsed = 0, {"align": 0.0, "llava": 0.0, "text": 0.0}
+        if args.compile:
+            self.run_decoder = torch.compile(self._run_decoder)
+        self.elapsed = {"align": 0.0, "llava": 0.0, "text": 0.0}
 
     # ---------------------------------------------------------------------------------- data
-
-    def autocast(self):
-        """Return the bf16 autocast context."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def easy_pixels(self, images: torch.Tensor, augment: bool) -> torch.Tensor:
         """Return (B, 64, 64, 3) uint8 as (B, 3, 336, 336) in 0..255, mirrored and shifted at
@@ -169,87 +327,16 @@ class Trainer:
         with torch.no_grad(), self.autocast():
             return self.run_tower((pixels / 255 - self.pixel_mean) / self.pixel_std)
 
-    def _run_decoder(self, embeds: torch.Tensor) -> torch.Tensor:
-        return self.decoder(
-            inputs_embeds=embeds,
-            attention_mask=self.mask,
-            position_ids=self.positions,
-            use_cache=False,
-        ).last_hidden_state
+    def packed_logits(self, image, tokens, starts) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `answer_logits` of all 576 patches and PACKED pairs."""
+        return self.answer_logits(image, tokens, starts, self.mask, self.positions)
 
-    def answer_logits(self, image, tokens, starts) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits (B, PACKED, 2, V) and targets (B, PACKED, 2) of answer and </s>.
-
-        `image` (B, 576, D) are the projected patches.
-        """
-        batch = len(image)
-        with self.autocast():
-            before = self.decoder.embed_tokens(self.prefix_ids).expand(batch, -1, -1)
-            pairs = self.decoder.embed_tokens(tokens).flatten(1, 2)
-            embeds = torch.cat([before.to(image.dtype), image, pairs.to(image.dtype)], dim=1)
-            hidden = self.run_decoder(embeds)[:, -PACKED * LENGTH :].unflatten(1, (PACKED, LENGTH))
-            where = torch.stack([starts - 1, starts], -1)
-            hidden = hidden.gather(2, where[..., None].expand(-1, -1, -1, hidden.shape[-1]))
-            logits = self.model.lm_head(hidden)
-        return logits.float(), tokens.gather(2, where + 1)
+    def labels(self, index: np.ndarray) -> torch.Tensor:
+        """Return the patch labels of scenes, (B, 576, 3)."""
+        labels = torch.from_numpy(self.scenes.labels[index]).to(self.device)
+        return labels.flatten(1, 2).long()
 
     # ---------------------------------------------------------------------------------- stages
-
-    def optimizer(self, modules, lr: float, decay: float) -> torch.optim.AdamW:
-        """Return AdamW over the modules' parameters; no decay of vectors and embeddings."""
-        params = list(
-            {id(p): p for m in modules for p in m.parameters() if p.requires_grad}.values()
-        )
-        matrices = [p for p in params if p.ndim > 1 and p is not self.words]
-        rest = [p for p in params if p.ndim <= 1 or p is self.words]
-        groups = [
-            {"params": matrices, "weight_decay": decay},
-            {"params": rest, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=self.device.type == "cuda")
-
-    def ticks(self, stage: str, seconds: float, optimizer, lr: float, warmup: int = 200):
-        """Yield (step, share of the stage's time), setting the learning rate, saving now and
-        then."""
-        start = time.perf_counter() - self.elapsed[stage]
-        saved, first = time.perf_counter(), self.step
-        while (time.perf_counter() - start) < seconds:
-            share = (time.perf_counter() - start) / seconds
-            rate = lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
-            for group in optimizer.param_groups:
-                group["lr"] = rate * min(1.0, (self.step + 1 - first) / warmup)
-            yield self.step, share
-            self.step += 1
-            self.elapsed[stage] = time.perf_counter() - start
-            if time.perf_counter() - saved > self.args.save_every:
-                self.save(stage, optimizer)
-                saved = time.perf_counter()
-
-    def log(self, **values) -> None:
-        """Print one line and append it to the log."""
-        row = {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
-        print(json.dumps(row), flush=True)
-        with (self.args.work / "log.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def patch_loss(self, image: torch.Tensor, index: np.ndarray) -> tuple[torch.Tensor, list]:
-        """Cross-entropy of naming shape, colour and digit of every projected patch.
-
-        Patches (B, 576, D) of the scenes `index` are compared with the word embeddings by cosine.
-        Also returns the three accuracies over the patches of objects.
-        """
-        labels = torch.from_numpy(self.scenes.labels[index]).to(self.device).flatten(1, 2).long()
-        patches, right = F.normalize(image.float(), dim=-1), []
-        loss = patches.new_zeros(())
-        for k, ids in enumerate(self.classes):
-            target = labels[..., k]
-            logits = 16.0 * patches @ F.normalize(self.words[ids], dim=-1).T
-            loss = loss + F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-1)
-            objects = target >= 0 if k else target < len(scenes.SHAPES)
-            right.append((logits.argmax(-1) == target)[objects].float().mean())
-            if k == 0:  # objects are a small part of the patches
-                loss = loss + F.cross_entropy(logits[objects], target[objects])
-        return loss, right
 
     def align(self, seconds: float, optimizer) -> None:
         """Train projector and word embeddings to name what every patch shows."""
@@ -257,7 +344,7 @@ class Trainer:
             index = self.rng.integers(0, max(1, self.scenes.filled()), self.args.batch)
             features, pooled = self.tower_features(self.pixels(self.scenes.images[index]))
             self.remember(index, pooled)
-            loss, right = self.patch_loss(self.projector(features.float()), index)
+            loss, right = self.patch_loss(self.projector(features.float()), self.labels(index))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -287,9 +374,9 @@ class Trainer:
             self.remember(index, pooled)
             with self.autocast():
                 image = self.projector(features)
-            logits, targets = self.answer_logits(image, tokens, starts)
+            logits, targets = self.packed_logits(image, tokens, starts)
             loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten())
-            named, right_patches = self.patch_loss(image[: len(index)], index)
+            named, right_patches = self.patch_loss(image[: len(index)], self.labels(index))
             loss = loss + self.args.patch_weight * named
             optimizer.zero_grad()
             loss.backward()
@@ -332,7 +419,7 @@ class Trainer:
                     start = torch.from_numpy(starts[part, :PACKED]).long().to(self.device)
                     with self.autocast():
                         image = self.projector(self.tower_features(pixels)[0])
-                    logits, targets = self.answer_logits(image, ids, start)
+                    logits, targets = self.packed_logits(image, ids, start)
                     right.append((logits.argmax(-1) == targets).all(-1).float().flatten())
                 result[name + ("_blank" if blank else "")] = torch.cat(right).mean().item()
         return result
@@ -372,24 +459,6 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------- saving
 
-    def trained(self) -> dict[str, torch.Tensor]:
-        """Return the trained weights of the LLaVA (no tower, no tied copy)."""
-        state = self.model.state_dict()
-        return {
-            k: v
-            for k, v in state.items()
-            if "vision_tower" not in k and not k.startswith("lm_head")
-        }
-
-    @staticmethod
-    def load_trained(model: nn.Module, path: Path) -> None:
-        """Load the weights that `export` wrote into `model`."""
-        state = {k: v.float() for k, v in load_file(path).items()}
-        missing, unexpected = model.load_state_dict(state, strict=False)
-        missing = [k for k in missing if "vision_tower" not in k and not k.startswith("lm_head")]
-        if missing or unexpected:
-            raise ValueError(f"{path} does not fit: missing {missing}, unexpected {unexpected}")
-
     def export(self, stage: str) -> None:
         """Write the weights that the stage has trained, in fp16."""
         if stage == "text":
@@ -398,52 +467,35 @@ class Trainer:
                 "visual_projection": self.visual.state_dict(),
             }
         else:
-            states = {"llava": self.trained()}
+            states = {"llava": trained(self.model)}
         for name, state in states.items():
-            half = {k: v.detach().half().cpu().contiguous() for k, v in state.items()
-                    if v.is_floating_point()}  # fmt: skip
-            save_file(half, self.args.work / f"{name}.safetensors")
+            save_half(state, self.args.work / f"{name}.safetensors")
 
-    def save(self, stage: str, optimizer) -> None:
-        """Write a checkpoint with everything that a continued run needs."""
-        torch.save(
-            {
-                "stage": stage,
-                "step": self.step,
-                "elapsed": self.elapsed,
-                "llava": self.trained(),
-                "text": self.text.state_dict(),
-                "visual": self.visual.state_dict(),
-                "log_scale": self.log_scale.detach(),
-                "optimizer": optimizer.state_dict(),
-                "torch_rng": torch.get_rng_state(),
-                "numpy_rng": self.rng.bit_generator.state,
-            },
-            self.args.work / "checkpoint.tmp",
-        )
-        (self.args.work / "checkpoint.tmp").replace(self.args.work / "checkpoint.pt")
+    def state(self) -> dict[str, Any]:
+        """Return everything that is trained."""
+        return {
+            **super().state(),
+            "text": self.text.state_dict(),
+            "visual": self.visual.state_dict(),
+            "log_scale": self.log_scale.detach(),
+        }
 
     def warm_up(self) -> None:
         """Compile before the clock of a stage runs."""
         pixels, tokens, starts, _ = self.batch(self.args.batch, 0)
         with self.autocast():
             image = self.projector(self.tower_features(pixels)[0])
-        logits, _ = self.answer_logits(image, tokens, starts)
+        logits, _ = self.packed_logits(image, tokens, starts)
         logits.sum().backward()
         self.model.zero_grad()
 
     def run(self) -> None:
         """Run the stages that are left."""
-        args, resume = self.args, None
-        if (args.work / "checkpoint.pt").exists():
-            resume = torch.load(args.work / "checkpoint.pt", map_location="cpu", weights_only=False)
-            self.model.load_state_dict(resume["llava"], strict=False)
+        args, resume = self.args, self.resume()
+        if resume:
             self.text.load_state_dict(resume["text"])
             self.visual.load_state_dict(resume["visual"])
             self.log_scale.data.copy_(resume["log_scale"])
-            self.step, self.elapsed = resume["step"], resume["elapsed"]
-            torch.set_rng_state(resume["torch_rng"])
-            self.rng.bit_generator.state = resume["numpy_rng"]
         while self.scenes.filled() < min(args.scenes, 8 * args.batch):
             time.sleep(0.2)
         if args.compile:
