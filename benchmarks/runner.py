@@ -446,6 +446,7 @@ def plan(
                     method = seeded(name, keep, settings.seed)
                 else:
                     how: dict[str, Any] = {"model": model, "inputs": inputs, "which": "llm"}
+                    how["tolerance"] = max(0.01, 1 / total)  # no finer than a token
                     (method,) = resolve(match([plain], flops=settings.flops, **how)[name])
             except ValueError as error:  # out of reach, or it takes no budget
                 row.error = str(error)

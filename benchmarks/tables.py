@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results as tables: for the terminal and for Markdown."""
+"""Results as tables: for the terminal and for Markdown.
+
+python -m vtc.benchmarks.tables README.md results results/*.json    writes them into that block
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from .runner import BASELINE, VARIANTS, rows_of
+from .catalogue import fill_block
+from .runner import BASELINE, VARIANTS
 
 Cell = Callable[[dict[str, Any]], str]
 
@@ -92,36 +99,6 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", caption(result)])
 
 
-def summary(result: dict[str, Any]) -> str:
-    """A table for the README: methods down, budgets across, accuracy in percent in the cells."""
-    asked = {r["asked_tokens"] for r in result["rows"][1:]}
-    budgets = sorted((n for n in asked if n), reverse=True)
-    base = result["rows"][0]
-    full = result["visual_tokens"]
-    smallest = min(budgets, default=full)
-    head = [
-        "method",
-        *(f"{b} ({100 * b / full:.0f} %)" for b in budgets),
-        f"prefill at {smallest}",
-        f"KV at {smallest}",
-    ]
-    lines = [
-        f"**{result['task']}**, {result['questions']} questions about {result['images']} images; "
-        f"{full} tokens, uncompressed: **{interval(base)}**; "
-        f"blank image: {100 * base['blank_accuracy']:.1f}",
-        "",
-        "| " + " | ".join(head) + " |",
-        "|---|" + "---:|" * (len(head) - 1),
-    ]
-    for name in dict.fromkeys(r["method"] for r in result["rows"][1:]):
-        found = {r["asked_tokens"]: r for r in rows_of(result, name)}
-        line = [name, *(interval(found[b]) if b in found else "" for b in budgets)]
-        last = found.get(smallest)
-        line += [speedup(last), number("kv_share", 0, 100, " %")(last)] if last else ["", ""]
-        lines.append("| " + " | ".join(line) + " |")
-    return "\n".join(lines)
-
-
 def margin(row: dict[str, Any]) -> str:
     """Accuracy and half of its 95 % interval, in percent."""
     half = (row["accuracy_high"] - row["accuracy_low"]) / 2
@@ -129,9 +106,10 @@ def margin(row: dict[str, Any]) -> str:
 
 
 def overview(results: list[dict[str, Any]]) -> str:
-    """Methods down, tasks and budgets across: accuracy, and a mark where random tokens do better.
+    """A table for the README: methods down, tasks and budgets across, accuracy in the cells.
 
-    Results of `vtc bench --flops` have one column a task, with the final tokens beside it.
+    A mark stands where random tokens do better. Results of `vtc bench --flops` have one column a
+    task, with the tokens at the end beside it.
     """
     columns: list[tuple[dict[str, Any], int | None]] = []
     for result in results:
@@ -168,6 +146,16 @@ def overview(results: list[dict[str, Any]]) -> str:
         found = [cell(result, n, name) for result, n in columns]
         variant = ", ".join(f"{k}={v}" for k, v in VARIANTS.get(name, {}).items())
         lines.append(f"| {name}{f' ({variant})' if variant else ''} | {' | '.join(found)} |")
+    lines += [
+        "",
+        "Accuracy in % ± half of its 95 % interval (bootstrap over images); ↓: below random.",
+    ]
+    lines += [
+        f"{r['task']}: {r['model']['name']}, {r['questions']} questions on {r['images']} images; "
+        f"{r['visual_tokens']} visual tokens in the first prompt; "
+        f"blank image {100 * r['rows'][0]['blank_accuracy']:.1f} %."
+        for r in results
+    ]
     why = failures(results)
     if why:
         lines += ["", "Not run (-):", "", *(f"* {text}" for text in why)]
@@ -184,5 +172,9 @@ __all__ = [
     "markdown",
     "overview",
     "speedup",
-    "summary",
 ]
+
+
+if __name__ == "__main__":
+    readme, block, *files = sys.argv[1:]
+    fill_block(Path(readme), block, overview([json.loads(Path(f).read_text()) for f in files]))

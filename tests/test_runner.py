@@ -271,9 +271,15 @@ def test_pictures_and_tables(model, processor, result, tmp_path):
             assert min(image.size) > 100
     text = tables.markdown(result)
     assert text.count("\n|") == len(result["rows"]) + 1
-    summary = tables.summary(result)
-    assert "| divprune |" in summary
-    assert "8 (50 %)" in summary
+    text = tables.overview([result])
+    assert "| divprune |" in text
+    assert "toy, 8 of 16" in text
+    assert text.count("↓") == 1 + sum(
+        r["accuracy"] < c["accuracy"]
+        for r in result["rows"][1:]
+        for c in result["rows"]
+        if c["method"] == "random" and c["asked_tokens"] == r["asked_tokens"]
+    )
 
 
 def test_speed_rows_hold_together(model, processor, monkeypatch):
@@ -290,3 +296,31 @@ def test_speed_rows_hold_together(model, processor, monkeypatch):
         assert row["reached"] == pytest.approx(row["measured"] / row["promised"])
         assert row["kv_bytes_reported"] == row["kv_bytes_measured"] < row["kv_bytes_stock"]
         assert len(speed.cells(row)) == len(speed.COLUMNS)
+
+
+def test_methods_without_a_budget_and_those_that_cannot_run(model, processor):
+    settings = runner.Settings(
+        methods=("mod", "random", "vidkv"), keep=(Fraction(1, 2),), repeats=0
+    )
+    result = runner.run(model, processor, "toy", make_items(1, 2), score, settings)
+    _, mod, random, vidkv = result["rows"]
+    assert "routers" in mod["error"] and mod["accuracy"] is None
+    assert random["asked_tokens"] == 8 and vidkv["asked_tokens"] is None
+    assert vidkv["final_tokens"] == 16 and vidkv["accuracy"] is not None
+    text = tables.overview([result])
+    assert "| mod | - |" in text and "* mod on toy: mod runs routers" in text
+    assert "(all) |" in text
+    assert tables.failures([result])[0] in tables.markdown(result)
+
+
+def test_equal_flops(model, processor):
+    names = ("fastv", "divprune", "random", "prefixkv")
+    settings = runner.Settings(methods=names, flops=0.6, repeats=0)
+    result = runner.run(model, processor, "toy", make_items(1, 2), score, settings)
+    *found, cache = result["rows"][1:]
+    for row in found:  # a token more or less on 16
+        assert row["flops_share"] == pytest.approx(0.6, abs=0.05), row["method"]
+        assert row["final_tokens"] == pytest.approx(round(row["final_tokens"]))
+    assert found[0]["final_tokens"] < found[1]["final_tokens"] == found[2]["final_tokens"]
+    assert cache["accuracy"] is None and "prefixkv" in cache["error"]
+    assert "toy, equal FLOPs" in tables.overview([result])

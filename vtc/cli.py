@@ -202,14 +202,8 @@ def bench(
     if readme:
         from .benchmarks.catalogue import fill_block
 
-        text = "\n\n".join(tables.summary(r) for r in results)
-        where = f"{results[0]['machine'].get('gpu', results[0]['machine']['cpu'])}"
-        text += (
-            "\n\nAccuracy in % with its 95 % interval; prefill: speed-up of one prompt from pixels "
-            f"to first logits over the stock model. {where}, {results[0]['model']['dtype']}, "
-            f"vtc {__version__}. Regenerate with `vtc bench --full --readme`."
-        )
-        _valid(lambda: fill_block(Path("README.md"), "results", text))
+        block = "results" if flops is None else "equal-flops"
+        _valid(lambda: fill_block(Path("README.md"), block, tables.overview(results)))
     if as_json:
         print(json.dumps(results, indent=1))
 
