@@ -256,6 +256,8 @@ def test_fixed_budgets_compile_without_a_graph_break(name):
         fields = ("count", "total", "grid", "projected")
 
     class View:
+        in_sequence = VisionView.in_sequence
+
         def __init__(self, x):
             self.x = self.features = x
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import vtc
-from vtc.methods.mustdrop import MustDrop, dual_filter, dual_score, merge_windows, windows_of
+from vtc.methods._windows import merge_windows, windows_of
+from vtc.methods.mustdrop import MustDrop, dual_filter, dual_score
 from vtc.reduction import Reduction
 from vtc.views import CacheView
 

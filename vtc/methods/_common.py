@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, waive
-from ..reduction import gather_tokens
+from ..reduction import gather_tokens, ranks
 from ..views import DecoderView, FeaturesView
 
 Saliency = Literal["cls", "received"]
+NEIGHBOURS = 5  # whose distance is the density of `density_peaks`
 
 
 def unit(x: Tensor) -> Tensor:
@@ -105,3 +106,41 @@ def into_chosen(similarity: Tensor, chosen: Tensor) -> Tensor:
     index = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
     nearest = similarity.masked_fill(~chosen[:, None], -torch.inf).argmax(2)
     return index.where(chosen, nearest)
+
+
+def density_peaks(x: Tensor, clusters: int | Tensor, valid: Tensor | None = None) -> Tensor:
+    """The centre (B, M) that each token of x (B, M, C) belongs to; a centre belongs to itself.
+
+    Args:
+        clusters: number of centres, one for all rows or (B,).
+        valid: (B, M) bool, False on entries that are no tokens: no centre, no neighbour.
+    """
+    x = x.float()
+    batch, m, channels = x.shape
+    alive = torch.ones(batch, m, dtype=torch.bool, device=x.device) if valid is None else valid
+    x = x.masked_fill(~alive[..., None], 0)
+    x = x - x.sum(1, keepdim=True) / alive.sum(1).clamp(min=1)[:, None, None]
+    square = (x * x).sum(2)
+    gram = x @ x.transpose(1, 2)
+    gram = gram + gram.transpose(1, 2)  # a pair must tie exactly, not up to rounding
+    d2 = (square[:, :, None] + square[:, None, :] - gram).clamp(min=0)
+    d2 = (d2 / channels).masked_fill(~alive[:, None, :], torch.inf)
+    d2.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+
+    near = d2.topk(min(NEIGHBOURS, m), dim=2, largest=False).values
+    there = near.isfinite()
+    mean = near.where(there, 0).sum(2) / there.sum(2).clamp(min=1)
+    mean = mean.masked_fill(~alive, torch.inf)
+    # Densities relative to the densest token, which keeps the exponential away from zero.
+    density = (mean.amin(1, keepdim=True) - mean).exp()
+
+    order = ranks(density, alive)  # equal densities: the first is the denser
+    denser = order[:, None, :] < order[:, :, None]
+    delta = d2.masked_fill(~denser, torch.inf).amin(2)
+    farthest = d2.masked_fill(~d2.isfinite(), 0).amax((1, 2))
+    delta = delta.where(delta.isfinite(), farthest[:, None]).sqrt()
+
+    count = torch.as_tensor(clusters, device=x.device).expand(batch)
+    centre = (ranks(density * delta, alive) < count[:, None]) & alive
+    nearest = d2.masked_fill(~centre[:, None, :], torch.inf).argmin(2)
+    return nearest.where(~centre, torch.arange(m, device=x.device))

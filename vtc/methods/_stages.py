@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log
 from typing import ClassVar
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from ..errors import UnsupportedError
 from ..method import Method, relative_layers
 from ..views import DecoderView, FeaturesView
 
+RATIOS = (1.0, 0.9, 0.8, 0.7, 1.0)
 MIDDLE = 15  # of 32: layers 16 to 31 run on fewer
 
 
@@ -127,3 +129,90 @@ class TwoPlaces(Method):
     def entering(self, v: FeaturesView) -> int:
         """Tokens that each image of the view keeps in front of the LLM."""
         return entering(v.budget(self), v.total, self.llm_share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagedBlocks(Method):
+    """Drops patches behind a few encoder blocks, each time alike ones (S) and then the least (I).
+
+    Args:
+        layers: encoder blocks, from 1, behind which patches are pruned, in an encoder of ``of``
+            blocks; others prune at the same relative depths.
+        ratios: share of the patches that each I-stage keeps, one for each of ``layers``. Without a
+            budget they are used as they are; with one they give the shape of the schedule.
+        similar: patches that each S-stage drops: a count, or a fraction of all patches.
+        iterations: votes of each I-stage.
+    """
+
+    layers: tuple[int, ...] = (1, 3, 6, 9, 11)
+    of: int = 12
+    ratios: tuple[float, ...] | None = None
+    similar: int | float = 10 / 196
+    iterations: tuple[int, ...] = (30, 5, 5, 1, 1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layers(self, "layers", "blocks", first=1)
+        if self.of < self.layers[-1]:
+            raise ValueError(f"layers reach to {self.layers[-1]}, behind the {self.of} blocks (of)")
+        count = len(self.layers)
+        check_shares(self, "ratios", f"shares, one for each of {count} layers", count)
+        if len(self.iterations) != len(self.layers) or any(i < 1 for i in self.iterations):
+            raise ValueError(
+                f"iterations are counts of votes, at least 1, one for each of {len(self.layers)} "
+                f"layers; got {self.iterations}"
+            )
+        whole = isinstance(self.similar, int) and not isinstance(self.similar, bool)
+        if self.similar < 0 or not (whole or self.similar < 1):
+            raise ValueError(
+                f"similar is a count of patches or a fraction of them below 1; got {self.similar!r}"
+            )
+        if not self.similar and all(r == 1 for r in self.shape):
+            raise ValueError("nothing would be pruned: ratios of 1 and similar=0; lower a ratio")
+
+    @property
+    def has_budget(self) -> bool:
+        return self.ratios is None or self.budget_given
+
+    @property
+    def shape(self) -> tuple[float, ...]:
+        """The shares kept by the I-stages, before any stretching."""
+        if self.ratios is not None:
+            return self.ratios
+        return RATIOS if len(self.layers) == len(RATIOS) else (0.8,) * len(self.layers)
+
+    def counts(self, n: int) -> list[tuple[int, int]]:
+        """Patches of n left after the S- and the I-stage of each of ``layers``."""
+        each = self.similar if isinstance(self.similar, int) else max(1, round(self.similar * n))
+        left, shape = n, []
+        for ratio in self.shape:
+            after = left - min(each, left // 2)
+            left = max(1, round(after * ratio))
+            shape.append((after, left))
+        k = self.budget(n)
+        if not self.has_budget or left == n:
+            return shape
+        steepness = log(k / n) / log(left / n)
+
+        def stretched(count: int) -> int:
+            return max(k, round(n * (count / n) ** steepness))
+
+        return [(stretched(after), stretched(left)) for after, left in shape]
+
+    def schedule(self, n: int, depth: int) -> dict[int, tuple[int, int, int]]:
+        """By 0-based block of ``depth``: patches to drop in S, patches left at the end, votes of I.
+
+        In a shallow encoder several of ``layers`` may fall on one block, which does their work.
+        """
+        plan: dict[int, tuple[int, int, int]] = {}
+        now = n
+        for layer, (after, left), votes in zip(
+            self.layers, self.counts(n), self.iterations, strict=True
+        ):
+            block = min(max(round(layer * depth / self.of), 1), depth) - 1
+            dropped, _, most = plan.get(block, (0, now, 0))
+            plan[block] = dropped + now - after, left, max(votes, most)
+            now = left
+        if self.has_budget:  # what rounding may have left over
+            plan[block] = plan[block][0], self.budget(n), plan[block][2]
+        return plan

@@ -143,12 +143,11 @@ class GlobalCom2(Method):
             k: all of them together, unless rounded as published; ratio: R.
             thumbnail: its patches; scales, sizes: r_j and n_j of each crop.
         """
+        sizes = [thumbnail, *sizes]
+        shares = [n * r for n, r in zip(sizes, (ratio, *scales), strict=True)]
         if self.rounding == "published":
-            return [int(thumbnail * ratio)] + [
-                int(n * r) for n, r in zip(sizes, scales, strict=True)
-            ]
-        weights = [thumbnail * ratio] + [n * r for n, r in zip(sizes, scales, strict=True)]
-        return apportion(k, weights, [thumbnail, *sizes])
+            return [int(share) for share in shares]
+        return apportion(k, shares, sizes)
 
     def on_features(self, v: FeaturesView) -> Reduction | None:
         k = v.budget(self)

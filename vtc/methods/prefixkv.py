@@ -70,8 +70,7 @@ def allocate(mass: Tensor, allowed: Tensor, total: Tensor) -> Tensor:
     within = torch.arange(n, device=mass.device) < allowed.unsqueeze(-1)
     order = before.masked_fill(~within, torch.inf).transpose(1, 2).flatten(1)
     order = order.argsort(dim=1, stable=True)
-    rank = torch.empty_like(order)
-    rank.scatter_(1, order, torch.arange(n * layers, device=mass.device).expand_as(order))
+    rank = order.argsort(dim=1)
     taken = (rank < total[:, None]).unflatten(1, (n, layers)).transpose(1, 2) & within
     return taken.sum(-1)
 
@@ -167,7 +166,6 @@ class PrefixKV(Method):
                 raise ValueError(f"ratios has {len(self.ratios)} layers, the model has {v.depth}")
             ratios = torch.tensor(self.ratios, device=device, dtype=torch.float64)
             keep = seen - (seen * ratios).round().long()
-            least = torch.tensor(guard + 1, device=device)
         else:
             if self.scope == "visual":
                 total = v.budget.to(device) * v.depth
@@ -176,8 +174,7 @@ class PrefixKV(Method):
                 total = (seen.sum(1).double() * share).round().long()
             free = (count - guard).clamp(min=0)
             keep = allocate(mass.clamp(min=0), free, total - guard * v.depth) + guard
-            least = torch.tensor(guard + 1, device=device)
-        keep = torch.minimum(torch.maximum(keep, least), count)
+        keep = torch.minimum(keep.clamp(min=guard + 1), count)
         for i, notes in enumerate(v.peers):
             notes["keep"] = keep[:, i : i + 1].to(notes["mass"].device).expand_as(notes["mass"])
             notes["place"] = notes["keep"] - DISTANCE

@@ -38,50 +38,12 @@ from ..checks import check_range
 from ..method import register
 from ..reduction import Reduction, gather_tokens, ranks
 from ..views import DecoderView
+from ._common import density_peaks
 from ._stages import Staged
 
-NEIGHBOURS = 5
 RANK_TOLERANCE = 1e-5  # singular values below this share of the largest are zeros
 COUNTS = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
 SHARES = {tokens: tuple(c / 576 for c in counts) for tokens, counts in COUNTS.items()}
-
-
-def density_peaks(x: Tensor, clusters: int | Tensor, valid: Tensor | None = None) -> Tensor:
-    """The centre (B, M) that each token of x (B, M, C) belongs to; a centre belongs to itself.
-
-    Args:
-        clusters: number of centres, one for all rows or (B,).
-        valid: (B, M) bool, False on entries that are no tokens: no centre, no neighbour.
-    """
-    x = x.float()
-    batch, m, channels = x.shape
-    alive = torch.ones(batch, m, dtype=torch.bool, device=x.device) if valid is None else valid
-    x = x.masked_fill(~alive[..., None], 0)
-    x = x - x.sum(1, keepdim=True) / alive.sum(1).clamp(min=1)[:, None, None]
-    square = (x * x).sum(2)
-    gram = x @ x.transpose(1, 2)
-    gram = gram + gram.transpose(1, 2)  # a pair must tie exactly, not up to rounding
-    d2 = (square[:, :, None] + square[:, None, :] - gram).clamp(min=0)
-    d2 = (d2 / channels).masked_fill(~alive[:, None, :], torch.inf)
-    d2.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-
-    near = d2.topk(min(NEIGHBOURS, m), dim=2, largest=False).values
-    there = near.isfinite()
-    mean = near.where(there, 0).sum(2) / there.sum(2).clamp(min=1)
-    mean = mean.masked_fill(~alive, torch.inf)
-    # Densities relative to the densest token, which keeps the exponential away from zero.
-    density = (mean.amin(1, keepdim=True) - mean).exp()
-
-    order = ranks(density, alive)  # equal densities: the first is the denser
-    denser = order[:, None, :] < order[:, :, None]
-    delta = d2.masked_fill(~denser, torch.inf).amin(2)
-    farthest = d2.masked_fill(~d2.isfinite(), 0).amax((1, 2))
-    delta = delta.where(delta.isfinite(), farthest[:, None]).sqrt()
-
-    count = torch.as_tensor(clusters, device=x.device).expand(batch)
-    centre = (ranks(density * delta, alive) < count[:, None]) & alive
-    nearest = d2.masked_fill(~centre[:, None, :], torch.inf).argmin(2)
-    return nearest.where(~centre, torch.arange(m, device=x.device))
 
 
 @register
@@ -198,9 +160,8 @@ def raters(v: DecoderView) -> Tensor:
     similarity = (text @ tokens.transpose(1, 2)).masked_fill(~prompt[..., None], -1e30).softmax(1)
     if v.valid is not None:
         similarity = similarity.masked_fill(~v.valid[:, None], 0)
-    total = similarity.sum(2).masked_fill(
-        ~prompt, 0
-    )  # its mean over visual tokens times their number
+    # The mean over visual tokens times their number.
+    total = similarity.sum(2).masked_fill(~prompt, 0)
     mean = total.sum(1, keepdim=True) / prompt.sum(1, keepdim=True).clamp(min=1)
     return prompt & (total >= mean)
 

@@ -42,7 +42,7 @@ from ..views import DecoderView, FeaturesView
 from ._common import Saliency, attended, check_saliency, saliency_of, unit
 from ._stages import TwoPlaces
 
-SALIENCY_LAYER = -2
+LAYER = -2
 TINY = 1e-6
 
 
@@ -111,13 +111,13 @@ class TOPS(TwoPlaces):
         check_saliency(self)
 
     def captures(self, depth: int) -> tuple[int, ...]:
-        return (SALIENCY_LAYER % depth,)
+        return (LAYER % depth,)
 
     def on_features(self, v: FeaturesView) -> Reduction | None:
         n, k = v.count, self.entering(v)
         if k >= n:
             return None
-        r = saliency_of(v, SALIENCY_LAYER, self.saliency)
+        r = saliency_of(v, LAYER, self.saliency)
         order = greedy_set(v.projected, r, k, self.cover, self.novel)
         return Reduction.from_keep(order.sort(1).values, n)
 

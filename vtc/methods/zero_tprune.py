@@ -33,19 +33,17 @@ a multimodal LLM this is our extension, without published numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_layers, check_shares, require
-from ..method import Method, register
+from ..checks import check_choice, require
+from ..method import register
 from ..reduction import Reduction, gather_tokens, top_k
 from ..views import VisionView
 from ._common import unit
-
-RATIOS = (1.0, 0.9, 0.8, 0.7, 1.0)
+from ._stages import RATIOS, StagedBlocks
 
 
 def page_rank(attention: Tensor, start: Tensor, votes: int) -> Tensor:
@@ -95,27 +93,18 @@ def most_similar(x: Tensor, importance: Tensor, r: int) -> Tensor:
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class ZeroTPrune(Method):
+class ZeroTPrune(StagedBlocks):
     """Prune patches by PageRank on the attention of a few encoder blocks, without training.
 
+    When and how many, the parameters of `StagedBlocks` say.
+
     Args:
-        layers: encoder blocks, from 1, behind which patches are pruned, in an encoder of ``of``
-            blocks; others prune at the same relative depths.
-        ratios: share of the patches that each I-stage keeps, one for each of ``layers``. Without a
-            budget they are used as they are; with one they give the shape of the schedule.
-        similar: patches that each S-stage drops: a count, or a fraction of all patches.
-        iterations: votes of each I-stage.
         start: "cls", [CLS] has more votes at first, or "uniform"; None: "cls" where there is one.
         v_min, v_max: heads with a variance outside do not count.
         vhf_scale: "mean1", variance of scores scaled to mean 1, or "none", of scores of sum 1.
         similarity: cosine of the "concat"enated keys of all heads, or the "mean" of their cosines.
     """
 
-    layers: tuple[int, ...] = (1, 3, 6, 9, 11)
-    of: int = 12
-    ratios: tuple[float, ...] | None = None
-    similar: int | float = 10 / 196
-    iterations: tuple[int, ...] = (30, 5, 5, 1, 1)
     start: Literal["cls", "uniform"] | None = None
     v_min: float = 0.01
     v_max: float = 0.7
@@ -131,23 +120,6 @@ class ZeroTPrune(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_layers(self, "layers", "blocks", first=1)
-        if self.of < self.layers[-1]:
-            raise ValueError(f"layers reach to {self.layers[-1]}, behind the {self.of} blocks (of)")
-        count = len(self.layers)
-        check_shares(self, "ratios", f"shares, one for each of {count} layers", count)
-        if len(self.iterations) != len(self.layers) or any(i < 1 for i in self.iterations):
-            raise ValueError(
-                f"iterations are counts of votes, at least 1, one for each of {len(self.layers)} "
-                f"layers; got {self.iterations}"
-            )
-        whole = isinstance(self.similar, int) and not isinstance(self.similar, bool)
-        if self.similar < 0 or not (whole or self.similar < 1):
-            raise ValueError(
-                f"similar is a count of patches or a fraction of them below 1; got {self.similar!r}"
-            )
-        if not self.similar and all(r == 1 for r in self.shape):
-            raise ValueError("nothing would be pruned: ratios of 1 and similar=0; lower a ratio")
         if not 0 <= self.v_min <= self.v_max:
             raise ValueError(f"0 <= v_min <= v_max is needed; got {self.v_min}, {self.v_max}")
         check_choice(self, "start", (None, "cls", "uniform"))
@@ -155,53 +127,6 @@ class ZeroTPrune(Method):
         check_choice(self, "similarity", ("concat", "mean"))
         if self.start == "cls":
             require(self, "cls")
-
-    @property
-    def has_budget(self) -> bool:
-        return self.ratios is None or self.budget_given
-
-    @property
-    def shape(self) -> tuple[float, ...]:
-        """The shares kept by the I-stages, before any stretching."""
-        if self.ratios is not None:
-            return self.ratios
-        return RATIOS if len(self.layers) == len(RATIOS) else (0.8,) * len(self.layers)
-
-    def counts(self, n: int) -> list[tuple[int, int]]:
-        """Patches of n left after the S- and the I-stage of each of ``layers``."""
-        each = self.similar if isinstance(self.similar, int) else max(1, round(self.similar * n))
-        left, shape = n, []
-        for ratio in self.shape:
-            after = left - min(each, left // 2)
-            left = max(1, round(after * ratio))
-            shape.append((after, left))
-        k = self.budget(n)
-        if not self.has_budget or left == n:
-            return shape
-        steepness = log(k / n) / log(left / n)
-
-        def stretched(count: int) -> int:
-            return max(k, round(n * (count / n) ** steepness))
-
-        return [(stretched(after), stretched(left)) for after, left in shape]
-
-    def schedule(self, n: int, depth: int) -> dict[int, tuple[int, int, int]]:
-        """By 0-based block of ``depth``: patches to drop in S, patches left at the end, votes of I.
-
-        In a shallow encoder several of ``layers`` may fall on one block, which does their work.
-        """
-        plan: dict[int, tuple[int, int, int]] = {}
-        now = n
-        for layer, (after, left), votes in zip(
-            self.layers, self.counts(n), self.iterations, strict=True
-        ):
-            block = min(max(round(layer * depth / self.of), 1), depth) - 1
-            dropped, _, most = plan.get(block, (0, now, 0))
-            plan[block] = dropped + now - after, left, max(votes, most)
-            now = left
-        if self.has_budget:  # what rounding may have left over
-            plan[block] = plan[block][0], self.budget(n), plan[block][2]
-        return plan
 
     def on_vision_layer(self, v: VisionView) -> Reduction | None:
         plan = self.schedule(v.total, v.depth).get(v.layer)
