@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One file per method. Calling the package, ``vtc.methods()``, gives them all by name."""
+"""One file per method. Calling the package, ``vtc.methods()``, gives them all by name.
+
+What several of them share is in the modules with an underscore.
+"""
 
 from __future__ import annotations
 

@@ -90,6 +90,8 @@ class TOPS(TwoPlaces):
     Args:
         cover: weight of coverage, the paper's lambda.
         novel: weight of diversity, the paper's alpha.
+        llm_share: fraction of the tokens that entered the LLM which its middle layer keeps; 1 for
+            one selection only, in front of it.
         saliency: "cls", attention of [CLS], or "received", the mean attention a patch receives,
             for encoders without [CLS].
     """

@@ -65,6 +65,8 @@ class VScan(TwoPlaces):
 
     Args:
         window: side of the windows, in patches.
+        llm_share: fraction of the tokens that entered the LLM which its middle layer keeps; 1 for
+            no selection inside the LLM.
     """
 
     window: int = 6
