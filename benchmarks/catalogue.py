@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from ..errors import UnsupportedError
 from ..method import known_methods
 from ..wrapping import compressing
+from .mini import mini_crops
 
 PLACES = {
     "pixels": "before the encoder",
@@ -105,6 +107,8 @@ FAMILIES: dict[str, Any] = {
     "LLaVA, CLIP": lambda: _llava("clip"),
     "LLaVA, SigLIP": lambda: _llava("siglip"),
     "LLaVA, DINOv2": lambda: _llava("dinov2"),
+    "LLaVA-NeXT": lambda: mini_crops("next"),
+    "LLaVA-OneVision": lambda: mini_crops("onevision"),
     "HF CLIP": lambda: _encoder("clip"),
     "HF SigLIP": lambda: _encoder("siglip"),
     "HF DINOv2": lambda: _encoder("dinov2"),
@@ -118,7 +122,7 @@ FAMILIES: dict[str, Any] = {
 """Columns of the support matrix, each a mini random model and its inputs."""
 
 
-def refusal(method: str, model: Any, inputs: dict[str, Any]) -> str | None:
+def refusal(method: str, model: Any, inputs: dict[str, Any], **parameters: Any) -> str | None:
     """Why a method at half the tokens does not run on a model: its `UnsupportedError`, or None."""
     import torch
 
@@ -128,6 +132,7 @@ def refusal(method: str, model: Any, inputs: dict[str, Any]) -> str | None:
         made = seeded(method, Fraction(1, 2), 0)
     except ValueError:  # takes no budget
         made = seeded(method, None, 0)
+    made = replace(made, **parameters)
     try:
         with torch.no_grad(), compressing(model, made):
             model(**inputs)
@@ -141,13 +146,16 @@ def support_matrix() -> str:
     built = {name: make() for name, make in FAMILIES.items()}
     reasons: dict[str, int] = {}
     lines = ["| method | " + " | ".join(built) + " |", "|---|" + ":-:|" * len(built)]
-    for method in known_methods():
+    for method, cls in known_methods().items():
         marks = []
         for model, inputs in built.values():
-            why = refusal(method, model, inputs)
+            mark, why = "yes", refusal(method, model, inputs)
             if why is not None:
-                why = generic(why, method)
-            marks.append("yes" if why is None else f"{reasons.setdefault(why, len(reasons) + 1)}")
+                mark = f"{reasons.setdefault(generic(why, method), len(reasons) + 1)}"
+                own = cls.without_cls
+                if own and refusal(method, model, inputs, **own) is None:
+                    mark += ", " + ", ".join(f"`{k}={v}`" for k, v in own.items())
+            marks.append(mark)
         lines.append(f"| `{method}` | " + " | ".join(marks) + " |")
     return "\n".join([*lines, "", *(f"{n}. {why}" for why, n in reasons.items())])
 

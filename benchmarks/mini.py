@@ -67,6 +67,35 @@ def mini_llava(
     return model
 
 
+def mini_crops(family: str = "next", seed: int = 0) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A random LLaVA-NeXT ("next") or LLaVA-OneVision ("onevision"), and a prompt with an image.
+
+    The image is cut into a thumbnail and two crops side by side: 16 + 4 rows of 8 + 1 tokens.
+    """
+    import transformers
+
+    plain = mini_llava("clip" if family == "next" else "siglip", seed=seed).config
+    prefix = "LlavaNext" if family == "next" else "LlavaOnevision"
+    config = getattr(transformers, prefix + "Config")(
+        vision_config=plain.vision_config,
+        text_config=plain.text_config,
+        image_token_index=3,
+        video_token_index=4,
+        image_grid_pinpoints=[[56, 112]],
+        vision_feature_layer=-2,
+        vision_feature_select_strategy=plain.vision_feature_select_strategy,
+        vision_aspect_ratio="anyres_max_9",
+    )
+    torch.manual_seed(seed)
+    model = getattr(transformers, prefix + "ForConditionalGeneration")(config).eval()
+    pixels = torch.randn(1, 3, 3, 56, 56, generator=torch.Generator().manual_seed(seed))
+    return model, {
+        "input_ids": torch.tensor([[1, *[3] * 52, 5, 6, 7]]),
+        "pixel_values": pixels,
+        "image_sizes": torch.tensor([[56, 112]]),
+    }
+
+
 def mini_processor(model: Any) -> Any:
     """A processor for `mini_llava`: word-level tokenizer over a few words, CLIP pixels."""
     from tokenizers import Tokenizer, models, pre_tokenizers

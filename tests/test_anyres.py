@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, ClassVar
 
@@ -49,8 +49,10 @@ def in_encoder(method: str) -> bool:
     return bool(seeded(method, None, 0).stages & {"pixels", "vision"})
 
 
-def made(method: str) -> vtc.Method:
-    return seeded(method, Fraction(1, 2) if inside(method) else TOKENS, 0)
+def made(method: str, family: str = "next", keep: Fraction | None = None) -> vtc.Method:
+    """The method with a budget; with its substitute for [CLS] on OneVision's SigLIP."""
+    chosen = seeded(method, keep or (Fraction(1, 2) if inside(method) else TOKENS), 0)
+    return replace(chosen, **chosen.without_cls) if family == "onevision" else chosen
 
 
 def takes_budget(method: str) -> bool:
@@ -72,7 +74,7 @@ def cases(methods: list[str]) -> list:
         pytest.param(m, f, id=f"{m}-{f}", marks=[] if m in QUICK else pytest.mark.slow)
         for m in methods
         for f in mini.FAMILIES
-        if not (f == "onevision" and needs_cls(m))
+        if not (f == "onevision" and needs_cls(m) and not vtc.methods()[m].without_cls)
     ]
 
 
@@ -121,7 +123,7 @@ def logits_and_steps(model, inputs) -> tuple[torch.Tensor, torch.Tensor | None, 
 @torch.no_grad()
 def test_dropped_is_masked(method: str, family: str) -> None:
     """Invariants 3, 4 and 5: several images, padded crops, SDPA and eager, forward and generate."""
-    chosen = made(method)
+    chosen = made(method, family)
     drops = bool(chosen.stages & CHOOSING)
     for n, name in enumerate(INPUTS):
         model = mini.build(family, "eager" if n % 2 else "sdpa")
@@ -179,7 +181,7 @@ def test_keeping_all_is_stock(method: str, family: str) -> None:
     _, inputs = inputs_for("adjacent images", method, family)
     stock, steps, _ = logits_and_steps(model, inputs)
     before = snapshot(model)
-    vtc.wrap(model, seeded(method, Fraction(1), 0))
+    vtc.wrap(model, made(method, family, Fraction(1)))
     if not in_encoder(method):
         large = mini.prompt([[LARGE]], family)
         torch.testing.assert_close(
@@ -189,7 +191,7 @@ def test_keeping_all_is_stock(method: str, family: str) -> None:
         torch.testing.assert_close(got, stock, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(got_steps, steps, atol=1e-5, rtol=1e-5)
     vtc.unwrap(model)
-    vtc.wrap(model, made(method))
+    vtc.wrap(model, made(method, family))
     assert "get_image_features" in model.model.__dict__
     assert not torch.equal(logits_and_steps(model, inputs)[1], steps)
     vtc.unwrap(model)
@@ -202,7 +204,7 @@ def test_keeping_all_is_stock(method: str, family: str) -> None:
 def test_batch_mates_do_not_matter(method: str, family: str) -> None:
     """Invariant 6: a row alone, with mates, padded left or right."""
     model = mini.build(family)
-    vtc.wrap(model, made(method))
+    vtc.wrap(model, made(method, family))
     sizes = [possible(method, family, s) for s in (WIDE, LARGE, TALL, SLIVER)]
     rows = [sizes[:1], sizes[1:3], sizes[3:]]
     for pad in ("left", "right"):
@@ -226,7 +228,7 @@ def test_batch_mates_do_not_matter(method: str, family: str) -> None:
 def test_beams(method: str, family: str) -> None:
     """Features encoded once and repeated for every beam; two images of a row stay in order."""
     model = mini.build(family)
-    vtc.wrap(model, made(method))
+    vtc.wrap(model, made(method, family))
     rows = [[possible(method, family, s) for s in row] for row in ([TINY, LARGE], [TALL])]
     inputs = mini.prompt(rows, family, pad="left", between=0)
     how = {"max_new_tokens": STEPS, "do_sample": False, "num_beams": 2}
@@ -275,7 +277,7 @@ def test_newlines_never_jump(method: str, family: str) -> None:
     model = mini.build(family)
     sizes = [TALL, LARGE]
     inputs = mini.prompt([sizes], family, between=0)
-    vtc.wrap(model, made(method))
+    vtc.wrap(model, made(method, family))
     _, _, lengths = logits_and_steps(model, inputs)
     model(**inputs)
     report = model.vtc.report()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import mini_llava as mini
@@ -44,7 +45,7 @@ def jumps(method: str) -> bool:
 
 
 def skip_message(tower: str, method: str) -> bool:
-    return tower in NO_CLS and needs_cls(method)
+    return tower in NO_CLS and needs_cls(method) and not vtc.methods()[method].without_cls
 
 
 def cases(methods: list[str]) -> list:
@@ -65,8 +66,10 @@ def budget(method: str) -> int:
     return 8 if method == "tome" else 6 if method != "pitome" else 9
 
 
-def made(method: str) -> vtc.Method:
-    return seeded(method, budget(method), 0)
+def made(method: str, tower: str = "clip", keep: Fraction | int | None = None) -> vtc.Method:
+    """The method with a budget; with its substitute for [CLS] on a tower without."""
+    chosen = seeded(method, keep or budget(method), 0)
+    return replace(chosen, **chosen.without_cls) if tower in NO_CLS else chosen
 
 
 INPUTS = {
@@ -85,7 +88,7 @@ def test_dropped_is_masked(method: str, tower: str, decoder: str) -> None:
         model = mini.build(tower, decoder, "eager" if n % 2 else "sdpa")
         inputs = mini.prompt(**kwargs)
         stock, stock_steps, _ = logits_and_steps(model, inputs)
-        vtc.wrap(model, made(method))
+        vtc.wrap(model, made(method, tower))
         (got, steps, lengths), (want, want_steps, _), alive = compare(
             model, lambda model=model, inputs=inputs: logits_and_steps(model, inputs)
         )
@@ -125,12 +128,12 @@ def test_keeping_all_is_stock(method: str, tower: str, decoder: str) -> None:
     inputs = mini.prompt([1, 2], pad="left")
     stock, before = model(**inputs).logits, snapshot(model)
     steps = logits_and_steps(model, inputs)[1]
-    vtc.wrap(model, seeded(method, Fraction(1), 0))
+    vtc.wrap(model, made(method, tower, Fraction(1)))
     got, got_steps, _ = logits_and_steps(model, inputs)
     torch.testing.assert_close(got, stock, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got_steps, steps, atol=1e-5, rtol=1e-5)
     vtc.unwrap(model)
-    vtc.wrap(model, made(method))
+    vtc.wrap(model, made(method, tower))
     got, got_steps, _ = logits_and_steps(model, inputs)
     assert not torch.equal(got_steps, steps)
     vtc.unwrap(model)
@@ -143,7 +146,7 @@ def test_keeping_all_is_stock(method: str, tower: str, decoder: str) -> None:
 def test_batch_mates_do_not_matter(method: str, tower: str, decoder: str) -> None:
     """Invariant 6: a row alone, with mates, padded left or right."""
     model = mini.build(tower, decoder)
-    vtc.wrap(model, made(method))
+    vtc.wrap(model, made(method, tower))
     for pad in ("left", "right"):
         inputs = mini.prompt([1, 2, 1], pad=pad)
         together = model(**inputs).logits
@@ -161,5 +164,7 @@ def test_batch_mates_do_not_matter(method: str, tower: str, decoder: str) -> Non
 
 @pytest.mark.parametrize("method", [m for m in METHODS if needs_cls(m)])
 def test_needs_a_class_token(method: str) -> None:
-    with pytest.raises(vtc.UnsupportedError, match=r"\[CLS\]|class token"):
+    own = vtc.methods()[method].without_cls
+    hint = "".join(f"give it {k}='{v}'" for k, v in own.items())
+    with pytest.raises(vtc.UnsupportedError, match=rf"\[CLS\].*{hint}"):
         vtc.wrap(mini.build("siglip"), made(method))

@@ -33,7 +33,7 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
-DEFAULT_TASKS = ("easy-vqa", "scenes")
+DEFAULT_TASKS = ("easy-vqa", "scenes", "small-text")
 EMBEDDED = {"small-text": "load_llava_next"}
 """The loader of the embedded model for a task; that of the tiny LLaVA for all others."""
 DEFAULT_METHODS = ("fastv", "visionzip", "divprune", "pitome", "random", "downsample")

@@ -67,6 +67,8 @@ class Method:
     """keep_ratio when no budget is given."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """What the model must have, beyond the stages: "cls" (a class token), "grid"."""
+    without_cls: ClassVar[dict[str, Any]] = {}
+    """Parameters with which the method does without the class token it needs, if there are any."""
     merges: ClassVar[bool] = False
     """True when tokens are averaged into survivors rather than dropped."""
     vision_site: ClassVar[Literal["middle", "output"]] = "middle"

@@ -234,9 +234,11 @@ class VisionEngine:
             for m in self.methods:
                 if "cls" in m.needs and m.stages & here:
                     usable = _names(lambda c: "cls" not in c.needs and c().stages <= here)
+                    own = ", ".join(f"{k}={v!r}" for k, v in m.without_cls.items())
                     raise UnsupportedError(
                         f"{m.name} needs a [CLS] token and {self._tower} has none; "
-                        f"methods that do without: {usable}"
+                        + (f"give it {own}, its substitute, or use " if own else "")
+                        + f"methods that do without: {usable}"
                     )
         if self.resizing and self.sites.resize is None:
             usable = _names(lambda c: c().stages <= here - {"pixels"})

@@ -18,6 +18,7 @@ import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -147,6 +148,8 @@ class NextTrainer(Loop):
     def make(self, indices, split: str, size: tuple[int, int]) -> list[Sample]:
         """Render and encode images of one size: scenes for 336 x 336, else small-text."""
         images, rows = [], []
+        picture: Any
+        ask: Any
         for index in indices:
             if size == SCENE:
                 picture = scenes.make_scene(index, split, self.args.seed)

@@ -101,6 +101,7 @@ class GlobalCom2(Method):
     name = "globalcom2"
     summary = "Thumbnail scores share the budget among crops (GlobalCom2, AAAI 2026)"
     needs = frozenset({"cls"})
+    without_cls: ClassVar[dict[str, Any]] = {"saliency": "cosine"}
     joint = True
     presets: ClassVar[dict[tuple[str, int], dict[str, Any]]] = {
         ("llava-next", tokens): {"keep_ratio": ratio, "rounding": "published"}

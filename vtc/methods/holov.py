@@ -88,6 +88,7 @@ class HoloV(Method):
     name = "holov"
     summary = "Shares the budget among stretches by attention and variety (HoloV, NeurIPS 2025)"
     needs = frozenset({"cls"})
+    without_cls: ClassVar[dict[str, Any]] = {"saliency": "received"}
     presets: ClassVar[dict[tuple[str, int], dict[str, Any]]] = {
         ("llava-1.5", tokens): {"keep_tokens": tokens} for tokens in (64, 128, 192)
     }

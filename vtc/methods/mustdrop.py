@@ -96,6 +96,7 @@ class MustDrop(Method):
     name = "mustdrop"
     summary = "Merges windows, filters by text attention, evicts KV (MustDrop, arXiv 2411.10803)"
     needs = frozenset({"cls"})
+    without_cls: ClassVar[dict[str, Any]] = {"saliency": "cosine"}
     merges = True
     track_size: ClassVar[bool] = False
     ragged = True

@@ -94,6 +94,7 @@ class ToDRE(Method):
         "Keeps a diverse subset; drops it late in the LLM once text ignores it (ToDRE, 2505.18757)"
     )
     needs = frozenset({"cls"})
+    without_cls: ClassVar[dict[str, Any]] = {"pivot": "random"}
     joint = True
     presets: ClassVar[dict[tuple[str, int], dict[str, Any]]] = {
         ("llava-next", 288): {"keep_ratio": 0.1, "tau": PUBLISHED_TAU},

@@ -24,6 +24,7 @@ first and local ones fill what they leave. ``saliency="received"`` is for encode
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -76,6 +77,7 @@ class TokenCorr(Method):
     )
     default_ratio = 0.66
     needs = frozenset({"cls"})
+    without_cls: ClassVar[dict[str, Any]] = {"saliency": "received"}
     merges = True
 
     def __post_init__(self) -> None:

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -104,6 +105,7 @@ class TOPS(TwoPlaces):
     name = "tops"
     summary = "Grows a relevant, covering, diverse set in front of the LLM and inside it (TOPS)"
     needs = frozenset({"cls"})
+    without_cls: ClassVar[dict[str, Any]] = {"saliency": "received"}
     default_ratio = 2 / 9
 
     def __post_init__(self) -> None:

@@ -49,6 +49,7 @@ class VisionZip(Method):
     name = "visionzip"
     summary = "Keeps what [CLS] attends to, merges the rest into a few (VisionZip, CVPR 2025)"
     needs = frozenset({"cls"})
+    without_cls: ClassVar[dict[str, Any]] = {"saliency": "received"}
     merges = True
     presets: ClassVar[dict[tuple[str, int], dict[str, Any]]] = {
         ("llava-1.5", tokens): {"keep_tokens": tokens} for tokens in (64, 128, 192)

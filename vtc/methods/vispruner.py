@@ -71,6 +71,7 @@ class VisPruner(Method):
         "Keeps what [CLS] attends to and no near duplicates of the rest (VisPruner, ICCV 2025)"
     )
     needs = frozenset({"cls"})
+    without_cls: ClassVar[dict[str, Any]] = {"saliency": "received"}
     presets: ClassVar[dict[tuple[str, int], dict[str, Any]]] = {
         ("llava-1.5", tokens): {"keep_tokens": tokens} for tokens in (32, 64, 128)
     }
