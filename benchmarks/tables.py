@@ -162,6 +162,23 @@ def overview(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def speed_overview(result: dict[str, Any]) -> str:
+    """A table for the README from the last part of `vtc bench speed --full`."""
+    rows = result["parts"][-1]["rows"]
+    lines = [
+        "| method | tokens at the end | LLM FLOPs % | choosing, ms | prefill speed-up |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in sorted(rows, key=lambda row: -row.get("whole_measured", 0)):
+        if "whole_measured" in row:
+            tokens, share = row["final_tokens"], 100 * row["flops_share"]
+            name, ms, gain = row["method"], row["method_ms"], row["whole_measured"]
+            lines.append(f"| `{name}` | {tokens:.0f} | {share:.0f} | {ms:.0f} | {gain:.2f}x |")
+    stock = next(row["whole_stock_ms"] for row in rows if "whole_stock_ms" in row)
+    lines += ["", f"{result['parts'][-1]['title']}; stock prompt {stock:.0f} ms, all included."]
+    return "\n".join(lines)
+
+
 __all__ = [
     "BASELINE",
     "COLUMNS",
@@ -171,10 +188,13 @@ __all__ = [
     "interval",
     "markdown",
     "overview",
+    "speed_overview",
     "speedup",
 ]
 
 
 if __name__ == "__main__":
     readme, block, *files = sys.argv[1:]
-    fill_block(Path(readme), block, overview([json.loads(Path(f).read_text()) for f in files]))
+    read = [json.loads(Path(f).read_text()) for f in files]
+    text = speed_overview(read[0]) if read[0].get("benchmark") == "speed" else overview(read)
+    fill_block(Path(readme), block, text)
