@@ -510,7 +510,7 @@ def test_vscan_on_llava() -> None:
     embeds = merged.get_input_embeddings()(facts["inputs"]["input_ids"])
     before = [i for i in range(embeds.shape[1]) if not facts["visual"][0, i]]
     for row in range(2):
-        want = naive_vscan(v, row, 9, 6, facts["cls"][1], facts["cls"][2])
+        want = naive_vscan(v, row, 9, 6, facts["cls"][0], facts["cls"][2])
         assert done.keep[row][done.group[row]].tolist() == [want[i] for i in range(16)]
         # The LLM on the merged tokens, with a stock model at the original positions.
         kept = sorted(set(want.values()))

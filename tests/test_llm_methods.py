@@ -169,7 +169,9 @@ def test_budgets_of_staged_methods(cls):
         assert len(set(layers)) == 3 and list(layers) == sorted(layers)
         assert layers[0] >= 0 and layers[-1] <= depth - 2
         assert cls(keep_tokens=7).schedule(576, depth)[-1] == 7
-    assert cls().stage_layers(64) == tuple(2 * layer for layer in cls.layers)
+    assert cls().stage_layers(64) == tuple(2 * layer + 1 for layer in cls.layers)
+    tiny = {TransPrune: (1, 2, 3), PyramidDrop: (1, 3, 5), SparseVLM: (0, 1, 3)}
+    assert cls().stage_layers(8) == tiny[cls]
     with pytest.raises(UnsupportedError, match="needs at least 4; the language model has 3"):
         cls().decoder_layers(3)
 

@@ -478,7 +478,7 @@ def test_slots_left_in_each_layer() -> None:
     for layers, aware, slots in (
         ((2, 6, 10, 14), True, [5] * 5),
         ((2, 6, 10, 14), False, [16, *MustDrop(keep_tokens=5).counts(16)]),
-        ((13, 19), True, [16, 16, 5, 5, 5]),
+        ((13, 19), True, [16, 5, 5, 5, 5]),
     ):
         model = mini.build()
         m = MustDrop(keep_tokens=5, layers=layers, output_aware=aware, **OFF)
@@ -495,7 +495,8 @@ def test_slots_left_in_each_layer() -> None:
 def test_layers() -> None:
     m = MustDrop()
     assert m.decoder_layers(32) == (2, 6, 10, 14)
-    assert m.decoder_layers(24) == (2, 4, 8, 10)
+    assert m.decoder_layers(24) == (1, 4, 7, 10)
+    assert m.decoder_layers(8) == (0, 1, 2, 3)
     assert m.decoder_layers(5) == (0, 1, 2, 3)
     assert m.decoder_layers(3) == (0, 1)
     assert m.decoder_layers(2) == (0,)

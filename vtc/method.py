@@ -322,14 +322,15 @@ def split_answer(answer: Answer) -> tuple[Reduction | None, Tensor | None]:
 
 
 def relative_layers(layers: Iterable[int], of: int, depth: int) -> tuple[int, ...]:
-    """The layers of a decoder of ``depth`` at the relative depth of ``layers`` in one of ``of``.
+    """The 0-based layers of a decoder of ``depth`` that stand where ``layers`` do in one of ``of``.
 
-    Ascending and distinct; the last two layers are never among them, as long as there is room.
+    Behind layer 6 of 32 seven layers have run, as behind layer 1 two of 8. Ascending and distinct;
+    the last layer is never among them, as long as there is room.
     """
     out: list[int] = []
     chosen = list(layers)
     for i, layer in enumerate(chosen):
-        wanted = layer if depth == of else round(layer * depth / of)
+        wanted = int((layer + 1) * depth / of + 0.5) - 1
         last = depth - 2 - (len(chosen) - 1 - i)
         out.append(max(min(wanted, last), out[-1] + 1 if out else 0))
     return tuple(out)
