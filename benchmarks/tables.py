@@ -105,6 +105,26 @@ def margin(row: dict[str, Any]) -> str:
     return f"{100 * row['accuracy']:.1f} ±{100 * half:.0f}"
 
 
+def merged(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One result a task, of runs with different methods; where a row comes twice, the last.
+
+    Raises:
+        ValueError: runs of one task that asked different questions or models.
+    """
+    out: dict[str, dict[str, Any]] = {}
+    for result in results:
+        known = out.setdefault(result["task"], {**result, "rows": []})
+        for same in ("questions", "images", "visual_tokens", "model"):
+            if known[same] != result[same]:
+                raise ValueError(
+                    f"runs of {result['task']} differ in {same}: {known[same]}, {result[same]}"
+                )
+        rows = {(r["method"], r["asked_tokens"]): r for r in [*known["rows"], *result["rows"]]}
+        base = rows.pop((BASELINE, result["visual_tokens"]))
+        known["rows"] = [base, *(rows[k] for k in sorted(rows, key=lambda k: (k[0], -(k[1] or 0))))]
+    return list(out.values())
+
+
 def overview(results: list[dict[str, Any]]) -> str:
     """A table for the README: methods down, tasks and budgets across, accuracy in the cells.
 
@@ -176,6 +196,7 @@ def speed_overview(result: dict[str, Any]) -> str:
             lines.append(f"| `{name}` | {tokens:.0f} | {share:.0f} | {ms:.0f} | {gain:.2f}x |")
     stock = next(row["whole_stock_ms"] for row in rows if "whole_stock_ms" in row)
     lines += ["", f"{result['parts'][-1]['title']}; stock prompt {stock:.0f} ms, all included."]
+    lines += [f"* {row['method']}" for row in rows if "stock_ms" not in row]
     return "\n".join(lines)
 
 
@@ -187,6 +208,7 @@ __all__ = [
     "failures",
     "interval",
     "markdown",
+    "merged",
     "overview",
     "speed_overview",
     "speedup",
@@ -196,5 +218,7 @@ __all__ = [
 if __name__ == "__main__":
     readme, block, *files = sys.argv[1:]
     read = [json.loads(Path(f).read_text()) for f in files]
-    text = speed_overview(read[0]) if read[0].get("benchmark") == "speed" else overview(read)
+    text = (
+        speed_overview(read[0]) if read[0].get("benchmark") == "speed" else overview(merged(read))
+    )
     fill_block(Path(readme), block, text)

@@ -324,3 +324,20 @@ def test_equal_flops(model, processor):
     assert found[0]["final_tokens"] < found[1]["final_tokens"] == found[2]["final_tokens"]
     assert cache["accuracy"] is None and "prefixkv" in cache["error"]
     assert "toy, equal FLOPs" in tables.overview([result])
+
+
+def test_runs_of_one_task_are_merged(result):
+    halves = []
+    for names in (("fastv", "random"), ("divprune", "pitome")):
+        rows = [r for r in result["rows"] if r["method"] in ("uncompressed", *names)]
+        halves.append({**result, "rows": rows})
+    (whole,) = tables.merged([halves[1], halves[0]])
+    assert [r["method"] for r in whole["rows"][1:]] == sorted(
+        r["method"] for r in result["rows"][1:]
+    )
+    assert tables.overview([whole]).count("↓") == tables.overview([result]).count("↓")
+    again = {**halves[0], "rows": [{**r, "accuracy": 0.5} for r in halves[0]["rows"]]}
+    (newer,) = tables.merged([result, again])
+    assert {r["accuracy"] for r in newer["rows"] if r["method"] == "random"} == {0.5}
+    with pytest.raises(ValueError, match="differ in questions"):
+        tables.merged([result, {**result, "questions": 1}])
