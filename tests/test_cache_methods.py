@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 import vtc
 from vtc.cache import cache_bytes, pruned_layer
+from vtc.methods.fastv import FastV
 from vtc.methods.mod import HeuristicMoD, MoD, Routers, best_of_each
 from vtc.methods.prefixkv import PrefixKV, allocate, prefix_counts
 from vtc.methods.vidkv import VidKV, relevance
@@ -941,6 +942,29 @@ def test_vidkv_after_pruning() -> None:
         Row(layer.keys[0], layer.values[0], 8, ask).pack(8)
     torch.testing.assert_close(got, decode(model, inputs, cache, tokens), atol=1e-4, rtol=1e-4)
     vtc.unwrap(model)
+
+
+@torch.no_grad()
+def test_vidkv_protects_what_is_left_first() -> None:
+    """No token that FastV dropped is important while a packed one that stays is not."""
+    chain = vtc.chain(FastV(keep_tokens=8), VidKV(window=8, group=8, protect=0.5))
+    model, teeth = vtc.wrap(mini.build(), chain), 0
+    for seed in range(6):
+        inputs = mini.prompt(ROWS, pad="left", seed=seed)
+        cache = model(**inputs, use_cache=True).past_key_values
+        visual, last = inputs["input_ids"] == mini.IMAGE, cache.layers[-1]
+        there = ~last.padded("filler", visual.device)
+        left = torch.zeros_like(visual).scatter(1, last.columns(visual.device), there) & visual
+        for layer in cache.layers[:2]:
+            columns = layer.columns(visual.device)[:, : layer.packed]
+            packed = torch.arange(layer.packed) < layer.counts[:, None]
+            image, stays = (x.gather(1, columns) & packed for x in (visual, left))
+            for r in range(len(visual)):
+                high = layer.important[r]
+                gone = image[r] & ~stays[r]
+                assert not (high & gone).any() or high[stays[r]].all()
+                teeth += int(high.any() and gone.any())
+    assert teeth
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ class VidKV(Method):
         index, valid = v.text_index
         rows = torch.arange(len(index), device=index.device)[:, None]
         score = relevance(v.tokens, v.hidden[rows, index], valid)
-        v.scratch["relevance"] = score
+        v.scratch["relevance"], v.scratch["known"] = score, torch.ones_like(score)
         return None
 
     def on_cache(self, v: CacheView) -> Packing | None:
@@ -116,8 +116,11 @@ class VidKV(Method):
             group=self.group,
         )
         if self.protect:
-            # Every visual token has a rank, of the prompt's own and of earlier turns alike.
-            rank = v.scratch["relevance"].masked_fill(~v.visual, -torch.inf)
+            # Every visual token has a rank, of the prompt's own and of earlier turns alike. One
+            # that left within the LLM has lost its notes and comes behind them all.
+            lowest = torch.finfo(torch.float32).min
+            rank = v.scratch["relevance"].masked_fill(v.scratch["known"] == 0, lowest)
+            rank = rank.masked_fill(~v.visual, -torch.inf)
             ask.values_high, ask.rank = Affine(2), rank
             k = (self.protect * v.visual.sum(1)).round()
             ask.important = (ranks(rank) < k[:, None]) & v.visual
