@@ -21,7 +21,9 @@ from vtc.adapters.locate import locate
 from vtc.benchmarks.runner import seeded
 from vtc.crops import apportion, layout_of
 from vtc.decoder import split_packed
+from vtc.methods.cdpruner import CDPruner
 from vtc.reduction import Reduction
+from vtc.text import TextQuery
 
 SIZES = {
     "square": SQUARE,
@@ -660,6 +662,54 @@ def test_single_views_stay_rectangular(second: str) -> None:
         one = mini_llava.prompt(1, batch=1)
         model(**{**one, "pixel_values": inputs["pixel_values"][i : i + 1]})
         assert model.vtc.report().kept[0].tolist() == kept[i]
+
+
+def asking(rows: torch.Tensor) -> CDPruner:
+    return CDPruner(keep_tokens=TOKENS, text=TextQuery(rows, lambda x: x[..., :8]))
+
+
+@pytest.mark.parametrize("rows", [[[WIDE, SQUARE], [TINY, SQUARE]], [[SQUARE], [SLIVER]]])
+@pytest.mark.parametrize("family", mini.FAMILIES)
+@torch.no_grad()
+def test_each_image_has_its_own_question(rows: list, family: str) -> None:
+    """Crops of several images come in one view; each is compared with the text of its image."""
+    model, sizes = mini.build(family), [size for row in rows for size in row]
+    inputs = mini.prompt(rows, family, pad="left")
+    texts = torch.randn(len(sizes), 8, generator=torch.Generator().manual_seed(9))
+
+    def kept(text: torch.Tensor, call: dict[str, torch.Tensor]) -> list:
+        with vtc.compressing(model, asking(text)) as session:
+            model(**call)
+            return [k.tolist() for k in session.report().kept]
+
+    def alone(i: int, text: torch.Tensor) -> list:
+        crops = 1 + math.prod(mini.grid_of(sizes[i]))
+        one = mini.prompt([[sizes[i]]], family)
+        return kept(text, {**one, "pixel_values": inputs["pixel_values"][i : i + 1, :crops]})
+
+    together = kept(texts, inputs)
+    for i in range(len(sizes)):
+        assert [together[i]] == alone(i, texts[i : i + 1])
+    assert any([together[i]] != alone(i, texts[i - 1 : i]) for i in range(1, len(sizes)))
+    # Neither one text nor as many as images, even if there were as many crops.
+    for wrong in (torch.randn(len(sizes) + 1, 8), torch.randn(5 * len(sizes), 8)):
+        with pytest.raises(ValueError, match=f"there are {len(sizes)} images"):
+            kept(wrong, inputs)
+
+
+@torch.no_grad()
+def test_each_image_has_its_own_question_where_counts_differ() -> None:
+    model = mini_llava.build("clip")
+    inputs = mini_llava.prompt([2, 1], pad="left", seed=3)
+    texts = torch.randn(3, 8, generator=torch.Generator().manual_seed(9))
+    with vtc.compressing(model, vtc.chain(Uneven(), asking(texts))) as session:
+        model(**inputs)
+        together = [k.tolist() for k in session.report().kept]
+    for i in range(3):
+        one = mini_llava.prompt(1, batch=1)
+        with vtc.compressing(model, vtc.chain(Uneven(), asking(texts[i : i + 1]))) as session:
+            model(**{**one, "pixel_values": inputs["pixel_values"][i : i + 1]})
+            assert session.report().kept[0].tolist() == together[i]
 
 
 # ---- around the model --------------------------------------------------------------------------

@@ -288,6 +288,8 @@ class FlatTokens:
                 grid=region.grid,
                 scratch={name: x[index] for name, x in note.items()},
                 crops=layout,
+                image=self.image[keep][index[:, 0]],
+                images=len(self.totals),
                 share=share,
                 packed=None if self.projected is None else self.projected[index],
                 arrange=self._arrange(index),

@@ -20,8 +20,9 @@ class TextQuery:
     """What the prompts ask for, in a space that patches can be compared in.
 
     Attributes:
-        embedding: (1, P), the same for every image, or (B, P) for the B images of a forward; or a
-            function that gives it, called at each forward.
+        embedding: (1, P), the same for every image, or (images, P) for the images of a forward, in
+            order, however many crops they have; or a function that gives it, called at each
+            forward.
         project: encoder features (B, N, C) to (B, N, P).
         label: what reports show.
     """
@@ -37,11 +38,14 @@ class TextQuery:
             ValueError: as many texts as neither one nor the images.
         """
         text = self.embedding() if callable(self.embedding) else self.embedding
-        if text.dim() != 2 or len(text) not in (1, len(v.features)):
+        images = len(v.features) if v.images is None else v.images
+        if text.dim() != 2 or len(text) not in (1, images):
             raise ValueError(
-                f"the text embedding has shape {tuple(text.shape)} and there are {len(v.features)} "
+                f"the text embedding has shape {tuple(text.shape)} and there are {images} "
                 "images; give (1, P) for one prompt about all, or one row for each image"
             )
+        if len(text) > 1 and v.image is not None:
+            text = text[v.image.to(text.device)]
         patches = unit(self.project(v.features)).to(v.features.device)
         return (patches * unit(text).to(patches.device)[:, None]).sum(2)
 

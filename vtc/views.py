@@ -198,6 +198,8 @@ class FeaturesView:
         total: patches of the full grid; grid: (rows, columns).
         scratch: this method's named tensors (B, N, ...).
         crops: layout of the image in a joint view of a model with crops, else None.
+        image: (B,) which of the forward's images each row is of; None where row i is image i.
+        images: how many images there are in all views of the forward; None where image is None.
     """
 
     features: Tensor
@@ -212,6 +214,8 @@ class FeaturesView:
     depth: int
     scratch: dict[str, Tensor] = field(default_factory=dict)
     crops: CropLayout | None = None
+    image: Tensor | None = None
+    images: int | None = None
     share: int | None = None  # of the image's budget, where the engine has divided it
     packed: Tensor | None = None  # (B, N, D) where the projector has run already
     arrange: Callable[[Any, How, Callable[[], Tensor]], Tensor] | None = None
