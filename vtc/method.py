@@ -66,7 +66,12 @@ class Method:
     default_ratio: ClassVar[float] = 0.25
     """keep_ratio when no budget is given."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What the model must have, beyond the stages: "cls" (a class token), "grid"."""
+    """What is needed beyond the stages.
+
+    Of the model: "cls", a class token in the encoder; "ahead", LLM layers whose queries and keys
+    can be computed before they run; "sublayers", inputs and outputs of their attention and MLP. Of
+    the caller: "text", the question in a space that patches can be compared in.
+    """
     without_cls: ClassVar[dict[str, Any]] = {}
     """Parameters with which the method does without the class token it needs, if there are any."""
     merges: ClassVar[bool] = False

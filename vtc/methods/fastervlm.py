@@ -6,7 +6,8 @@ arXiv 2412.01818.
 
     score_j = mean over heads of A[h, CLS, j] in the last block of the encoder
 
-Departures: crops of a high-resolution image share the budget equally.
+Departures: crops of a high-resolution image share the budget in proportion to their patches without
+padding.
 """
 
 from __future__ import annotations

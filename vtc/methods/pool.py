@@ -43,7 +43,6 @@ class Pool(Method):
 
     name = "pool"
     summary = "Averages patches over near-rectangular cells; a control"
-    needs = frozenset({"grid"})
     merges = True
 
     def on_features(self, v: FeaturesView) -> Reduction | None:
