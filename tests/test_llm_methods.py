@@ -143,6 +143,9 @@ def test_papers():
         64: (66, 30, 17),
     }.items():
         assert SparseVLM.paper("llava-1.5", tokens=tokens).shares(576) == counts
+    for tokens in (288, 144):
+        fastv = FastV.paper("llava-1.5", tokens=tokens)
+        assert fastv.budget(576) == tokens and list(fastv.decoder_layers(32)) == [1]
     for cls in (DART, MoB, DIPrune):
         assert cls.paper("llava-1.5", tokens=128).budget(576) == 128
     assert (

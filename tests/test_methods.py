@@ -489,6 +489,10 @@ def test_visionzip_split(k, split):
     assert VisionZip().split(k) == split
 
 
+def test_divprune_paper():
+    assert DivPrune.paper("llava-1.5", tokens=56).budget(576) == 56
+
+
 def test_visionzip_paper():
     for tokens in (64, 128, 192):
         assert VisionZip.paper("llava-1.5", tokens=tokens).budget(576) == tokens

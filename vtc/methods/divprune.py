@@ -7,12 +7,15 @@ CVPR 2025, arXiv 2503.02175. With d_ij = 1 - cos(x_i, x_j) of the projected feat
     first = argmax_i min_{j != i} d_ij
     next  = argmax over the others of the distance to the nearest chosen token, until k are chosen
 
-Departures: each image is a pool of its own, without newline tokens; the paper pools the whole row.
+Departures: each image is a pool of its own, on models with crops each crop, which share the budget
+in proportion to their patches without padding, and newline tokens are no part; the paper pools the
+whole row.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -61,6 +64,9 @@ class DivPrune(Method):
     name = "divprune"
     summary = "Keeps the visual tokens farthest from each other (DivPrune, CVPR 2025)"
     default_ratio = 0.098
+    presets: ClassVar[dict[tuple[str, int], dict[str, Any]]] = {
+        ("llava-1.5", 56): {"keep_ratio": 0.098},
+    }
 
     def on_features(self, v: FeaturesView) -> Reduction | None:
         k = v.budget(self)

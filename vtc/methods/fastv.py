@@ -12,7 +12,7 @@ Departures: none known. ``keep_ratio`` is 1 - R.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -37,6 +37,10 @@ class FastV(Scorer):
     summary = "Keeps what the last prompt token attends to after LLM layer 2 (FastV, ECCV 2024)"
     stage: ClassVar[Stage] = "decoder"
     default_ratio = 0.5
+    presets: ClassVar[dict[tuple[str, int], dict[str, Any]]] = {
+        ("llava-1.5", 288): {"keep_ratio": 0.5, "k": 2},
+        ("llava-1.5", 144): {"keep_ratio": 0.25, "k": 2},
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
