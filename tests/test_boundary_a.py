@@ -165,6 +165,7 @@ def test_fixed_budgets_compile_without_a_graph_break(name):
         (lambda: CDPruner(relevance="clip"), '"text" or "none"'),
         (lambda: CDPruner(text=torch.ones(1, 8)), "for_prompts"),
         (lambda: CDPruner(relevance="none", text=query()), "leave one"),
+        (lambda: CDPruner(relevance="none", inverted=False), "leave inverted out"),
         (lambda: TokenCorr(similarity=1.5), "cosine"),
         (lambda: TokenCorr(duplicates=-1), "at least 0"),
         (lambda: TokenCorr(seed=0.5), "integer"),
@@ -174,6 +175,14 @@ def test_fixed_budgets_compile_without_a_graph_break(name):
 def test_bad_parameters(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("block", [{"early": 99}, {"late": -99}])
+def test_blocks_beyond_the_tower_are_refused_at_wrap(block):
+    model = mini.build("clip")
+    with pytest.raises(UnsupportedError, match=f"block {next(iter(block.values()))} .*give one"):
+        vtc.wrap(model, TokenCorr(**block))
+    assert not hasattr(model, "vtc")
 
 
 def test_published_settings():

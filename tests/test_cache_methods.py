@@ -241,6 +241,9 @@ def test_zipvl_parameters() -> None:
     for wrong in (dict(tau=0), dict(recent=0), dict(random=-1), dict(kv="no"), dict(group=12)):
         with pytest.raises(ValueError):
             ZipVL(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="tau or a budget"):
+        ZipVL(tau=0.9, keep_ratio=0.5)
+    assert ZipVL().share == 0.975 and ZipVL(tau=0.9).share == 0.9
     with pytest.raises(ValueError, match="set tau"):
         ZipVL(kv="mixed", keep_ratio=0.5)
 

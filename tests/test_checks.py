@@ -72,6 +72,12 @@ def test_shares_and_layers() -> None:
     assert said(checks.check_layers, (1, 2, 3), "layers", count=2) is not None
 
 
+@pytest.mark.parametrize("value", [(1, 2, 3), (1, 0), (1, nan), (1, "2"), (1, True), 5, "12"])
+def test_counts(value: Any) -> None:
+    assert said(checks.check_counts, (30, 1), "votes", 2) is None
+    assert said(checks.check_counts, value, "votes", 2) == f"x are votes, at least 1; got {value!r}"
+
+
 def test_budgets_and_needs() -> None:
     assert said(checks.check_no_budget, None) is None
     assert "give x or a budget" in str(said(checks.check_no_budget, 3))

@@ -304,6 +304,7 @@ def test_refusals_and_presets():
         ({"saliency": "received"}, "saliency is .*got"),
         ({"temperature": 0.0}, "temperature is .*above 0"),
         ({"alpha": 1.5}, "alpha is a weight"),
+        ({"saliency": "cosine", "score": "softmax"}, "leave score out"),
         ({"rounding": "published", "keep_tokens": 5}, "give keep_ratio"),
     ):
         with pytest.raises(ValueError, match=message):

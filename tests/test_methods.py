@@ -710,6 +710,8 @@ def test_downsample_examples():
         (lambda: PiToMe(ratio=1.1), "got 1.1"),
         (lambda: PiToMe(energy="gauss"), "energy is .*got 'gauss'"),
         (lambda: PiToMe(metric="value"), "metric is .*got"),
+        (lambda: PiToMe(margin=float("nan")), "margin is a cosine"),
+        (lambda: PiToMe(margin="0.9"), "margin is a cosine"),
         (lambda: PiToMe(matching="tome"), "matching is .*got"),
         (lambda: PiToMe(first="tome"), "first is .*got"),
         (lambda: PiToMe(vision_site="end"), "vision_site is .*got"),

@@ -595,6 +595,8 @@ def test_compact_positions() -> None:
         (dict(schedule=(0.5, 0, 0.1)), "fractions"),
         (dict(schedule=(0.5, 0.4, 0.1), **THRESHOLDS), "goes with a budget"),
         (dict(window=1), "window"),
+        (dict(merge_threshold=float("nan")), "merge_threshold is a mean cosine"),
+        (dict(merge_threshold="0.8"), "merge_threshold is a mean cosine"),
         (dict(key_ratio=1.2), "key_ratio"),
         (dict(saliency="received"), "saliency"),
     ],

@@ -59,6 +59,19 @@ def check_count(
         raise ValueError(f"{name} is {what}{bound}; got {value!r}")
 
 
+def check_counts(method: Method, name: str, what: str, count: int, least: int = 1) -> None:
+    """A tuple of so many whole numbers.
+
+    Args:
+        what: what the message calls them, such as "counts of votes, one for each layer".
+        least: the smallest one allowed.
+    """
+    values = getattr(method, name)
+    right = isinstance(values, Sequence) and len(values) == count
+    if not right or not all(_whole(x) and x >= least for x in values):
+        raise ValueError(f"{name} are {what}, at least {least}; got {values!r}")
+
+
 def check_range(
     method: Method,
     name: str,

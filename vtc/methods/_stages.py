@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..checks import check_layers, check_no_budget, check_range, check_shares
+from ..checks import check_counts, check_layers, check_no_budget, check_range, check_shares
 from ..errors import UnsupportedError
 from ..method import Method, relative_layers
 from ..views import DecoderView, FeaturesView
@@ -157,11 +157,7 @@ class StagedBlocks(Method):
             raise ValueError(f"layers reach to {self.layers[-1]}, behind the {self.of} blocks (of)")
         count = len(self.layers)
         check_shares(self, "ratios", f"shares, one for each of {count} layers", count)
-        if len(self.iterations) != len(self.layers) or any(i < 1 for i in self.iterations):
-            raise ValueError(
-                f"iterations are counts of votes, at least 1, one for each of {len(self.layers)} "
-                f"layers; got {self.iterations}"
-            )
+        check_counts(self, "iterations", f"votes, one for each of {count} layers", count)
         whole = isinstance(self.similar, int) and not isinstance(self.similar, bool)
         if self.similar < 0 or not (whole or self.similar < 1):
             raise ValueError(

@@ -120,6 +120,8 @@ class CDPruner(Method):
             )
         if self.relevance == "none" and self.text is not None:
             raise ValueError('relevance="none" uses no text; leave one of the two out')
+        if self.relevance == "none" and self.inverted is not True:
+            raise ValueError('relevance="none" compares with no text; leave inverted out')
         if self.relevance == "none" or self.text is not None:
             waive(self, "text")
 

@@ -116,6 +116,8 @@ class GlobalCom2(Method):
         check_choice(self, "rounding", ("exact", "published"))
         check_range(self, "temperature", "a divisor", "(]", high=inf, optional=True)
         check_range(self, "alpha", "a weight")
+        if self.saliency == "cosine" and self.score != "logits":
+            raise ValueError('saliency="cosine" has no scores of [CLS]: leave score out')
         if self.rounding == "published" and self.keep_tokens is not None:
             raise ValueError('rounding="published" truncates fractions: give keep_ratio')
 

@@ -122,6 +122,7 @@ class MustDrop(Method):
         last = len(self.layers) - 1
         what = f"fractions for each of the {last + 1} layers but the last, which keeps the budget"
         check_shares(self, "schedule", what, count=last)
+        check_range(self, "merge_threshold", "a mean cosine", low=-1, optional=True)
         check_count(self, "window", "an edge in patches", least=2)
         check_range(self, "key_ratio", "a fraction of the tokens")
         check_saliency(self, ("cls", "cosine"))

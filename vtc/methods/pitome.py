@@ -141,6 +141,7 @@ class PiToMe(Method):
         check_range(self, "ratio", what, low=0.5, optional=True)
         check_choice(self, "energy", ("elu", "paper"))
         check_choice(self, "metric", ("key", "hidden"))
+        check_range(self, "margin", "a cosine", low=-1)
         check_choice(self, "matching", get_args(Matching))
         check_choice(self, "first", (None, *get_args(Matching)))
         check_choice(self, "vision_site", ("middle", "output"))

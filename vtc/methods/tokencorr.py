@@ -29,6 +29,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..checks import check_count, check_range
+from ..errors import UnsupportedError
 from ..method import Method, register
 from ..reduction import Reduction, marked, ranks, top_k
 from ..views import FeaturesView
@@ -93,6 +94,13 @@ class TokenCorr(Method):
         return self.budget_given
 
     def captures(self, depth: int) -> tuple[int, ...]:
+        for field in ("early", "late"):
+            block = getattr(self, field)
+            if not -depth <= block < depth:
+                raise UnsupportedError(
+                    f"tokencorr reads encoder block {block} ({field}) and this encoder has "
+                    f"{depth}; give one from {-depth} to {depth - 1}"
+                )
         return (self.early % depth, self.late % depth)
 
     def on_features(self, v: FeaturesView) -> Reduction | None:

@@ -33,12 +33,13 @@ a multimodal LLM this is our extension, without published numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, require
+from ..checks import check_choice, check_range, require
 from ..method import register
 from ..reduction import Reduction, gather_tokens, top_k
 from ..views import VisionView
@@ -120,8 +121,10 @@ class ZeroTPrune(StagedBlocks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.v_min <= self.v_max:
-            raise ValueError(f"0 <= v_min <= v_max is needed; got {self.v_min}, {self.v_max}")
+        for bound in ("v_min", "v_max"):
+            check_range(self, bound, "a variance", high=inf)
+        if self.v_min > self.v_max:
+            raise ValueError(f"v_min <= v_max is needed; got {self.v_min}, {self.v_max}")
         check_choice(self, "start", (None, "cls", "uniform"))
         check_choice(self, "vhf_scale", ("mean1", "none"))
         check_choice(self, "similarity", ("concat", "mean"))

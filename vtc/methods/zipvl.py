@@ -36,7 +36,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_count, check_range, waive
+from ..checks import check_choice, check_count, check_no_budget, check_range, waive
 from ..method import Method, Stage, register
 from ..quantized import Affine, Packing, check_group
 from ..reduction import Reduction, ranks
@@ -44,6 +44,7 @@ from ..views import CacheView, DecoderView
 from ._common import noise
 
 STREAM = 100
+TAU = 0.975
 
 
 def probe_rows(
@@ -82,14 +83,15 @@ class ZipVL(Method):
     """Let only the attended visual tokens into the attention of each layer.
 
     Args:
-        tau: share of the attention that the chosen tokens hold, when no budget is given.
+        tau: share of the attention that the chosen tokens hold, 0.975 unless given; instead of a
+            budget.
         recent, random: probe rows.
         kv: "drop" holds keys and values of the chosen tokens, "mixed" all of them at 4 or 2 bits.
         group: with "mixed", tokens that share statistics, a multiple of 8.
         seed: another seed, other random probe rows.
     """
 
-    tau: float = 0.975
+    tau: float | None = None
     recent: int = 64
     random: int = 64
     kv: Literal["drop", "mixed"] = "drop"
@@ -104,7 +106,8 @@ class ZipVL(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, "tau", "a share of the attention", "(]")
+        check_range(self, "tau", "a share of the attention", "(]", optional=True)
+        check_no_budget(self, "tau")
         check_count(self, "recent", "the number of last rows", least=1)
         check_count(self, "random", "a count of rows", least=0)
         check_choice(self, "kv", ("drop", "mixed"))
@@ -113,6 +116,11 @@ class ZipVL(Method):
             if self.budget_given:
                 raise ValueError('kv="mixed" holds every token: set tau, not a number of tokens')
             waive(self, "ahead")
+
+    @property
+    def share(self) -> float:
+        """tau, as given or as published."""
+        return TAU if self.tau is None else self.tau
 
     @property
     def while_decoding(self) -> bool:
@@ -138,7 +146,7 @@ class ZipVL(Method):
         if self.has_budget:
             return Reduction.from_scores(score, v.budget(self), v.valid)
         total = alive.sum(1).float()
-        p = token_budget(a, self.tau, total, total - a.sum(1))
+        p = token_budget(a, self.share, total, total - a.sum(1))
         if v.valid is not None:
             p = torch.minimum(p, v.valid.sum(1))
         return Reduction.from_scores(score, p, v.valid)
@@ -162,7 +170,7 @@ class ZipVL(Method):
             return None
         a, total = v.scratch["a"], v.scratch["probes"].amax(1).float()
         real = torch.ones_like(v.visual) if v.valid is None else v.valid
-        p = token_budget(a, self.tau, total, torch.zeros_like(total))
+        p = token_budget(a, self.share, total, torch.zeros_like(total))
         place = real.long().cumsum(1) - 1
         ends = (place == 0) | (place == real.sum(1, keepdim=True) - 1)
         rank = (a / v.scratch["visible"].clamp(min=1)).masked_fill(ends, torch.inf)
