@@ -14,21 +14,43 @@ from oracle import compare, logits_and_steps
 from snapshot import snapshot
 
 import vtc
+from vtc.benchmarks.runner import seeded
 from vtc.method import Method
+from vtc.methods.dart import DART
+from vtc.methods.diprune import DIPrune
 from vtc.methods.divprune import DivPrune
 from vtc.methods.fastv import FastV
 from vtc.methods.globalcom2 import GlobalCom2
+from vtc.methods.mob import MoB
+from vtc.methods.mod import MoD
 from vtc.methods.mustdrop import MustDrop
 from vtc.methods.pitome import PiToMe
 from vtc.methods.prefixkv import PrefixKV
+from vtc.methods.pyramiddrop import PyramidDrop
 from vtc.methods.random import Random
+from vtc.methods.sparsevlm import SparseVLM
+from vtc.methods.todre import ToDRE
+from vtc.methods.tops import TOPS
 from vtc.methods.transprune import TransPrune
 from vtc.methods.vidkv import VidKV
 from vtc.methods.visionzip import VisionZip
+from vtc.methods.vscan import VScan
 from vtc.methods.zero_tprune import ZeroTPrune
+from vtc.methods.zipvl import ZipVL
 from vtc.reduction import gather_tokens
 from vtc.views import DecoderView
 
+READERS = [
+    FastV(keep_tokens=4),
+    TransPrune(keep_tokens=4),
+    SparseVLM(keep_tokens=4),
+    DART(keep_tokens=4),
+    DIPrune(keep_tokens=4),
+    MustDrop(keep_tokens=4),
+    ToDRE(),
+    TOPS(keep_tokens=4),
+    VScan(keep_tokens=4),
+]
 # Of 16 patches: how many are left at the end, and how many of them the cache holds on average.
 CHAINS = {
     "tower, boundary, LLM, cache": (
@@ -144,6 +166,65 @@ def test_packed_bits_of_pruned_tokens() -> None:
             sizes[name] = report.kv_bytes
             assert report.final_tokens == 48
     assert sizes["both"] < sizes["fastv"]
+
+
+@pytest.mark.parametrize("reader", READERS, ids=lambda m: m.name)
+@torch.no_grad()
+def test_layers_jumped_over_cannot_be_read(reader: Method) -> None:
+    """Refused at wrap, naming both; what does not meet runs."""
+    model, inputs = mini_llava.build(), mini_llava.prompt([1, 2], pad="left")
+    layers = [i for i in reader.decoder_layers(5) if i >= 0]
+    for jumps in (ZipVL(), ZipVL(keep_tokens=4), MoD(routers={layers[0]: torch.ones(48)})):
+        for methods in ((reader, jumps), (jumps, reader)):
+            with pytest.raises(vtc.UnsupportedError, match="jump over") as refused:
+                vtc.wrap(model, vtc.chain(*methods))
+            assert reader.name in str(refused.value) and jumps.name in str(refused.value)
+    apart = MoD(routers={4: torch.ones(48)})
+    for methods in ((reader, apart), (reader, ZipVL(keep_ratio=1.0))):
+        with vtc.compressing(model, vtc.chain(*methods)):
+            model(**inputs)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [PyramidDrop(keep_tokens=4), MoB(keep_tokens=4), Random(keep_tokens=4), TOPS(llm_share=1.0)],
+    ids=lambda m: m.name,
+)
+@torch.no_grad()
+def test_what_reads_no_layer_behind_it_goes_with_jumps(method: Method) -> None:
+    model, inputs = mini_llava.build(), mini_llava.prompt([1, 2], pad="left")
+    with vtc.compressing(model, vtc.chain(method, ZipVL(tau=0.7))):
+        assert torch.isfinite(model(**inputs).logits).all()
+
+
+@torch.no_grad()
+def test_every_method_says_what_it_reads() -> None:
+    """A registered method that reads the layer just run says so, or it fails behind a jump."""
+    model, inputs = mini_llava.build(), mini_llava.prompt(2)
+    for name in sorted(vtc.methods()):
+        method = seeded(name, None, 0)
+        if "decoder" not in method.stages or method.needs & {"ran", "sublayers"}:
+            continue
+        with vtc.compressing(model, vtc.chain(method, ZipVL(tau=0.7))):
+            model(**inputs)
+
+
+@torch.no_grad()
+def test_packed_slots_cannot_be_evicted() -> None:
+    model, inputs = mini_llava.build(), mini_llava.prompt(2)
+    vidkv, zipvl = VidKV(window=8, group=8), ZipVL(kv="mixed", group=8)
+    once, ever = PrefixKV(keep_ratio=0.5), PrefixKV(keep_ratio=0.5, scope="all")
+    for packs in (vidkv, zipvl):
+        for wrong in ((packs, once), (packs, ever), (ever, packs)):
+            with pytest.raises(vtc.UnsupportedError, match="in front") as refused:
+                vtc.wrap(model, vtc.chain(*wrong))
+            assert "prefixkv" in str(refused.value) and packs.name in str(refused.value)
+        unaware = MustDrop(keep_tokens=6, output_aware=False)
+        for right in ((once, packs), (packs, PrefixKV(keep_ratio=1.0)), (packs, unaware)):
+            with vtc.compressing(model, vtc.chain(*right)):
+                model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    with pytest.raises(vtc.UnsupportedError, match="both pack"):
+        vtc.wrap(model, vtc.chain(vidkv, zipvl))
 
 
 @dataclass(frozen=True, kw_only=True)

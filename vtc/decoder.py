@@ -235,6 +235,8 @@ class DecoderEngine:
         if len(self.on_bypass) > 1:
             names = " and ".join(m.name for _, m, _ in self.on_bypass)
             raise UnsupportedError(f"{names} both let tokens jump over layers; chain only one")
+        self._check_reads()
+        self._check_packs()
         for _, method, _ in self.on_decoder + self.on_bypass:
             if "ahead" in method.needs and not all(map(tap.Ahead.fits, self.layers)):
                 raise UnsupportedError(
@@ -256,6 +258,42 @@ class DecoderEngine:
                 f'attention "{implementation}" builds masks that cannot be gathered; use "sdpa", '
                 '"flash_attention_2" or "eager"'
             )
+
+    def _check_reads(self) -> None:
+        """Refuse methods that read a layer which another one lets tokens jump over."""
+        for _, jumps, over in self.on_bypass:
+            for _, method, layers in self.on_decoder:
+                idle = 1.0 in (jumps.keep_ratio, method.keep_ratio)
+                if idle or not method.needs & {"ran", "sublayers"} or layers.isdisjoint(over):
+                    continue
+                raise UnsupportedError(
+                    f"{method.name} reads LLM layer {min(layers & over)}, which {jumps.name} lets "
+                    "tokens jump over: it would see only some of them; choose layers for one that "
+                    "the other leaves alone, or chain a method that acts in front of the LLM or "
+                    "reads the next layer, such as pdrop"
+                )
+
+    def _check_packs(self) -> None:
+        """Refuse methods that would evict slots of the KV cache which another one has packed."""
+        order = [m for _, m in self.on_cache if m.keep_ratio != 1 or m.packs]
+        for i, packing in enumerate(order):
+            for j, method in enumerate(order):
+                if not packing.packs or i == j:
+                    continue
+                pair = f"{method.name} and {packing.name}"
+                if method.packs:
+                    raise UnsupportedError(f"{pair} both pack the KV cache; chain only one")
+                if method.while_decoding:
+                    raise UnsupportedError(
+                        f"{method} evicts from the KV cache while decoding, where {packing.name} "
+                        "has packed the slots; let it evict once, after the prompt (prefixkv: "
+                        'scope="visual"), in front'
+                    )
+                if j > i:
+                    raise UnsupportedError(
+                        f"{method.name} cannot evict from a KV cache that {packing.name} has "
+                        f"packed; chain {method.name} in front of {packing.name}"
+                    )
 
     # ---- lifetime --------------------------------------------------------------------------------
 

@@ -69,8 +69,9 @@ class Method:
     """What is needed beyond the stages.
 
     Of the model: "cls", a class token in the encoder; "ahead", LLM layers whose queries and keys
-    can be computed before they run; "sublayers", inputs and outputs of their attention and MLP. Of
-    the caller: "text", the question in a space that patches can be compared in.
+    can be computed before they run; "ran", that all tokens entered the layer whose attention or
+    keys are read; "sublayers", the same for inputs and outputs of its attention and MLP. Of the
+    caller: "text", the question in a space that patches can be compared in.
     """
     without_cls: ClassVar[dict[str, Any]] = {}
     """Parameters with which the method does without the class token it needs, if there are any."""
@@ -86,6 +87,8 @@ class Method:
     """`on_vision_layer` copes with images that have different numbers of tokens (``v.valid``)."""
     bypass: ClassVar[Literal["attention", "layer"]] = "layer"
     """What the tokens that `on_bypass` leaves out jump over; the MLP still acts in "attention"."""
+    packs: ClassVar[bool] = False
+    """`on_cache` packs slots rather than evicting them."""
     joint: ClassVar[bool] = False
     """`on_features` gets all crops of an image in one view instead of a view for each."""
     presets: ClassVar[dict[tuple[str, int], dict[str, Any]]] = {}

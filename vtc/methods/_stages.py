@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..checks import check_counts, check_layers, check_no_budget, check_range, check_shares
+from ..checks import check_counts, check_layers, check_no_budget, check_range, check_shares, waive
 from ..errors import UnsupportedError
 from ..method import Method, relative_layers
 from ..views import DecoderView, FeaturesView
@@ -122,6 +122,8 @@ class TwoPlaces(Method):
         super().__post_init__()
         what = "the fraction of its visual tokens that the LLM keeps, 1 for no selection inside it"
         check_range(self, "llm_share", what, "(]")
+        if self.llm_share == 1:
+            waive(self, "ran")
 
     def decoder_layers(self, depth: int) -> tuple[int, ...]:
         return relative_layers((MIDDLE,), of=32, depth=depth)

@@ -74,6 +74,7 @@ class DART(Method):
 
     name = "dart"
     summary = "Keeps the tokens least similar to a few pivots after LLM layer 2 (DART, EMNLP 2025)"
+    needs = frozenset({"ran"})
     default_ratio = 1 / 9
     presets: ClassVar[dict[tuple[str, int], dict[str, Any]]] = {
         ("llava-1.5", tokens): {"keep_tokens": tokens} for tokens in (64, 128, 192)

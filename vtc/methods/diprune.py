@@ -50,6 +50,7 @@ class DIPrune(Method):
     summary = (
         "Keeps what the text attends to in LLM layer 10 and what rises on the way (DIPrune, 2026)"
     )
+    needs = frozenset({"ran"})
     default_ratio = 1 / 9
     presets: ClassVar[dict[tuple[str, int], dict[str, Any]]] = {
         ("llava-1.5", tokens): {"keep_tokens": tokens} for tokens in (64, 128, 192)

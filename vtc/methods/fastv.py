@@ -36,6 +36,7 @@ class FastV(Scorer):
     name = "fastv"
     summary = "Keeps what the last prompt token attends to after LLM layer 2 (FastV, ECCV 2024)"
     stage: ClassVar[Stage] = "decoder"
+    needs = frozenset({"ran"})
     default_ratio = 0.5
     presets: ClassVar[dict[tuple[str, int], dict[str, Any]]] = {
         ("llava-1.5", 288): {"keep_ratio": 0.5, "k": 2},

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_count, check_layers, check_range, check_shares, waive
-from ..method import Method, geometric_counts, register, relative_layers
+from ..method import Method, Stage, geometric_counts, register, relative_layers
 from ..reduction import Reduction, marked, ranks, top_k
 from ..views import CacheView, DecoderView, FeaturesView, VisionView
 from ._common import check_saliency, saliency_of
@@ -95,7 +95,7 @@ class MustDrop(Method):
 
     name = "mustdrop"
     summary = "Merges windows, filters by text attention, evicts KV (MustDrop, arXiv 2411.10803)"
-    needs = frozenset({"cls"})
+    needs = frozenset({"cls", "ran"})
     without_cls: ClassVar[dict[str, Any]] = {"saliency": "cosine"}
     merges = True
     track_size: ClassVar[bool] = False
@@ -132,6 +132,10 @@ class MustDrop(Method):
     @property
     def has_budget(self) -> bool:
         return self.budget_given or self.theta_global is None
+
+    @property
+    def stages(self) -> frozenset[Stage]:
+        return super().stages if self.output_aware else super().stages - {"cache"}
 
     def captures(self, depth: int) -> tuple[int, ...]:
         return (LAYER % depth,) if "cls" in self.needs else ()

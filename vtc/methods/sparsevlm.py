@@ -68,6 +68,7 @@ class SparseVLM(Staged):
         "of the rest (SparseVLM, ICML 2025)"
     )
     merges = True
+    needs = frozenset({"ran"})
     default_ratio = SHARES[192][-1]
     published = SHARES[192]
     exponents = tuple(math.log(s) / math.log(SHARES[192][-1]) for s in SHARES[192])

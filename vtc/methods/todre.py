@@ -93,7 +93,7 @@ class ToDRE(Method):
     summary = (
         "Keeps a diverse subset; drops it late in the LLM once text ignores it (ToDRE, 2505.18757)"
     )
-    needs = frozenset({"cls"})
+    needs = frozenset({"cls", "ran"})
     without_cls: ClassVar[dict[str, Any]] = {"pivot": "random"}
     joint = True
     presets: ClassVar[dict[tuple[str, int], dict[str, Any]]] = {

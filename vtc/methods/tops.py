@@ -104,7 +104,7 @@ class TOPS(TwoPlaces):
 
     name = "tops"
     summary = "Grows a relevant, covering, diverse set in front of the LLM and inside it (TOPS)"
-    needs = frozenset({"cls"})
+    needs = frozenset({"cls", "ran"})
     without_cls: ClassVar[dict[str, Any]] = {"saliency": "received"}
     default_ratio = 2 / 9
 

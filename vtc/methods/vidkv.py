@@ -68,6 +68,7 @@ class VidKV(Method):
     name = "vidkv"
     summary = "Holds the KV cache of all tokens at about 2 bits (VidKV, arXiv 2503.16257)"
     default_ratio = 1.0
+    packs = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -74,7 +74,7 @@ class VScan(TwoPlaces):
 
     name = "vscan"
     summary = "[CLS] attention, by window and overall; a third of it after LLM layer 16 (VScan)"
-    needs = frozenset({"cls"})
+    needs = frozenset({"cls", "ran"})
     merges = True
     default_ratio = 1 / 9
     presets: ClassVar[dict[tuple[str, int], dict[str, Any]]] = {

@@ -103,6 +103,7 @@ class ZipVL(Method):
     needs = frozenset({"ahead"})
     default_ratio = 1.0
     bypass = "attention"
+    packs = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
