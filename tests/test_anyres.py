@@ -22,6 +22,8 @@ from vtc.benchmarks.runner import seeded
 from vtc.crops import apportion, layout_of
 from vtc.decoder import split_packed
 from vtc.methods.cdpruner import CDPruner
+from vtc.methods.mod import MoD
+from vtc.methods.vidkv import VidKV
 from vtc.reduction import Reduction
 from vtc.text import TextQuery
 
@@ -270,6 +272,96 @@ def test_adaptive_counts(method: str, family: str) -> None:
     torch.testing.assert_close(steps, want_steps, atol=1e-5, rtol=1e-5)
     report = model.vtc.report()
     assert report.asked is None and 0 < report.final_tokens <= report.visual_tokens
+
+
+def adaptive_quick() -> list:
+    return [
+        pytest.param(m, f, marks=[] if f == "next" else pytest.mark.slow) for m, f in adaptive()
+    ]
+
+
+def alone(inputs: dict[str, torch.Tensor], rows: list[list]) -> list[dict[str, torch.Tensor]]:
+    """Each row of a batch without its padding and mates."""
+    out, image = [], 0
+    for r, row in enumerate(rows):
+        real, mine = inputs["attention_mask"][r].bool(), slice(image, image + len(row))
+        one = {k: inputs[k][r : r + 1, real] for k in ("input_ids", "attention_mask")}
+        out.append(one | {k: inputs[k][mine] for k in ("pixel_values", "image_sizes")})
+        image += len(row)
+    return out
+
+
+def check_rows_alone(model: Any, family: str) -> None:
+    """A row's logits with mates, padded left, are those that it has alone."""
+    rows = [[TALL, TINY], [SLIVER]]
+    inputs = mini.prompt(rows, family, pad="left", between=0)
+    together = model(**inputs).logits
+    for r, one in enumerate(alone(inputs, rows)):
+        got = together[r][inputs["attention_mask"][r].bool()]
+        torch.testing.assert_close(got, model(**one).logits[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method, family", adaptive_quick())
+@torch.no_grad()
+def test_adaptive_counts_of_rows_alone(method: str, family: str) -> None:
+    model = mini.build(family)
+    check_rows_alone(vtc.wrap(model, seeded(method, None, 0)), family)
+
+
+@pytest.mark.parametrize("family", mini.FAMILIES)
+@torch.no_grad()
+def test_routed_patches(family: str) -> None:
+    """`mod` with given routers: batch mates do not matter, and keeping all is stock."""
+    model = mini.build(family)
+    width = locate(model).decoder.hidden
+    g = torch.Generator().manual_seed(1)
+    routers = {i: torch.randn(width, generator=g) for i in (0, 2, 3)}
+    inputs = mini.prompt([[TALL, TINY], [SLIVER]], family, pad="left", between=0)
+    stock = model(**inputs).logits
+    with vtc.compressing(model, MoD(routers=routers, keep_ratio=1.0)):
+        assert torch.equal(model(**inputs).logits, stock)
+    vtc.wrap(model, MoD(routers=routers, keep_tokens=TOKENS))
+    check_rows_alone(model, family)
+    real = inputs["attention_mask"].bool()
+    assert (model(**inputs).logits[real] - stock[real]).abs().max() > 1e-2
+    counts = model.vtc.report().attended_per_layer
+    assert [counts[i] for i in routers] == [TOKENS * 3 / 2] * 3  # three images in two rows
+
+
+@pytest.mark.parametrize("family", mini.FAMILIES)
+@torch.no_grad()
+def test_packed_bits_of_crops(family: str) -> None:
+    """The prompt is stock, its cache is bits, and decoding reads what a stock cache of them holds."""
+    model, method = mini.build(family), VidKV(window=8, group=8)
+    rows = [[TALL, TINY], [SLIVER]]
+    inputs = mini.prompt(rows, family, pad="left", between=0)
+    step = {"input_ids": torch.tensor([[9], [8]])}
+    mask = inputs["attention_mask"]
+    step["attention_mask"] = torch.cat([mask, mask.new_ones(2, 1)], 1)
+
+    plain = model(**inputs, use_cache=True)
+    with vtc.compressing(model, method) as session:
+        out = model(**inputs, use_cache=True)
+        report, cache = session.report(), out.past_key_values
+        torch.testing.assert_close(out.logits, plain.logits, atol=1e-5, rtol=1e-5)
+        assert report.kv_bytes < 0.6 * report.kv_bytes_full
+        assert report.final_tokens == report.visual_tokens
+        columns, worst = torch.device("cpu"), 0.0
+        for layer, stock in zip(cache.layers, plain.past_key_values.layers, strict=True):
+            assert (layer.counts >= 8).all()
+            where = layer.columns(columns)
+            there = ~layer.padded("filler", columns)
+            for got, full in zip(layer.unpacked(), (stock.keys, stock.values), strict=True):
+                for r in range(len(rows)):
+                    worst = max(
+                        worst,
+                        float((full[r][:, where[r, there[r]]] - got[r][:, there[r]]).abs().max()),
+                    )
+                    full[r][:, where[r, there[r]]] = got[r][:, there[r]]
+        assert worst > 1e-2, "nothing was packed: no teeth"
+        got = model(**step, past_key_values=cache).logits
+    want = model(**step, past_key_values=plain.past_key_values).logits
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method, family", cases([m for m in METHODS if jumps(m)]))
