@@ -644,7 +644,7 @@ def test_tops_both_places() -> None:
 
 def test_tops_without_cls() -> None:
     method = TOPS(keep_tokens=3, saliency="received")
-    assert method.needs == frozenset()
+    assert "cls" not in method.needs
     v = features_view(cls=False)
     r = v.attention_received(-2)
     done = method.on_features(v)

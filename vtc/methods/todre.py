@@ -108,6 +108,8 @@ class ToDRE(Method):
         check_count(self, "seed")
         if self.pivot == "random":
             waive(self, "cls")
+        if self.has_budget:  # nothing happens within the LLM
+            waive(self, "ran")
 
     @property
     def threshold(self) -> float:
