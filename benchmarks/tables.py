@@ -192,7 +192,7 @@ def speed_overview(result: dict[str, Any]) -> str:
     for row in sorted(rows, key=lambda row: -row.get("whole_measured", 0)):
         if "whole_measured" in row:
             tokens, share = row["final_tokens"], 100 * row["flops_share"]
-            name, ms, gain = row["method"], row["method_ms"], row["whole_measured"]
+            name, ms, gain = row["method"].split("(")[0], row["method_ms"], row["whole_measured"]
             lines.append(f"| `{name}` | {tokens:.0f} | {share:.0f} | {ms:.0f} | {gain:.2f}x |")
     stock = next(row["whole_stock_ms"] for row in rows if "whole_stock_ms" in row)
     lines += ["", f"{result['parts'][-1]['title']}; stock prompt {stock:.0f} ms, all included."]

@@ -72,7 +72,7 @@ def test_bench_prints_a_table_and_writes_its_files(toy, tmp_path):
     written = {p.name for p in tmp_path.iterdir()}
     assert written == {
         f"{task}{end}"
-        for task in ("easy-vqa", "scenes")
+        for task in ("easy-vqa", "scenes", "small-text")
         for end in (".json", "-pareto.png", "-kept.png")
     }
 
