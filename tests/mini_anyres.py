@@ -8,7 +8,7 @@ from typing import Any
 
 import mini_llava
 import torch
-from mini_llava import GRID, IMAGE, PAD, PATCHES, SIZE
+from mini_llava import GRID, IMAGE, PAD, PATCHES, SIZE, padded
 from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
@@ -139,13 +139,6 @@ def prompt(
             n = PATCHES + shape_of(size, family)[0] * (shape_of(size, family)[1] + 1)
             row += (words(between) if i else []) + [IMAGE] * n
         rows.append(row + words(after))
-    length = max(map(len, rows))
-    ids = torch.full((len(rows), length), PAD)
-    mask = torch.zeros(len(rows), length, dtype=torch.long)
-    for r, row in enumerate(rows):
-        at = slice(0, len(row)) if pad == "right" else slice(length - len(row), length)
-        ids[r, at] = torch.tensor(row)
-        mask[r, at] = 1
     flat = [size for images in sizes for size in images]
     most = max(1 + math.prod(grid_of(size)) for size in flat)
     pixels = torch.zeros(len(flat), most, 3, SIZE, SIZE)
@@ -153,8 +146,7 @@ def prompt(
         n = 1 + math.prod(grid_of(size))
         pixels[i, :n] = torch.randn(n, 3, SIZE, SIZE, generator=g)
     return {
-        "input_ids": ids,
-        "attention_mask": mask,
+        **padded(rows, pad),
         "pixel_values": pixels,
         "image_sizes": torch.tensor(flat),
     }

@@ -84,6 +84,18 @@ def build(
     return model
 
 
+def padded(rows: list[list[int]], pad: str | None) -> dict[str, torch.Tensor]:
+    """Token ids of different lengths as one batch, padded on the "right" or else on the left."""
+    length = max(map(len, rows))
+    ids = torch.full((len(rows), length), PAD)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for r, row in enumerate(rows):
+        at = slice(0, len(row)) if pad == "right" else slice(length - len(row), length)
+        ids[r, at] = torch.tensor(row)
+        mask[r, at] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
 def prompt(
     images_per_row: list[int] | int = 1,
     batch: int = 2,
@@ -106,12 +118,5 @@ def prompt(
         for _ in range(n):
             row += [IMAGE] * PATCHES + words(after)
         rows.append(row)
-    length = max(map(len, rows))
-    ids = torch.full((len(rows), length), PAD)
-    mask = torch.zeros(len(rows), length, dtype=torch.long)
-    for r, row in enumerate(rows):
-        at = slice(0, len(row)) if pad == "right" else slice(length - len(row), length)
-        ids[r, at] = torch.tensor(row)
-        mask[r, at] = 1
     pixels = torch.randn(sum(counts), 3, SIZE, SIZE, generator=g)
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+    return {**padded(rows, pad), "pixel_values": pixels}

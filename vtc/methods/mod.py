@@ -61,7 +61,7 @@ class Depths(Method):
 
     def score(self, v: DecoderView) -> Tensor:
         """(B, N) how much each visual token needs layer ``v.layer + 1``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define score(view)")
 
     def on_bypass(self, v: DecoderView) -> Reduction | None:
         if v.within_budget(self):
