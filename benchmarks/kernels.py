@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ..kernels import attention_reduce, compact_tokens, merge_tokens, similarity_reduce
 from ..kernels.dispatch import has_triton
+from ..methods.pitome import match_energy
 from ..reduction import Reduction
 
 PEAKS = {"A100": (312e12, 1.94e12), "H100": (989e12, 3.35e12)}
@@ -369,17 +370,10 @@ def plain_step(
 def fused_step(
     x: Tensor, hidden: Tensor, size: Tensor, margin: float, r: int
 ) -> tuple[Tensor, Tensor]:
-    """The same through the operators; survivors in raster order."""
+    """The same as vtc does it; survivors in raster order."""
     energy = similarity_reduce.energy(x, margin)
-    order = energy.argsort(dim=1, descending=True, stable=True)[:, : 2 * r]
-    a, b = order[:, 0::2], order[:, 1::2]
-    rows = torch.arange(len(x), device=x.device)[:, None]
-    _, partner = similarity_reduce.best_match(x[rows, a], x[rows, b])
-    n = x.shape[1]
-    target = torch.arange(n, device=x.device).repeat(len(x), 1)
-    target.scatter_(1, a, b.gather(1, partner))
-    reduction = Reduction.from_merge(target, n - r)
-    return merge_tokens.merge(hidden, size, reduction.group, n - r)
+    reduction = Reduction.from_merge(match_energy(x, energy, r), x.shape[1] - r)
+    return reduction.merge(hidden, size)
 
 
 def merge_step(

@@ -50,22 +50,57 @@ def vit_large(device: str, batch: int = 4) -> tuple[Any, Forward]:
         image_size=336,
         patch_size=14,
     )
-    model = CLIPVisionModel(config).eval().to(device)
-    pixels = torch.randn(batch, 3, 336, 336, device=device)
+    model = CLIPVisionModel(config).eval().to(device, dtype_on(device))
+    pixels = torch.randn(batch, 3, 336, 336).to(device, dtype_on(device))
     return model, lambda: model(pixel_values=pixels)
 
 
+def llava(
+    device: str, text: Any, tower: tuple[int, int, int], image_token: int, batch: int
+) -> tuple[Any, Forward]:
+    """A LLaVA with random weights, 576 image and 64 text tokens, and a prefill of it.
+
+    On a GPU the weights are bfloat16, as users have them there, on a CPU float32.
+
+    Args:
+        text: configuration of the decoder; tower: layers, width and heads of the CLIP tower.
+    """
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            num_hidden_layers=tower[0],
+            hidden_size=tower[1],
+            intermediate_size=4 * tower[1],
+            num_attention_heads=tower[2],
+            image_size=336,
+            patch_size=14,
+        ),
+        text_config=text,
+        image_token_index=image_token,
+        image_token_id=image_token,
+        image_seq_length=576,
+        dtype=dtype_on(device),
+    )
+    with torch.device(device):
+        model = LlavaForConditionalGeneration._from_config(config).eval()
+    words = torch.arange(1000, 1000 + TEXT_TOKENS)
+    ids = torch.cat([words[:5], torch.full((576,), image_token), words[5:]])
+    ids = ids.expand(batch, -1).to(device)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(batch, 3, 336, 336).to(device, dtype_on(device)),
+    }
+    return model, lambda: model(**inputs, use_cache=True, logits_to_keep=1)
+
+
 def half_billion(device: str, batch: int = 1) -> tuple[Any, Forward]:
-    """A LLaVA with a decoder of the shape of Qwen2-0.5B, 576 image and 64 text tokens.
+    """A decoder of the shape of Qwen2-0.5B.
 
     Its tower is small (4 layers, width 128), so that what is timed is the language model.
     """
-    from transformers import (
-        CLIPVisionConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        Qwen2Config,
-    )
+    from transformers import Qwen2Config
 
     text = Qwen2Config(
         vocab_size=151936,
@@ -77,32 +112,31 @@ def half_billion(device: str, batch: int = 1) -> tuple[Any, Forward]:
         max_position_embeddings=32768,
         tie_word_embeddings=True,
     )
-    vision = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=336,
-        patch_size=14,
-    )
-    image_token = 151646
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=image_token,
-        image_token_id=image_token,
-        image_seq_length=576,
-    )
-    model = LlavaForConditionalGeneration(config).eval().to(device)
-    words = torch.arange(1000, 1000 + TEXT_TOKENS)
-    ids = torch.cat([words[:5], torch.full((576,), image_token), words[5:]])
-    ids = ids.expand(batch, -1).to(device)
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.randn(batch, 3, 336, 336, device=device),
+    vision = {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
     }
-    return model, lambda: model(**inputs, use_cache=True, logits_to_keep=1)
+    return llava(device, text, vision, 151646, batch)
+
+
+def seven_billion(device: str, batch: int = 1) -> tuple[Any, Forward]:
+    """The shape of LLaVA-1.5-7B: CLIP ViT-L/14 at 336 px and a Llama of 32 layers of width 4096."""
+    from transformers import LlamaConfig
+
+    text = LlamaConfig(vocab_size=32064, max_position_embeddings=4096)
+    vision = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    }
+    return llava(device, text, vision, 32000, batch)
+
+
+def dtype_on(device: str) -> torch.dtype:
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
 @contextmanager
@@ -264,28 +298,29 @@ def run(
     """The comparisons; see the module's docstring for what the columns mean.
 
     Args:
-        full: instead of a few methods at a time, every method at 22 % on the 0.5 B decoder.
+        full: instead of a few methods at a time, every method at 22 % on the 0.5 B decoder; on a
+            GPU on a 7 B LLaVA too.
     """
-    plans: list[tuple[str, Callable[[str], tuple[Any, Forward]], list[Method]]] = [
-        (
-            "ViT-L/14, 336 px, batch 4, float32, encoder alone",
-            vit_large,
-            # A geometric schedule that ends at 20 % of the patches costs about half the FLOPs.
-            [resolve(name, keep_ratio=0.2)[0] for name in ("pitome", "tome")],
-        ),
-        *(
-            (
-                "decoder of Qwen2-0.5B's shape, 576 image + 64 text tokens, "
-                f"batch {batch}, float32, prefill",
-                partial(half_billion, batch=batch),
-                [resolve(name, keep_tokens=128)[0] for name in ("fastv", "visionzip")],
-            )
-            for batch in (1, 4)
-        ),
-    ]
+    dtype = str(dtype_on(device)).removeprefix("torch.")
+    small = "decoder of Qwen2-0.5B's shape, 576 image + 64 text tokens"
+    large = "LLaVA-1.5-7B's shape, 576 image + 64 text tokens"
+    on_gpu = torch.device(device).type == "cuda"
+    shapes = [(small, half_billion, batch) for batch in ((1,) if full else (1, 4))]
+    if on_gpu:
+        shapes += [(large, seven_billion, 1), (large, seven_billion, 8)]
     if full:
-        title = "decoder of Qwen2-0.5B's shape, 576 + 64 tokens, batch 1, every method at 22 %"
-        plans = [(title, half_billion, every_method(Fraction(2, 9), seed))]
+        methods, note = every_method(Fraction(2, 9), seed), ", every method at 22 %"
+    else:
+        methods, note = [resolve(n, keep_tokens=128)[0] for n in ("fastv", "visionzip")], ""
+    plans: list[tuple[str, Callable[[str], tuple[Any, Forward]], list[Method]]] = [
+        (f"{title}, batch {batch}, {dtype}{note}, prefill", partial(build, batch=batch), methods)
+        for title, build, batch in shapes
+    ]
+    if not full:
+        # A geometric schedule that ends at 20 % of the patches costs about half the FLOPs.
+        towers = [resolve(name, keep_ratio=0.2)[0] for name in ("pitome", "tome")]
+        title = f"ViT-L/14, 336 px, batch 4, {dtype}, encoder alone"
+        plans.insert(0, (title, vit_large, towers))
     steps, done = len(plans) * (repeats + 1), 0
     parts = []
     for title, build, methods in plans:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 import vtc
 from vtc.cost import llm_flops
+from vtc.methods._common import unit
 from vtc.methods._stages import entering
 from vtc.methods.fastv import FastV
 from vtc.methods.todre import ToDRE, max_sum_order
-from vtc.methods.tome import unit
 from vtc.methods.tops import TOPS, greedy_set
 from vtc.methods.uniform import Uniform
 from vtc.methods.vscan import VScan, best_of_windows, windows

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from vtc.kernels.similarity_reduce import energy as energies
 from vtc.methods.divprune import greedy_order
-from vtc.methods.pitome import energies, match_energy
-from vtc.methods.tome import match_parity, unit
+from vtc.methods.pitome import match_energy
+from vtc.methods.tome import match_parity
 from vtc.reduction import Reduction
 
 FOLDER = Path(os.environ.get("VTC_GOLDEN") or Path(__file__).parents[2] / "shared" / "golden")
@@ -72,7 +73,7 @@ def check_merge(golden, into, removed):
 
 def pitome(golden, protect):
     prefix = int(golden["class_token"])
-    x = unit(golden["metric"])[:, prefix:]
+    x = golden["metric"][:, prefix:]
     batch, n, _ = x.shape
     energy = energies(x, golden["margin"], golden.get("alpha", 1.0))
     if "energy" in golden:
@@ -95,7 +96,7 @@ def test_pitome_bsm(path):
 @pytest.mark.parametrize("path", cases("tome_*.npz", 18))
 def test_tome(path):
     golden = load(path)
-    into = match_parity(unit(golden["metric"]), golden["r"], int(golden["class_token"]))
+    into = match_parity(golden["metric"], golden["r"], int(golden["class_token"]))
     check_merge(golden, into, golden["r"])
 
 

@@ -16,6 +16,7 @@ import vtc
 from vtc.cost import llm_flops
 from vtc.errors import UnsupportedError
 from vtc.method import resolve
+from vtc.methods._common import unit
 from vtc.methods.dart import DART, least_alike, pair_norm
 from vtc.methods.diprune import DIPrune, ranks
 from vtc.methods.divprune import greedy_order
@@ -23,7 +24,6 @@ from vtc.methods.fastv import FastV
 from vtc.methods.mob import MoB, aligned
 from vtc.methods.pyramiddrop import PyramidDrop
 from vtc.methods.sparsevlm import SparseVLM, density_peaks
-from vtc.methods.tome import unit
 from vtc.methods.transprune import HIGH, LOW, TransPrune, share_of, transition
 
 METHODS = {m.name: m for m in (TransPrune, PyramidDrop, SparseVLM, DART, MoB, DIPrune)}

@@ -11,15 +11,17 @@ import torch
 
 import vtc
 from vtc.errors import UnsupportedError
+from vtc.kernels import similarity_reduce
 from vtc.method import known_methods, register, resolve
+from vtc.methods._common import unit
 from vtc.methods.divprune import DivPrune, greedy_order
 from vtc.methods.downsample import Downsample, smaller_grid
 from vtc.methods.fastervlm import FasterVLM
 from vtc.methods.fastv import FastV
-from vtc.methods.pitome import BACKBONES, PiToMe, energies, match_energy
+from vtc.methods.pitome import BACKBONES, PiToMe, match_energy
 from vtc.methods.pool import Pool, cells
 from vtc.methods.random import Random
-from vtc.methods.tome import ToMe, even_counts, match, match_parity, unit
+from vtc.methods.tome import ToMe, even_counts, match, match_parity
 from vtc.methods.uniform import Uniform
 from vtc.methods.visionzip import VisionZip
 from vtc.reduction import Reduction, top_k
@@ -392,13 +394,13 @@ def test_pitome_ratio_runs_in_every_preset(name):
 
 
 def test_pitome_margin_follows_the_depth(monkeypatch):
-    seen = []
+    seen, stock = [], similarity_reduce.energy
 
     def spy(x, margin, alpha, kind):
         seen.append(margin)
-        return energies(x, margin, alpha, kind)
+        return stock(x, margin, alpha, kind)
 
-    monkeypatch.setattr("vtc.methods.pitome.energies", spy)
+    monkeypatch.setattr(similarity_reduce, "energy", spy)
     for method, layer, expected in (
         (PiToMe(keep_ratio=0.5), 0, 0.9),
         (PiToMe(keep_ratio=0.5), 3, 0.45),
@@ -413,14 +415,14 @@ def test_pitome_margin_follows_the_depth(monkeypatch):
 def test_pitome_does_not_depend_on_the_order_of_the_patches(protect):
     x = unit(torch.randn(2, 30, 8, generator=torch.Generator().manual_seed(3)))
     shuffle = torch.randperm(30, generator=torch.Generator().manual_seed(4))
-    into = match_energy(x, energies(x, 0.3), 9, protect)
-    moved = match_energy(x[:, shuffle], energies(x[:, shuffle], 0.3), 9, protect)
+    into = match_energy(x, similarity_reduce.energy(x, 0.3), 9, protect)
+    moved = match_energy(x[:, shuffle], similarity_reduce.energy(x[:, shuffle], 0.3), 9, protect)
     assert torch.equal(shuffle[moved], into[:, shuffle])
 
 
 def test_pitome_protects_low_energy():
     x = unit(torch.randn(1, 30, 8, generator=torch.Generator().manual_seed(3)))
-    energy = energies(x, 0.3)
+    energy = similarity_reduce.energy(x, 0.3)
     into = match_energy(x, energy, 6)
     low = energy[0].argsort(stable=True)[:18]
     assert torch.equal(into[0, low], low)
@@ -440,7 +442,10 @@ def test_pitome_on_a_view_is_its_matching_behind_the_prefix(matching, prefix):
         into = match_parity(x, r, prefix)
     else:
         patches = x[:, prefix:]
-        into = match_energy(patches, energies(patches, 0.9), r, matching == "pitome") + prefix
+        into = (
+            match_energy(patches, similarity_reduce.energy(patches, 0.9), r, matching == "pitome")
+            + prefix
+        )
         into = torch.cat([torch.arange(prefix).expand(2, -1), into], 1)
     method = PiToMe(matching=matching, ratio=1 - (r + 0.5) / N)
     reduction = method.on_vision_layer(v)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import json
 import sys
@@ -103,7 +104,9 @@ def methods(
 def bench(
     tasks: Annotated[
         list[str] | None,
-        typer.Argument(help='Tasks, such as easy-vqa or scenes; or "speed".', show_default=False),
+        typer.Argument(
+            help='Tasks, such as easy-vqa or scenes; or "speed", or "kernels".', show_default=False
+        ),
     ] = None,
     methods: Annotated[
         str | None, typer.Option(help="Names, separated by commas.", show_default=False)
@@ -148,11 +151,15 @@ def bench(
 ) -> None:
     """Accuracy, tokens, FLOPs, milliseconds and KV bytes of each method at each budget.
 
-    "vtc bench speed" measures how much of the speed-up promised by the FLOPs is reached on a
-    ViT-L/14 and on a 0.5 B decoder with random weights.
+    "vtc bench speed" measures how much of the speed-up promised by the FLOPs is reached, with random
+    weights, on a ViT-L/14 and on a 0.5 B decoder, on a GPU also on a 7 B LLaVA. "vtc bench kernels"
+    checks the fused kernels and times them beside eager torch and torch.compile.
     """
     if tasks == ["speed"]:
         _speed(device, repeats, seed, full, as_json, out_dir)
+        return
+    if tasks == ["kernels"]:
+        _kernels(device, as_json, out_dir)
         return
 
     from .benchmarks import runner, tables
@@ -162,7 +169,9 @@ def bench(
     chosen = tuple(tasks or DEFAULT_TASKS)
     for name in chosen:
         if name not in TASKS:
-            raise Mistake(f'unknown task "{name}"; tasks are {", ".join(TASKS)}, and speed')
+            raise Mistake(
+                f'unknown task "{name}"; tasks are {", ".join(TASKS)}, and speed and kernels'
+            )
     if methods is None:
         names = tuple(known_methods()) if full else DEFAULT_METHODS
     else:
@@ -288,6 +297,22 @@ class _progress:
 
     def __exit__(self, *error: object) -> None:
         self.bar.stop()
+
+
+def _kernels(device: str, as_json: bool, out_dir: Path) -> None:
+    """The CSV files of the kernel benchmark, in rows with --json."""
+    from .benchmarks.kernels import bench_kernels
+
+    quiet = (lambda text: None) if as_json else functools.partial(out.print, highlight=False)
+    try:
+        written = bench_kernels(_device(device), out_dir, say=quiet)
+    except RuntimeError as error:  # a kernel is wrong here, or triton is missing
+        raise Mistake(str(error)) from None
+    if as_json:
+        tables = {path.stem: list(csv.DictReader(path.open())) for path in written}
+        print(json.dumps(tables, indent=1))
+    else:
+        out.print(f"[dim]written: {', '.join(map(str, written))}[/dim]", soft_wrap=True)
 
 
 def _print_table(result: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from . import cache as kv
 from . import tap
 from .adapters.base import DecoderSites
 from .errors import UnsupportedError
+from .kernels.compact_tokens import compact
 from .method import Method, split_answer
 from .quantized import Packing, pack_layer
 from .reduction import Reduction, gather_tokens
@@ -705,27 +706,29 @@ class DecoderEngine:
             rank = (~needed).long() + (~needed & visual).long()
             index = rank.argsort(dim=1, stable=True)[:, :length].sort(dim=1).values
             filler = gather_tokens(visual & ~kept, index)
-        if st.filler is not None:
-            old = gather_tokens(st.filler.to(hidden.device), index)
-            filler = old if filler is None else filler | old
-        if filler is not None and not bool(filler.any()):
-            filler = None
-        local = _arange(hidden) if st.local is None else st.local.to(hidden.device)
+        aligned: dict[str, Tensor] = {
+            "local": _arange(hidden) if st.local is None else st.local,
+            "visual": visual & kept,
+            "real": real & (~visual | kept),
+            "image": st.image,
+            "position": st.position,
+        }
+        for name in ("separator", "filler"):
+            if getattr(st, name) is not None:
+                aligned[name] = getattr(st, name)
         if self.compact:
             lost = (visual & ~kept).long()
             shift = lost.cumsum(1) - lost
-            if st.shift is not None:
-                shift = shift + st.shift.to(hidden.device)
-            st.shift = gather_tokens(shift, index)
-        st.local = gather_tokens(local, index)
-        st.visual, st.places = gather_tokens(visual & kept, index), None
-        st.real = gather_tokens(real & (~visual | kept), index)
-        if st.separator is not None:
-            st.separator = gather_tokens(st.separator.to(hidden.device), index)
-        st.image = gather_tokens(st.image.to(hidden.device), index)
-        st.position = gather_tokens(st.position.to(hidden.device), index)
+            aligned["shift"] = shift if st.shift is None else shift + st.shift.to(hidden.device)
+        hidden, *rest = compact([hidden, *(x.to(hidden.device) for x in aligned.values())], index)
+        for name, x in zip(aligned, rest, strict=True):
+            setattr(st, name, x)
+        st.places = None
+        if st.filler is not None:
+            filler = st.filler if filler is None else filler | st.filler
+        if filler is not None and not bool(filler.any()):
+            filler = None
         st.filler = filler
-        hidden = gather_tokens(hidden, index)
         return hidden if filler is None else hidden.masked_fill(filler.unsqueeze(-1), 0)
 
     # ---- what Hugging Face hands to every layer, for the tokens that are left ------------------

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .kernels import merge_tokens
+
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Rows of x (B, N, ...) at index (B, K): a tensor (B, K, ...)."""
@@ -203,14 +205,7 @@ class Reduction:
             The merged tokens (B, K, C), accumulated in fp32 or better and returned in the dtype of
             x, and their sizes (B, K) in fp32 or better; padding slots hold zeros.
         """
-        dtype = _at_least_fp32(x.dtype)
-        wide = x.to(dtype)
-        if size is None:
-            total, new_size = self.sum(wide), self.sum(wide.new_ones(x.shape[:2]))
-        else:
-            size = size.to(dtype)
-            total, new_size = self.sum(wide * size.unsqueeze(-1)), self.sum(size)
-        return (total / new_size.clamp(min=1e-12).unsqueeze(-1)).to(x.dtype), new_size
+        return merge_tokens.merge(x, size, self.group.to(x.device), self.count)
 
     def expand(self, x: Tensor) -> Tensor:
         """The way back: every source token gets the value of its slot, (B, K, C) -> (B, N, C).

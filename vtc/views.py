@@ -91,6 +91,23 @@ class Projections:
         """Attention probabilities in fp32 for the query rows, (B, H, rows, T)."""
         return self.logits(rows).softmax(-1)
 
+    def received(self, weights: Tensor | None = None, chunk: int = 256) -> Tensor:
+        """(B, H, T) attention in fp32 that each key receives from all query rows: A^T w.
+
+        Args:
+            weights: (B, H, T) w of the rows; ones when None.
+            chunk: query rows held at once where there is a bias.
+        """
+        key = self.key()
+        if self.bias is None:
+            return column_sums(self.query(slice(None)), key, weights=weights, scale=self.scale)
+        total: Any = 0.0
+        for start in range(0, key.shape[2], chunk):
+            rows = slice(start, start + chunk)
+            part = self.attention(rows)
+            total = total + (part if weights is None else part * weights[:, :, rows, None]).sum(2)
+        return total
+
     def folded_attention(self) -> Tensor:
         """(B, H, T', T') probabilities in fp32 among the T' tokens left of this block's tokens.
 
@@ -283,22 +300,18 @@ class FeaturesView:
 
         return self._patches("cls_similarity", layer, "sum", row)
 
-    def attention_received(self, layer: int, chunk: int = 256) -> Tensor:
+    def attention_received(self, layer: int) -> Tensor:
         """(B, N) attention a patch receives in block ``layer``, mean over heads and query rows.
 
         The published substitute for [CLS] attention on towers without one (VisionZip, VisPruner).
         """
         projections = self._layer(layer)
 
-        def received() -> Tensor:
-            rows = projections.key().shape[2]
-            parts = [
-                projections.attention(slice(i, i + chunk)).sum(2).mean(1)
-                for i in range(0, rows, chunk)
-            ]
-            return torch.stack(parts).sum(0) / rows
+        def mean() -> Tensor:
+            received = projections.received().mean(1)
+            return received / received.shape[1]
 
-        return self._patches("attention_received", layer, "sum", received)
+        return self._patches("attention_received", layer, "sum", mean)
 
     def key(self, layer: int) -> Tensor:
         """(B, N, H, d) keys of block ``layer``."""

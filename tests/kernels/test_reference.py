@@ -14,6 +14,7 @@ from vtc.kernels.compact_tokens import reference as compact
 from vtc.kernels.merge_tokens import reference as merge
 from vtc.kernels.similarity_reduce import reference as similarity
 from vtc.methods import pitome, tome
+from vtc.methods._common import unit
 from vtc.reduction import Reduction
 
 F32, F16, BF16 = checks.DTYPES
@@ -211,7 +212,7 @@ def test_everything_but_the_gpu_works_without_triton():
 @pytest.mark.parametrize("n", [17, 64, 577])
 def test_energy_is_that_of_pitome(n, kind):
     x = checks.features(2, n, 64, F32, "cpu")
-    s = tome.unit(x)
+    s = unit(x)
     s = s @ s.transpose(1, 2) - 0.4
     expected = torch.where(s > 0, s, s.exp() - 1).mean(2)
     if kind == "paper":
@@ -219,49 +220,49 @@ def test_energy_is_that_of_pitome(n, kind):
     torch.testing.assert_close(
         similarity_reduce.energy(x, 0.4, kind=kind), expected, rtol=0, atol=2e-6
     )
-    now = pitome.energies(tome.unit(x), 0.4, 1.0, kind)
-    torch.testing.assert_close(now, expected, rtol=0, atol=2e-6)
 
 
-def match_by_kernel(x, a, b, r, barred=None):
-    """`tome.match`, written with `best_match`; x need not be of unit length."""
+def match_by_matrix(x, a, b, r, barred=None):
+    """`tome.match` over the whole matrix of cosines."""
     rows = torch.arange(len(x))[:, None]
-    ok = (None, None) if barred is None else (~barred[a], ~barred[b])
-    edge, partner = similarity_reduce.best_match(x[rows, a], x[rows, b], a_mask=ok[0], b_mask=ok[1])
-    if r < a.shape[1]:
-        best = edge.argsort(dim=1, descending=True, stable=True)[:, :r]
-        a, partner = a.gather(1, best), partner.gather(1, best)
+    x = unit(x)
+    similarity = x[rows, a] @ x[rows, b].transpose(1, 2)
+    if barred is not None:
+        similarity.masked_fill_(barred[b][:, None] | barred[a][..., None], -torch.inf)
+    edge, partner = similarity.max(2)
+    best = edge.argsort(dim=1, descending=True, stable=True)[:, :r]
+    a, partner = a.gather(1, best), partner.gather(1, best)
     target = torch.arange(x.shape[1]).repeat(len(x), 1)
     return target.scatter_(1, a, b.gather(1, partner))
 
 
 @pytest.mark.parametrize("n", [18, 64, 577])
 @pytest.mark.parametrize("prefix", [0, 1, 2])
-def test_matching_is_that_of_tome_and_pitome(n, prefix):
+def test_matching_is_that_of_the_matrix(n, prefix):
     x = checks.features(2, n, 64, F32, "cpu")
     index = torch.arange(n)
     a, b = index[0::2].expand(2, -1), index[1::2].expand(2, -1)
-    barred = index < prefix if prefix else None
-    expected = tome.match_parity(tome.unit(x), n // 5, prefix)
-    assert torch.equal(match_by_kernel(x, a, b, n // 5, barred), expected)
+    expected = match_by_matrix(x, a, b, n // 5, index < prefix if prefix else None)
+    assert torch.equal(tome.match_parity(x, n // 5, prefix), expected)
     energy = similarity_reduce.energy(x, 0.4)
     order = energy.argsort(dim=1, descending=True, stable=True)[:, : 2 * (n // 5)]
-    expected = pitome.match_energy(tome.unit(x), energy, n // 5)
-    assert torch.equal(match_by_kernel(x, order[:, 0::2], order[:, 1::2], n // 5), expected)
+    expected = match_by_matrix(x, order[:, 0::2], order[:, 1::2], n // 5)
+    assert torch.equal(pitome.match_energy(x, energy, n // 5), expected)
 
 
 @pytest.mark.parametrize("dtype", checks.DTYPES)
-def test_merging_and_selecting_are_those_of_the_reduction(dtype):
+def test_merging_and_selecting_are_those_of_the_formulas(dtype):
     x = checks.features(3, 65, 24, dtype, "cpu")
     size = torch.rand(3, 65) + 0.5
-    target = tome.match_parity(tome.unit(x), 20, 1)
-    reduction = Reduction.from_merge(target)
+    reduction = Reduction.from_merge(tome.match_parity(x, 20, 1))
     for weights in (None, size):
-        for a, b in zip(
-            merge_tokens.merge(x, weights, reduction.group, reduction.count),
-            reduction.merge(x, weights),
-        ):
-            assert a.dtype == b.dtype
-            torch.testing.assert_close(a, b, rtol=checks.MERGE_TOLERANCE[dtype], atol=1e-6)
+        merged, new_size = reduction.merge(x, weights)
+        m = torch.ones(3, 65) if weights is None else weights
+        mine = torch.nn.functional.one_hot(reduction.group, reduction.count) * m[..., None]
+        assert merged.dtype == dtype and new_size.dtype == F32
+        torch.testing.assert_close(new_size, mine.sum(1))
+        mean = (mine / mine.sum(1, keepdim=True)).transpose(1, 2) @ x.float()
+        tolerance = checks.MERGE_TOLERANCE[dtype]
+        torch.testing.assert_close(merged.float(), mean, rtol=tolerance, atol=max(tolerance, 1e-6))
     (kept,) = compact_tokens.compact([x], reduction.keep)
     assert torch.equal(kept, reduction.select(x))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, waive
+from ..kernels.similarity_reduce import best_match
 from ..reduction import gather_tokens, ranks
 from ..views import DecoderView, FeaturesView
 
@@ -96,15 +97,15 @@ def best_of_each(
 
 
 def into_nearest(x: Tensor, targets: Tensor) -> Tensor:
-    """(B, N) where tokens x (B, N, C), of unit length, fold: the most similar of targets (B, K)."""
-    nearest = (x @ gather_tokens(x, targets).mT).argmax(2)
+    """(B, N) where tokens x (B, N, C) fold: the nearest of targets (B, K) by cosine."""
+    _, nearest = best_match(x, gather_tokens(x, targets))
     return targets.gather(1, nearest).scatter(1, targets, targets)
 
 
-def into_chosen(similarity: Tensor, chosen: Tensor) -> Tensor:
-    """(B, N) where tokens fold by similarity (B, N, N): the most similar of those chosen (B, N)."""
+def into_chosen(x: Tensor, chosen: Tensor) -> Tensor:
+    """(B, N) where tokens x (B, N, C) fold: the nearest of those chosen (B, N) by cosine."""
     index = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
-    nearest = similarity.masked_fill(~chosen[:, None], -torch.inf).argmax(2)
+    _, nearest = best_match(x, x, b_mask=chosen)
     return index.where(chosen, nearest)
 
 

@@ -27,36 +27,24 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_no_budget, check_range
 from ..errors import UnsupportedError
+from ..kernels import similarity_reduce
 from ..method import Method, geometric_counts, register
 from ..reduction import Reduction
 from ..views import VisionView
-from ._common import unit
 from .tome import match, match_parity
 
 Matching = Literal["pitome", "pitome_bsm", "bsm"]
-
-
-def energies(
-    x: Tensor, margin: float, alpha: float = 1.0, kind: Literal["elu", "paper"] = "elu"
-) -> Tensor:
-    """Energy (B, T) of features x (B, T, C) of unit length; high in large homogeneous regions."""
-    shift = x.new_full((1, 1, 1), -margin)
-    s = torch.baddbmm(shift, x, x.transpose(1, 2))
-    jump = margin * (s >= 0).float().mean(2) if kind == "paper" else 0.0
-    return F.elu(s, alpha, inplace=True).mean(2) + jump
 
 
 def match_energy(x: Tensor, energy: Tensor, r: int, protect: bool = True) -> Tensor:
     """Where each token folds, (B, T) int64; itself where it stays.
 
     Args:
-        x: (B, T, C), of unit length; energy: (B, T).
+        x: (B, T, C), compared by their cosines; energy: (B, T), high in large homogeneous regions.
         r: tokens to remove, at most T / 2.
         protect: take only the 2r tokens of highest energy; else all, and the r best edges.
     """
@@ -186,7 +174,7 @@ class PiToMe(Method):
         r = min(v.count - target, v.count // 2)
         if r <= 0:
             return None
-        x = unit(v.key_mean if self.metric == "key" else v.x)
+        x = v.key_mean if self.metric == "key" else v.x
         matching = self.matching_at(v.layer, v.depth)
         if matching == "bsm":
             into = match_parity(x, r, v.prefix)
@@ -194,6 +182,6 @@ class PiToMe(Method):
             slope = self.margin if self.margin_slope is None else self.margin_slope
             margin = self.margin - slope * v.layer / (self.margin_depth or v.depth)
             patches = x[:, v.prefix :]
-            energy = energies(patches, margin, self.alpha, self.energy)
+            energy = similarity_reduce.energy(patches, margin, self.alpha, self.energy)
             into = v.in_sequence(match_energy(patches, energy, r, protect=matching == "pitome"))
         return Reduction.from_merge(into, v.x.shape[1] - r)

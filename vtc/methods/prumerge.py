@@ -116,7 +116,7 @@ class PruMerge(Method):
 
         index = torch.arange(n, device=a.device).expand_as(a)
         last = index.where(rest, -1).amax(1, keepdim=True)
-        target = index.where(chosen, last) if bundle else into_chosen(similarity, chosen)
+        target = index.where(chosen, last) if bundle else into_chosen(key, chosen)
         reduction = Reduction.from_merge(target, k)
 
         near = gather_tokens(similarity, reduction.keep).masked_fill(chosen[:, None], -torch.inf)

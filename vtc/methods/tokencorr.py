@@ -30,18 +30,18 @@ from torch import Tensor
 
 from ..checks import check_count, check_range
 from ..errors import UnsupportedError
+from ..kernels.similarity_reduce import similarity_count
 from ..method import Method, register
 from ..reduction import Reduction, marked, ranks, top_k
 from ..views import FeaturesView
-from ._common import Saliency, check_saliency, into_chosen, noise, saliency_of, unit
+from ._common import Saliency, check_saliency, into_chosen, noise, saliency_of
 from .prumerge import outliers
 
 
-def informative(similarity: Tensor, threshold: float, duplicates: int) -> Tensor:
-    """(B,) tokens, at least 1, with at most so many others above a similarity (B, N, N) of it."""
-    near = similarity > threshold
-    near.diagonal(dim1=1, dim2=2).fill_(False)
-    return (near.sum(2) <= duplicates).sum(1).clamp(min=1)
+def informative(x: Tensor, threshold: float, duplicates: int) -> Tensor:
+    """(B,) tokens of x (B, N, C), at least 1, with at most so many others above a cosine to it."""
+    near = similarity_count(x, threshold=threshold, exclude_diag=True)
+    return (near <= duplicates).sum(1).clamp(min=1)
 
 
 def gumbel(index: Tensor, seed: int) -> Tensor:
@@ -107,17 +107,16 @@ class TokenCorr(Method):
         n, k = v.count, v.budget(self) if self.has_budget else None
         if k is not None and k >= n:
             return None
-        key = unit(v.key(self.early).flatten(2))
-        similarity = key @ key.transpose(1, 2)
+        key = v.key(self.early).flatten(2)
         local = saliency_of(v, self.early, self.saliency)
         if not self.deterministic:
             local = local.clamp(min=1e-30).log() + gumbel(v.index.to(local.device), self.seed)
         late = saliency_of(v, self.late, self.saliency)
         stands_out = outliers(late)
         if k is None:
-            count = informative(similarity, self.similarity, self.duplicates)
+            count = informative(key, self.similarity, self.duplicates)
             chosen = (ranks(local) < count[:, None]) | stands_out
         else:
             first = (2 * n - ranks(late)).where(stands_out, n - ranks(local))
             chosen = marked(top_k(first, k), n)
-        return Reduction.from_merge(into_chosen(similarity, chosen), k)
+        return Reduction.from_merge(into_chosen(key, chosen), k)

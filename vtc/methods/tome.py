@@ -24,17 +24,17 @@ import torch
 from torch import Tensor
 
 from ..checks import check_count, check_no_budget
+from ..kernels.similarity_reduce import best_match
 from ..method import Method, register
 from ..reduction import Reduction
 from ..views import VisionView
-from ._common import unit
 
 
 def match(x: Tensor, a: Tensor, b: Tensor, r: int, barred: Tensor | None = None) -> Tensor:
     """Fold the r tokens of A with the best edges into their most similar tokens of B.
 
     Args:
-        x: (B, T, C), of unit length.
+        x: (B, T, C), compared by their cosines.
         a, b: (B, Na), (B, Nb) indices of the two sides.
         r: edges to keep, at most Na; equal edges go to the first of A.
         barred: (T,) bool, tokens that neither fold nor absorb.
@@ -43,13 +43,9 @@ def match(x: Tensor, a: Tensor, b: Tensor, r: int, barred: Tensor | None = None)
         (B, T) int64, the token that each one folds into (itself where it stays).
     """
     rows = torch.arange(len(x), device=x.device)[:, None]
-    similarity = x[rows, a] @ x[rows, b].transpose(1, 2)
-    if barred is not None:
-        similarity.masked_fill_(barred[b][:, None, :], -torch.inf)
-    edge, partner = similarity.max(2)
+    masks = {} if barred is None else {"a_mask": ~barred[a], "b_mask": ~barred[b]}
+    edge, partner = best_match(x[rows, a], x[rows, b], **masks)
     if r < a.shape[1]:
-        if barred is not None:
-            edge.masked_fill_(barred[a], -torch.inf)
         best = edge.argsort(dim=1, descending=True, stable=True)[:, :r]
         a, partner = a.gather(1, best), partner.gather(1, best)
     target = torch.arange(x.shape[1], device=x.device).repeat(len(x), 1)
@@ -123,5 +119,5 @@ class ToMe(Method):
         r = min(v.count - target, v.count // 2)
         if r <= 0:
             return None
-        into = match_parity(unit(v.key_mean), r, v.prefix)
+        into = match_parity(v.key_mean, r, v.prefix)
         return Reduction.from_merge(into, v.x.shape[1] - r)

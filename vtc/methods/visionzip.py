@@ -28,7 +28,7 @@ from ..checks import check_count
 from ..method import Method, register
 from ..reduction import Reduction, marked, top_k
 from ..views import FeaturesView
-from ._common import Saliency, check_saliency, into_nearest, saliency_of, unit
+from ._common import Saliency, check_saliency, into_nearest, saliency_of
 
 LAYER = -2
 
@@ -84,6 +84,6 @@ class VisionZip(Method):
         stride = (n - dominant) // contextual
         targets = rest[:, : stride * contextual : stride]
 
-        key = unit(v.key(LAYER).mean(2))
+        key = v.key(LAYER).mean(2)
         index = torch.arange(n, device=rest.device).expand_as(chosen)
         return Reduction.from_merge(index.where(chosen, into_nearest(key, targets)), k)

@@ -35,7 +35,7 @@ from ..checks import check_count
 from ..method import register, relative_layers
 from ..reduction import Reduction, top_k
 from ..views import DecoderView, FeaturesView
-from ._common import attended, into_nearest, unit
+from ._common import attended, into_nearest
 from ._stages import TwoPlaces
 
 LOCAL, GLOBAL = 5, -2  # encoder blocks: of 24, and from the end
@@ -98,8 +98,7 @@ class VScan(TwoPlaces):
 
         scores = v.cls_attention(GLOBAL).mean(1).scatter(1, local, torch.inf)
         kept = top_k(scores, k)
-        x = unit(v.features)
-        return Reduction.from_merge(into_nearest(x, kept), k)
+        return Reduction.from_merge(into_nearest(v.features, kept), k)
 
     def on_decoder_layer(self, v: DecoderView) -> Reduction | None:
         if v.within_budget(self):

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_range, require
+from ..kernels.similarity_reduce import best_match
 from ..method import register
 from ..reduction import Reduction, gather_tokens, top_k
 from ..views import VisionView
@@ -88,8 +89,8 @@ def most_similar(x: Tensor, importance: Tensor, r: int) -> Tensor:
     order = importance.argsort(dim=1, descending=True, stable=True)
     better = x.shape[1] - x.shape[1] // 2
     b, a = order[:, :better], order[:, better:].sort(dim=1).values
-    nearest = (gather_tokens(x, a) @ gather_tokens(x, b).transpose(1, 2)).amax(2)
-    return a.gather(1, top_k(nearest, r))
+    edge, _ = best_match(gather_tokens(x, a), gather_tokens(x, b), normalize=False)
+    return a.gather(1, top_k(edge, r))
 
 
 @register
@@ -162,6 +163,10 @@ class ZeroTPrune(StagedBlocks):
         """(B, T) importance after that many votes among the tokens (B, T), or all of them."""
         cls = v.has_cls and self.start != "uniform"
         scores = []
+        if votes == 1 and among is None and v.projections.later is None:  # no map at all
+            start = first_votes(v.x.shape[1], cls, v.x.device)
+            scores.append(v.projections.received(start.expand(len(v.x), v.key.shape[1], -1)))
+            heads = []
         for part in heads:  # a few maps at a time
             a = part.folded_attention()
             if among is not None:
