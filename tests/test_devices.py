@@ -7,11 +7,12 @@ device, are checked against the CPU.
 
 import copy
 
+import mini_anyres
+import mini_llava
 import pytest
 import torch
 
 import vtc
-from tests import mini_anyres, mini_llava
 from vtc.benchmarks.runner import seeded
 from vtc.errors import UnsupportedError
 from vtc.method import known_methods
@@ -22,7 +23,7 @@ BUILD = {
     "llava": (mini_llava.build, lambda: mini_llava.prompt(2, pad="left")),
     "next": (
         lambda: mini_anyres.build("next"),
-        lambda: mini_anyres.prompt([[(64, 96)], [(96, 64)]], "next", pad="left"),
+        lambda: mini_anyres.prompt([[mini_anyres.WIDE], [mini_anyres.TALL]], "next", pad="left"),
     ),
 }
 
