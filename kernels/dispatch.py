@@ -9,7 +9,8 @@ import importlib.util
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 @functools.cache
@@ -21,6 +22,19 @@ def has_triton() -> bool:
 @functools.cache
 def _load(op: str, implementation: str) -> ModuleType:
     return importlib.import_module(f"vtc.kernels.{op}.{implementation}")
+
+
+def unseen(*tensors: Tensor | None) -> bool:
+    """Whether nothing looks into a call on these tensors: no tracing, no autograd, no subclass.
+
+    Then the implementation can be called without its registered operator, whose way through
+    torch.library takes longer than launching a small kernel.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    grad = torch.is_grad_enabled()
+    plain = (Tensor, nn.Parameter)
+    return all(x is None or (type(x) in plain and not (grad and x.requires_grad)) for x in tensors)
 
 
 def implementation(op: str, x: Tensor) -> Any:

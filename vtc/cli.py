@@ -151,9 +151,9 @@ def bench(
 ) -> None:
     """Accuracy, tokens, FLOPs, milliseconds and KV bytes of each method at each budget.
 
-    "vtc bench speed" measures how much of the speed-up promised by the FLOPs is reached with
-    random weights: a ViT-L/14, a 0.5 B decoder, on a GPU also a 7 B LLaVA. "vtc bench kernels" checks
-    the fused kernels and times them beside eager torch and torch.compile.
+    "vtc bench speed" measures how much of the promised speed-up is reached, with random weights, on
+    a ViT-L/14 and a 0.5 B decoder, on a GPU also on a 7 B LLaVA. "vtc bench kernels" checks the
+    fused kernels and times them beside eager torch and torch.compile.
     """
     if tasks == ["speed"]:
         _speed(device, repeats, seed, full, as_json, out_dir)

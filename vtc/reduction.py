@@ -128,7 +128,7 @@ class Reduction:
             k = int(counts.max()) if batch else 0
             valid = torch.arange(k, device=target.device) < counts[:, None]
             valid = None if bool(valid.all()) else valid
-        slot = own.long().cumsum(1) - 1
+        slot = own.cumsum(1) - 1
         keep = target.new_zeros(batch, k + 1)  # column k takes the tokens that do not survive
         keep = keep.scatter(1, slot.where(own, k), index)[:, :k]
         group = slot.gather(1, target.clamp(min=0)).where(target >= 0, -1)

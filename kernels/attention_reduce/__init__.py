@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import implementation
+from ..dispatch import implementation, unseen
 
 
 @torch.library.custom_op("vtc::attention_column_sums", mutates_args=())
@@ -63,7 +63,10 @@ def row_lse(
     """
     _check(q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _row_lse(q.detach(), k.detach(), scale, causal, key_mask)
+    q, k = q.detach(), k.detach()
+    if unseen(q, k):
+        return implementation("attention_reduce", q).row_lse(q, k, scale, causal, key_mask)
+    return _row_lse(q, k, scale, causal, key_mask)
 
 
 def column_sums(
@@ -89,4 +92,8 @@ def column_sums(
     """
     _check(q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _column_sums(q.detach(), k.detach(), weights, lse, scale, causal, query_mask, key_mask)
+    q, k = q.detach(), k.detach()
+    how = weights, lse, scale, causal, query_mask, key_mask
+    if unseen(q, k, weights, lse):
+        return implementation("attention_reduce", q).column_sums(q, k, *how)
+    return _column_sums(q, k, *how)

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..dispatch import implementation
+from ..dispatch import implementation, unseen
 
 
-@torch.library.custom_op("vtc::compact_tokens", mutates_args=())
-def _compact(
+def _run(
     tensors: Sequence[Tensor],
     keep: Tensor,
     destination: Tensor | None,
@@ -23,6 +22,9 @@ def _compact(
     if keep.numel() == 0 or any(x.shape[1] == 0 for x in tensors):
         return [x.new_zeros(rows, *x.shape[2:]) for x in tensors]
     return implementation("compact_tokens", keep).compact(tensors, keep, destination, rows, packed)
+
+
+_compact = torch.library.custom_op("vtc::compact_tokens", _run, mutates_args=())
 
 
 @_compact.register_fake
@@ -78,7 +80,8 @@ def compact(tensors: Sequence[Tensor], keep: Tensor, valid: Tensor | None = None
     if valid is not None:
         own = torch.arange(keep.numel(), device=keep.device).view(keep.shape)
         places = own.masked_fill(~valid, -1)
-    out = _compact(list(tensors), keep, places, keep.numel(), False)
+    run = _run if unseen(*tensors) else _compact
+    out = run(list(tensors), keep, places, keep.numel(), False)
     return [x.view(*keep.shape, *x.shape[1:]) for x in out]
 
 
@@ -106,4 +109,5 @@ def pack(
         places = _destination(valid)
         total = int(lengths.sum()) if total is None else total
     boundaries = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    return _compact(list(tensors), keep, places, total, True), boundaries
+    run = _run if unseen(*tensors) else _compact
+    return run(list(tensors), keep, places, total, True), boundaries

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import implementation
+from ..dispatch import implementation, unseen
 
 
 @torch.library.custom_op("vtc::merge_tokens", mutates_args=())
@@ -60,4 +60,6 @@ def merge(x: Tensor, size: Tensor | None, group: Tensor, k: int) -> tuple[Tensor
         Tokens (B, k, C) in the dtype of x and sizes (B, k) in fp32 or better; slots without a token
         hold zeros. On the GPU the sum runs over the sources in ascending order, without atomics.
     """
+    if unseen(x, size):
+        return implementation("merge_tokens", x).merge(x, size, group, k)
     return _merge(x, size, group, k)

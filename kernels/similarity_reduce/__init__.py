@@ -10,12 +10,12 @@ Inputs are fp32, fp16 or bf16; sums are fp32. None of them is differentiable: th
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..dispatch import implementation
+from ..dispatch import implementation, unseen
 
 
 @torch.library.custom_op("vtc::similarity_sum", mutates_args=())
@@ -83,9 +83,7 @@ def energy(
     """
     if kind not in ("elu", "paper"):
         raise ValueError(f'kind is "elu" or "paper"; got {kind!r}')
-    return _similarity_sum(
-        x.detach(), None, kind, margin, alpha, normalize, exclude_diag, lengths, None
-    )
+    return _sum(x, None, kind, margin, alpha, normalize, exclude_diag, lengths, None)
 
 
 def similarity_sum(
@@ -98,7 +96,7 @@ def similarity_sum(
     y_lengths: Tensor | None = None,
 ) -> Tensor:
     """Sum over columns j of cos(x_i, y_j): x (B, N, C), y (B, M, C) or x itself, (B, N) fp32."""
-    return _sum(x, y, "sum", 0.0, normalize, exclude_diag, x_lengths, y_lengths)
+    return _sum(x, y, "sum", 0.0, 1.0, normalize, exclude_diag, x_lengths, y_lengths)
 
 
 def similarity_count(
@@ -112,15 +110,15 @@ def similarity_count(
     y_lengths: Tensor | None = None,
 ) -> Tensor:
     """Columns j with cos(x_i, y_j) > threshold: x (B, N, C), y (B, M, C) or x, (B, N) int64."""
-    count = _sum(x, y, "count", threshold, normalize, exclude_diag, x_lengths, y_lengths)
+    count = _sum(x, y, "count", threshold, 1.0, normalize, exclude_diag, x_lengths, y_lengths)
     return count.long()
 
 
-def _sum(x, y, kind, threshold, normalize, exclude_diag, x_lengths, y_lengths):
-    y = None if y is None else y.detach()
-    return _similarity_sum(
-        x.detach(), y, kind, threshold, 1.0, normalize, exclude_diag, x_lengths, y_lengths
-    )
+def _sum(x: Tensor, y: Tensor | None, *how: Any) -> Tensor:
+    x, y = x.detach(), None if y is None else y.detach()
+    if unseen(x, y):
+        return implementation("similarity_reduce", x).similarity_sum(x, y, *how)
+    return _similarity_sum(x, y, *how)
 
 
 def best_match(
@@ -146,6 +144,8 @@ def best_match(
         edge (B, N) fp32, the similarity, and partner (B, N) int64, the row of b. Where nothing may
         match the edge is -inf and the partner 0, so that it can always be gathered.
     """
-    return _best_match(
-        a.detach(), b.detach(), normalize, exclude_diag, a_mask, b_mask, a_lengths, b_lengths
-    )
+    a, b = a.detach(), b.detach()
+    how = normalize, exclude_diag, a_mask, b_mask, a_lengths, b_lengths
+    if unseen(a, b):
+        return implementation("similarity_reduce", a).best_match(a, b, *how)
+    return _best_match(a, b, *how)

@@ -43,13 +43,13 @@ def match(x: Tensor, a: Tensor, b: Tensor, r: int, barred: Tensor | None = None)
         (B, T) int64, the token that each one folds into (itself where it stays).
     """
     rows = torch.arange(len(x), device=x.device)[:, None]
-    masks = {} if barred is None else {"a_mask": ~barred[a], "b_mask": ~barred[b]}
-    edge, partner = best_match(x[rows, a], x[rows, b], **masks)
+    a_mask, b_mask = (None, None) if barred is None else (~barred[a], ~barred[b])
+    edge, partner = best_match(x[rows, a], x[rows, b], a_mask=a_mask, b_mask=b_mask)
     if r < a.shape[1]:
         best = edge.argsort(dim=1, descending=True, stable=True)[:, :r]
         a, partner = a.gather(1, best), partner.gather(1, best)
-    target = torch.arange(x.shape[1], device=x.device).repeat(len(x), 1)
-    return target.scatter_(1, a, b.gather(1, partner))
+    target = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+    return target.scatter(1, a, b.gather(1, partner))
 
 
 def match_parity(x: Tensor, r: int, prefix: int) -> Tensor:
