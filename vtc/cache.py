@@ -71,6 +71,10 @@ class PrunedMixin:
     def append(self, columns: Tensor, visual: Tensor, filler: Tensor | None, logical: int) -> None:
         """Announce tokens (B, T) that the next update brings, and the logical length after it."""
         device = columns.device
+        if not self.physical_length():  # the first tokens: layers of a forward share their map
+            self.kept, self.visual, self.filler = columns, visual, filler
+            self.dropped = logical - columns.shape[1]
+            return
         if filler is not None or self.filler is not None:
             new = torch.zeros_like(visual) if filler is None else filler
             self.filler = torch.cat([self.padded("filler", device), new], 1)
@@ -251,11 +255,15 @@ def cache_bytes(cache: Cache | None) -> tuple[int, int]:
 
 def visual_slots(cache: Cache | None) -> list[Tensor]:
     """(B,) visual tokens whose keys and values each compressed layer holds."""
-    out = []
+    out: list[Tensor] = []
+    last: tuple[Any, Any] = (None, None)
     for layer in getattr(cache, "layers", []):
         if isinstance(layer, PrunedMixin) and layer.kept is not None:
-            visual = layer.visual
-            out.append((visual if layer.filler is None else visual & ~layer.filler).sum(1))
+            visual, filler = layer.visual, layer.filler
+            if visual is not last[0] or filler is not last[1]:  # else as in the layer before
+                count = (visual if filler is None else visual & ~filler).sum(1)
+            last = visual, filler
+            out.append(count)
     return out
 
 

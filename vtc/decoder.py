@@ -91,6 +91,11 @@ class _Forward:
             self.memo[name] = known = (source, self.local, device, compute())
         return known[3]
 
+    def columns(self, hidden: Tensor) -> Tensor:
+        """(B, T) logical column of each token of hidden (B, T, D)."""
+        rows = _arange(hidden) if self.local is None else self.local.to(hidden.device)
+        return self.once("columns", None, hidden.device, lambda: self.base + rows)
+
 
 def split_images(
     visual: Tensor, tokens_per_image: int | None
@@ -219,6 +224,7 @@ class DecoderEngine:
         self.lengths: list[int] | None = None
         self.forward: _Forward | None = None
         self.mask: Tensor | None = None  # (B, logical length) of this forward, False on padding
+        self.last_mask: tuple[tuple, Tensor | None] | None = None  # what it was made from, and it
         self.handles: list[Any] = []
         self.taps: list[tap.Tap] = []
         self.stock: str | None = None
@@ -368,7 +374,7 @@ class DecoderEngine:
         self.pending = (visual, self.mask)
 
     def _base_post(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.pending = self.forward = self.mask = None
+        self.pending = self.forward = self.mask = self.last_mask = None
         for t in self.taps:
             t.clear()
 
@@ -377,7 +383,7 @@ class DecoderEngine:
     def _lm_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
         visual, mask = self.pending if self.pending else (None, kwargs.get("attention_mask"))
-        self.pending = self.forward = None
+        self.pending = self.forward = self.last_mask = None
         if self.sites.crops is not None and self.lengths is None:
             visual = None  # placeholders without features
         if visual is not None and embeds.shape[1] > 1 and bool(visual.any()):
@@ -457,9 +463,8 @@ class DecoderEngine:
         if layer is not None or (active is not None and active.local is not None):
             kwargs = self._gathered(active, hidden, layer, kwargs)
             if active is not None and layer is not None:
-                local = active.local if active.local is not None else _arange(hidden)
                 layer.append(
-                    (active.base + local).to(hidden.device),
+                    active.columns(hidden),
                     active.visual.to(hidden.device),
                     None if active.filler is None else active.filler.to(hidden.device),
                     active.base + active.length,
@@ -746,10 +751,9 @@ class DecoderEngine:
             )
         positions = kwargs.get("position_ids")
         if positions is not None and local is not None:
-            positions = positions.expand(*positions.shape[:-2], local.shape[0], -1)
-            index = local.expand(*positions.shape[:-1], -1) if positions.dim() > 2 else local
-            positions = positions.to(device).gather(-1, index)
-            kwargs["position_ids"] = positions
+            kwargs["position_ids"] = st.once(
+                "positions", positions, device, lambda: _take_positions(positions, local)
+            )
         shift = self._shift(st, layer, device, commit)
         if shift is not None:
             kwargs["position_ids"] = positions = kwargs["position_ids"] - shift
@@ -761,22 +765,39 @@ class DecoderEngine:
         # Logical columns of all keys this layer will attend to: its slots, then the new tokens.
         base = st.base if st is not None else (int(layer.get_seq_length()) if layer else 0)
         rows = _arange(hidden) if local is None else local
-        columns, filler = base + rows, None if st is None else st.filler
-        filler = None if filler is None else filler.to(device)
-        if layer is not None and layer.physical_length():
-            past = layer.columns(device)
-            if filler is not None or layer.filler is not None:
-                new = torch.zeros_like(rows, dtype=torch.bool) if filler is None else filler
-                filler = torch.cat([layer.padded("filler", device), new], 1)
-            columns = torch.cat([past, columns], 1)
         mask = kwargs.get("attention_mask")
 
         def gathered() -> Tensor | None:
+            columns = base + rows if st is None else st.columns(hidden)
+            filler = None if st is None or st.filler is None else st.filler.to(device)
+            if layer is not None and layer.physical_length():
+                past = layer.columns(device)
+                if filler is not None or layer.filler is not None:
+                    new = torch.zeros_like(rows, dtype=torch.bool) if filler is None else filler
+                    filler = torch.cat([layer.padded("filler", device), new], 1)
+                columns = torch.cat([past, columns], 1)
             return _gather_mask(mask, rows, local is not None, base, columns, filler, flash)
 
         fresh = st is not None and (layer is None or not layer.physical_length())
-        kwargs["attention_mask"] = st.once("mask", mask, device, gathered) if fresh else gathered()
+        if fresh:
+            kwargs["attention_mask"] = st.once("mask", mask, device, gathered)
+        elif st is None:
+            kwargs["attention_mask"] = self._as_before(mask, layer, hidden, gathered)
+        else:
+            kwargs["attention_mask"] = gathered()
         return kwargs
+
+    def _as_before(self, mask: Any, layer: Any, hidden: Tensor, compute: Any) -> Tensor | None:
+        """While decoding: the mask of the last layer, where this one holds the same tokens."""
+        lengths = layer.physical_length(), layer.dropped, hidden.shape[1], hidden.device
+        source = (mask, layer.kept, layer.filler, *lengths)
+        known = self.last_mask
+        if known is None or not all(
+            a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
+            for a, b in zip(known[0], source, strict=True)
+        ):
+            self.last_mask = known = source, compute()
+        return known[1]
 
     def _shift(
         self, st: _Forward | None, layer: Any, device: torch.device, commit: bool
@@ -950,6 +971,13 @@ _no_tap: Any = _NoTap()
 
 def _arange(hidden: Tensor) -> Tensor:
     return torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[0], -1)
+
+
+def _take_positions(positions: Tensor, local: Tensor) -> Tensor:
+    """Positions (..., B or 1, L) of the tokens at local (B, T): (..., B, T)."""
+    positions = positions.expand(*positions.shape[:-2], local.shape[0], -1)
+    index = local.expand(*positions.shape[:-1], -1) if positions.dim() > 2 else local
+    return positions.to(local.device).gather(-1, index)
 
 
 def _gather_mask(

@@ -73,8 +73,8 @@ class Record:
         self.layouts: list[CropLayout] | None = None  # of the last images, where they have crops
         self.text = torch.empty(0)  # (B,) other tokens that are not padding
         self.separators: Tensor | None = None  # (B,) newlines between rows of patches, among those
-        self.visual: dict[int, Tensor] = {}  # layer -> (B,) visual tokens it processed
-        self.attended: dict[int, Tensor] = {}  # layer -> (B,) those in its attention
+        self.visual: dict[int, Tensor] = {}  # layer -> (B, T) bool, visual tokens it processed
+        self.attended: dict[int, Tensor] = {}  # layer -> (B, T) bool, those in its attention
         self.slots: list[Tensor] = []  # (B,) visual tokens in the KV cache of each compressed layer
         self.final: tuple[Tensor, Tensor, Tensor] | None = None
         self.kv: tuple[int, int] = (0, 0)
@@ -88,13 +88,12 @@ class Record:
     ) -> None:
         self.separators = None if separator is None else separator.sum(1)
         self.images, self.text, self.final = images, (real & ~visual).sum(1), None
-        self.visual = {0: visual.sum(1)}
+        self.visual = {0: visual}
         self.attended, self.slots = {}, []
         self.clock.reset("prefill", "decode")
 
     def layer(self, i: int, visual: Tensor, attended: Tensor) -> None:
-        self.visual[i] = visual.sum(1)
-        self.attended[i] = self.visual[i] if attended is visual else attended.sum(1)
+        self.visual[i], self.attended[i] = visual, attended
 
     def end(
         self,
@@ -273,10 +272,13 @@ def build_report(
 
     def by_layer(known: dict[int, Tensor]) -> list[list[float]]:
         """Visual tokens of each layer and row, depth x rows."""
-        layers: list[Tensor] = []
+        layers: list[list[float]] = []
         for i in range(depth):
-            layers.append(known[i].cpu() if i in known else layers[-1])
-        return torch.stack(layers)[:, rows].tolist()
+            if i in known and known[i] is not known.get(i - 1):
+                layers.append(known[i].sum(1)[rows].tolist())
+            else:
+                layers.append(layers[-1])
+        return layers
 
     table = by_layer(record.visual)
     in_attention = by_layer(record.attended or record.visual)
