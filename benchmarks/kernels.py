@@ -6,6 +6,8 @@ torch references on a CPU, and PiToMe's whole merge step against N x N torch.
 
 * eager: the formula as one would write it in torch, the N x N matrix stored; compiled: the same
   through torch.compile (GPU only).
+* us: a call as Python makes it, with a cold L2; device_us: the same as a CUDA graph, with a warm L2
+  and without the time of launching, which rules small shapes.
 * mbytes (each input and output once) and gflops are counted from the kernels; bound_us is the time
   they take at the peak rates of an A100 or H100, and empty on other devices.
 """
@@ -47,6 +49,9 @@ COLUMNS = (
     "us",
     "eager_us",
     "compiled_us",
+    "device_us",
+    "eager_device_us",
+    "compiled_device_us",
     "peak_mb",
     "eager_peak_mb",
     "compiled_peak_mb",
@@ -256,6 +261,21 @@ def median_us(run: Callable[[], Any], device: str, budget_ms: float = 100) -> fl
     return 1e6 * statistics.median(times)
 
 
+def device_us(run: Callable[[], Any]) -> float | None:
+    """Microseconds of a call replayed as a CUDA graph: without the time of launching from Python.
+
+    None where a call cannot be recorded.
+    """
+    from triton.testing import do_bench_cudagraph
+
+    try:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return 1e3 * do_bench_cudagraph(run, rep=50, return_mode="median")
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+
+
 def peak_mb(run: Callable[[], Any], device: str) -> float | None:
     """Megabytes in use at the worst moment of a call, beyond what was in use before.
 
@@ -336,6 +356,8 @@ def measure(
             fast = torch.compile(case.eager, dynamic=False)
             compiled = functools.partial(fast, *case.inputs)
             row["compiled_us"] = median_us(compiled, device)
+            for name_, call in (("", case.run), ("eager_", eager), ("compiled_", compiled)):
+                row[f"{name_}device_us"] = device_us(call)
             row["compiled_peak_mb"] = peak_mb(compiled, device)
         say(f"{case.kernel} {case.shape}: {row['us']:.0f} us, eager {row['eager_us']:.0f} us")
     return rows
@@ -404,6 +426,14 @@ def merge_step(
             total = torch.einsum("bnc,bn->bc", m, w)
             torch.testing.assert_close(total, args[1].sum(1), rtol=1e-3, atol=1e-2)
         del merged, expected
+        on_device = {}
+        if device == "cuda":
+            on_device = {
+                "plain_device_ms": (device_us(functools.partial(plain_step, *args)) or math.nan)
+                / 1e3,
+                "fused_device_ms": (device_us(functools.partial(fused_step, *args)) or math.nan)
+                / 1e3,
+            }
         times: dict[str, list[float]] = {"plain": [], "fused": []}
         steps = {"plain": plain_step, "fused": fused_step}
         for _ in range(rounds):
@@ -429,6 +459,7 @@ def merge_step(
             "plain_ms": ms["plain"],
             "fused_ms": ms["fused"],
             "speedup": ms["plain"] / ms["fused"],
+            **on_device,
             "plain_peak_mb": peak["plain"],
             "fused_peak_mb": peak["fused"],
             "memory_ratio": peak["plain"] / max(peak["fused"], 1e-3)

@@ -2,7 +2,8 @@
 """Triton kernels of `merge_tokens`: sources sorted by slot, then one segment mean.
 
 Places in the sorted order are counted, not swapped: the place of source i is the number of sources
-with a smaller (slot, index). N^2 comparisons of integers, but one launch, stable, and no atomics.
+with a smaller key, slot * N + index. N^2 comparisons of integers, but one launch, stable, and no
+atomics.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ def order_kernel(
     N,
     K,
     SOURCE_BLOCKS,
+    KEY: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
@@ -32,20 +34,18 @@ def order_kernel(
     block = tl.program_id(0)
     is_source = block < SOURCE_BLOCKS
     items = tl.where(is_source, block, block - SOURCE_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-    slot = tl.load(group_ptr + items, mask=is_source & (items < N), other=0).to(tl.int32)
+    slot = tl.load(group_ptr + items, mask=is_source & (items < N), other=0).to(KEY)
     slot = tl.where(slot < 0, K, slot)  # what is dropped goes behind the last slot
-    # The same count serves both: slot k begins where the imagined source (k, -1) would stand.
-    slot = tl.where(is_source, slot, items)
-    index = tl.where(is_source, items, -1)
-    place = tl.zeros((BLOCK,), tl.int32)
+    # The same count serves both: slot k begins where a source of the smallest key of it would.
+    key = tl.where(is_source, slot * N + items, items.to(KEY) * N)
+    smaller = tl.zeros((BLOCK, BLOCK_J), tl.int32)
     for first in range(0, N, BLOCK_J):
         j = first + tl.arange(0, BLOCK_J)
-        other = tl.load(group_ptr + j, mask=j < N, other=0).to(tl.int32)
-        other = tl.where(other < 0, K, other)
-        before = (other[None, :] < slot[:, None]) | (
-            (other[None, :] == slot[:, None]) & (j[None, :] < index[:, None])
-        )
-        place += tl.sum((before & (j < N)[None, :]).to(tl.int32), 1)
+        other = tl.load(group_ptr + j, mask=j < N, other=0).to(KEY)
+        other = tl.where(other < 0, K, other) * N + j
+        other = tl.where(j < N, other, (K + 1) * N)  # behind all
+        smaller += (other[None, :] < key[:, None]).to(tl.int32)
+    place = tl.sum(smaller, 1)
     if is_source:
         tl.store(order_ptr + batch * N + place, items, mask=items < N)
     else:
@@ -120,8 +120,18 @@ def merge(x: Tensor, size: Tensor | None, group: Tensor, k: int) -> tuple[Tensor
     order = torch.empty(batch, n, dtype=torch.int32, device=x.device)
     start = torch.empty(batch, k + 1, dtype=torch.int32, device=x.device)
     source_blocks = triton.cdiv(n, 64)
+    key = tl.int32 if (k + 2) * n < 1 << 31 else tl.int64
     order_kernel[(source_blocks + triton.cdiv(k + 1, 64), batch)](
-        group.contiguous(), order, start, n, k, source_blocks, BLOCK=64, BLOCK_J=64, num_warps=4
+        group.contiguous(),
+        order,
+        start,
+        n,
+        k,
+        source_blocks,
+        KEY=key,
+        BLOCK=64,
+        BLOCK_J=64,
+        num_warps=4,
     )
     chosen = config(c)
     grid = (triton.cdiv(k, chosen["BLOCK_K"]), triton.cdiv(c, chosen["BLOCK_C"]), batch)

@@ -12,6 +12,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
+import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -106,7 +107,7 @@ CASES = [
         merge.order_kernel,
         {"group_ptr": "*i64", "order_ptr": "*i32", "start_ptr": "*i32"},
         {},
-        {"BLOCK": 64, "BLOCK_J": 64, "num_warps": 4},
+        {"KEY": tl.int32, "BLOCK": 64, "BLOCK_J": 64, "num_warps": 4},
     ),
     (
         "similarity-scale",
