@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -12,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 import vtc
 from vtc import cli
+from vtc.benchmarks import kernels
 from vtc.benchmarks.mini import mini_llava, mini_processor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,6 +90,19 @@ def test_json_is_all_there_is_on_stdout(toy, tmp_path):
     (result,) = json.loads(done.stdout)
     assert result["task"] == "scenes"
     assert len(result["rows"]) == 2
+
+
+def test_bench_kernels_prints_its_tables(monkeypatch, tmp_path):
+    step = functools.partial(kernels.merge_step, sizes=(65,), batch=2, hidden_width=32, rounds=1)
+    few = kernels.cases("cpu", torch.float32, small=True)[:1]  # energy, 577 tokens
+    monkeypatch.setattr(kernels, "merge_step", step)
+    monkeypatch.setattr(kernels, "cases", lambda *args, **kwargs: few)
+    done = invoke("bench", "kernels", "--json", "--out", str(tmp_path))
+    assert done.exit_code == 0
+    tables = json.loads(done.stdout)
+    assert tables["kernels-cpu"][0]["kernel"] == "energy"
+    assert float(tables["merge-step-cpu"][0]["speedup"]) > 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["kernels-cpu.csv", "merge-step-cpu.csv"]
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,20 @@
 import subprocess
 import sys
 
+import mini
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
+import vtc
 from tests.kernels import checks
-from vtc.kernels import attention_reduce, compact_tokens, merge_tokens, similarity_reduce
+from vtc.kernels import (
+    attention_reduce,
+    compact_tokens,
+    dispatch,
+    merge_tokens,
+    similarity_reduce,
+)
 from vtc.kernels.attention_reduce import reference as attention
 from vtc.kernels.compact_tokens import reference as compact
 from vtc.kernels.merge_tokens import reference as merge
@@ -165,6 +174,37 @@ def test_a_merge_step_compiles_in_one_graph_and_exports():
     program = torch.export.export(Step(), (x, size))
     for a, b in zip(program.module()(x, size), step(x, size)):
         assert torch.equal(a, b)
+
+
+def test_calls_that_something_looks_into_go_through_the_registered_operator():
+    x = torch.randn(2, 10, 8)
+    assert dispatch.unseen(x, None)
+    assert not dispatch.unseen(x.clone().requires_grad_())
+    with torch.no_grad():
+        assert dispatch.unseen(x.clone().requires_grad_())
+    with FakeTensorMode():  # an implementation that ran here would give other numbers than none
+        fake = torch.empty(2, 10, 8)
+        assert not dispatch.unseen(fake)
+        energy = similarity_reduce.energy(fake, 0.5)
+        merged, _ = merge_tokens.merge(fake, None, torch.zeros(2, 10, dtype=torch.long), 4)
+    assert energy.shape == (2, 10) and merged.shape == (2, 4, 8)
+
+
+def test_methods_and_engine_call_the_operators():
+    """The graph of a compiled encoder under PiToMe holds the three operators of a merge step."""
+    names: set[str] = set()
+
+    def look(graph, inputs):
+        names.update(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    model, pixels = mini.ENCODERS["timm-vit"](), mini.images()
+    torch._dynamo.reset()
+    with torch.no_grad(), vtc.compressing(model, "pitome", keep_ratio=0.5):
+        torch.compile(model, backend=look, fullgraph=True)(pixels)
+    torch._dynamo.reset()
+    for op in ("similarity_sum", "best_match", "merge_tokens"):
+        assert any(op in name for name in names)
 
 
 def test_scores_do_not_carry_gradients():
