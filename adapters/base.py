@@ -63,6 +63,10 @@ class VisionSites:
             None when the encoder cannot take them.
         entry: the module that first gets the pixels, where other methods than ``tower.forward``
             lead to it as well (``forward_features``); the tower itself when None.
+        install: prepares the tower for the biases of its blocks and gives a handle, whose
+            ``remove()`` undoes it; None where that needs nothing.
+        readers: modules that read the tokens by cross-attention, called with
+            ``encoder_hidden_states``; and the names of their arguments that mask those.
     """
 
     tower: nn.Module
@@ -75,6 +79,8 @@ class VisionSites:
     mlp_width: int
     resize: Callable[[Call], Call] | None = None
     entry: nn.Module | None = None
+    install: Callable[[], Any] | None = None
+    readers: list[tuple[nn.Module, tuple[str, ...]]] = field(default_factory=list)
 
 
 @dataclass

@@ -13,14 +13,14 @@ from .base import Sites, VisionSites
 LANGUAGE_MODELS = ("llava", "llava_next", "llava_onevision")
 """Adapter files whose ``locate(model)`` gives `Sites` with a language model."""
 
-ENCODERS = ("hf_vision", "timm_vit", "open_clip_vit")
+ENCODERS = ("hf_vision", "timm_vit", "open_clip_vit", "blip")
 """Adapter files whose ``locate(model)`` gives `VisionSites`."""
 
 SUPPORTED = (
     "timm ViTs (vit, deit, eva, dinov2, siglip); open_clip ViTs; Hugging Face CLIP, SigLIP, DINOv2 "
-    "and ViT encoders; LLaVA-1.5 (LlavaForConditionalGeneration), LLaVA-NeXT "
-    "(LlavaNextForConditionalGeneration), LLaVA-OneVision images "
-    "(LlavaOnevisionForConditionalGeneration)"
+    "and ViT encoders; vision towers of BLIP and BLIP-2; LLaVA-1.5 "
+    "(LlavaForConditionalGeneration), LLaVA-NeXT (LlavaNextForConditionalGeneration), "
+    "LLaVA-OneVision images (LlavaOnevisionForConditionalGeneration)"
 )
 
 
