@@ -123,6 +123,7 @@ class DecoderSites:
         hidden, mlp_width, heads, kv_heads, head_dim, vocab: for the cost model.
         crops: how images of any resolution are packed; None where an image is one grid of patches.
         video: whether the model takes videos as well, which vtc does not compress yet.
+        mrope: positions have axes of time, height and width, so they cannot be renumbered.
     """
 
     base: Any
@@ -139,16 +140,23 @@ class DecoderSites:
     vocab: int
     crops: CropSites | None = None
     video: bool = False
+    mrope: bool = False
 
 
 @dataclass
 class Sites:
-    """A model as vtc sees it; ``decoder`` is None for an encoder alone."""
+    """A model as vtc sees it; ``decoder`` is None for an encoder alone.
+
+    Attributes:
+        notes: what a user should know of how the model was understood, as sentences.
+        missing: stages that methods cannot act in here, and why.
+    """
 
     family: str
     vision: VisionSites
     decoder: DecoderSites | None = None
     notes: list[str] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
 
 
 def is_a(x: object, *names: str) -> bool:

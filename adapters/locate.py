@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import UnsupportedError
 from .base import Sites, VisionSites
 
-LANGUAGE_MODELS = ("llava", "llava_next", "llava_onevision")
+LANGUAGE_MODELS = ("llava", "llava_next", "llava_onevision", "generic")
 """Adapter files whose ``locate(model)`` gives `Sites` with a language model."""
 
 ENCODERS = ("hf_vision", "timm_vit", "open_clip_vit", "blip")
@@ -20,7 +20,8 @@ SUPPORTED = (
     "timm ViTs (vit, deit, eva, dinov2, siglip); open_clip ViTs; Hugging Face CLIP, SigLIP, DINOv2 "
     "and ViT encoders; vision towers of BLIP and BLIP-2; LLaVA-1.5 "
     "(LlavaForConditionalGeneration), LLaVA-NeXT (LlavaNextForConditionalGeneration), "
-    "LLaVA-OneVision images (LlavaOnevisionForConditionalGeneration)"
+    "LLaVA-OneVision images (LlavaOnevisionForConditionalGeneration); others whose seams are like "
+    "LLaVA's (vtc inspect tells)"
 )
 
 
