@@ -177,7 +177,7 @@ def _interpolate(call: Call) -> Call:
 
 def locate(model: Any) -> VisionSites | None:
     """Sites of the vision tower of a BLIP model, None for any other model."""
-    tower = model if is_a(model, *TOWERS) else getattr(model, "vision_model", None)
+    tower: Any = model if is_a(model, *TOWERS) else getattr(model, "vision_model", None)
     if not is_a(tower, *TOWERS):
         return None
     config: Any = tower.config

@@ -138,8 +138,8 @@ def _check(model: Any, tower: Any, decoder: Any) -> None:
 
 def _real_tables(decoder: Any) -> bool:
     """Whether the rotary module gives (cos, sin), seen from one position."""
-    rotary = getattr(decoder, "rotary_emb", None)
-    table = None if rotary is None else getattr(rotary, "inv_freq", None)
+    rotary: Any = getattr(decoder, "rotary_emb", None)
+    table = getattr(rotary, "inv_freq", None)
     if table is None:
         return False
     x = torch.zeros(1, 1, 1, device=table.device)
