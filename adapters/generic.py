@@ -35,11 +35,9 @@ DECODER_ARGUMENTS = {
 FEATURE_ARGUMENTS = {
     *("pixel_values", "vision_feature_layer", "vision_feature_select_strategy", "kwargs"),
 }
-ATTENTION_PARTS = re.compile(
-    r"(q|k|v|o|out|qkv)_proj|dense|rotary_emb|(q|k)_(layer)?norm"
-    r"|(q|kv)_[ab]_(layernorm|proj|proj_with_mqa)"
-)
-"""Parts of attention as in Llama, with norms or with low-rank projections."""
+ATTENTION_PARTS = re.compile(r"(q|k|v|o|out|qkv)_proj|dense|rotary_emb|(q|k)_(layer)?norm")
+"""Parts of attention as in Llama, with norms. Low-rank projections (MLA) are not among them: their
+keys are rotated in part, and methods that compare keys (DART) would depend on padding."""
 
 TOKEN_COUNTS = ("image_seq_length", "num_image_tokens", "mm_tokens_per_image", "image_token_len")
 MIXING = re.compile("Conv|Pool|Shuffle|Fold|Attention|Embedding|Resampl|Upsample")

@@ -58,7 +58,14 @@ def locate(model: nn.Module) -> Sites:
         return sites
     vision = _try(ENCODERS, model)
     if vision is not None:
-        return Sites(type(model).__name__, vision)
+        missing = {}
+        if vision.readers:
+            reason = (
+                "text reads the image by cross-attention, so no image tokens stand in its "
+                "language model"
+            )
+            missing = dict.fromkeys(("decoder", "bypass", "cache"), reason)
+        return Sites(type(model).__name__, vision, missing=missing)
     what = "is a text-only language model, so it has no visual tokens to compress"
     if not _text_only(model):
         what = "has no adapter"

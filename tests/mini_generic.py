@@ -110,6 +110,12 @@ def clip_llama(**kwargs: Any) -> dict[str, Any]:
     )
 
 
+def _axes(**kwargs: Any) -> dict[str, Any]:
+    """Rotary embedding of time, height and width."""
+    section = [1, 1, 1] if kwargs else [2, 2, 2]
+    return dict(rope_type="default", rope_theta=1e4, mrope_section=section, **kwargs)
+
+
 FAMILIES = (
     Family(
         "VipLlavaForConditionalGeneration",
@@ -325,6 +331,84 @@ FAMILIES = (
                 vision_feature_layer=[2, 1],
             ),
             text_config=dict(TEXT, head_dim=12),
+            image_token_id=IMAGE,
+        ),
+    ),
+    Family(
+        "Glm4vForConditionalGeneration",
+        lambda: hf.Glm4vConfig(
+            vision_config=dict(depth=2, out_hidden_size=48, **VISION, num_heads=2),
+            text_config=text("glm4v_text", rope_parameters=_axes(partial_rotary_factor=0.5)),
+            image_token_id=IMAGE,
+        ),
+    ),
+    Family(
+        "Glm4vMoeForConditionalGeneration",
+        lambda: hf.Glm4vMoeConfig(
+            vision_config=dict(depth=2, out_hidden_size=48, **VISION, num_heads=2),
+            text_config=text(
+                "glm4v_moe_text",
+                rope_parameters=_axes(partial_rotary_factor=0.5),
+                n_routed_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=16,
+                first_k_dense_replace=1,
+            ),
+            image_token_id=IMAGE,
+        ),
+    ),
+    Family(
+        "PaddleOCRVLForConditionalGeneration",
+        lambda: hf.PaddleOCRVLConfig(
+            vision_config=VISION,
+            text_config=text("paddleocr_vl_text", head_dim=12, rope_parameters=_axes()),
+            image_token_id=IMAGE,
+        ),
+    ),
+    Family(
+        "GlmOcrForConditionalGeneration",
+        lambda: hf.GlmOcrConfig(
+            vision_config=dict(depth=2, out_hidden_size=48, **VISION, num_heads=2),
+            text_config=text("glm_ocr_text", head_dim=12, rope_parameters=_axes()),
+            image_token_id=IMAGE,
+        ),
+    ),
+    Family(
+        "HyperCLOVAXVisionV2ForConditionalGeneration",
+        lambda: hf.HyperCLOVAXVisionV2Config(
+            vision_config=dict(depth=2, hidden_size=32, num_heads=2, out_hidden_size=48),
+            text_config=text("hyperclovax"),
+            image_token_id=IMAGE,
+        ),
+    ),
+    Family(
+        "Exaone4_5_ForConditionalGeneration",
+        lambda: hf.Exaone4_5_Config(
+            vision_config=dict(depth=2, hidden_size=32, num_heads=2, out_hidden_size=48),
+            text_config=text("exaone4", sliding_window=None, layer_types=["full_attention"] * 4),
+            image_token_id=IMAGE,
+        ),
+        ahead=False,
+    ),
+    Family(
+        "MiniMaxM3SparseForConditionalGeneration",
+        lambda: hf.MiniMaxM3VLConfig(
+            vision_config=VISION,
+            text_config=text(
+                "minimax_m3_vl_text",
+                head_dim=12,
+                num_local_experts=4,
+                num_experts_per_tok=2,
+                layer_types=["full_attention"] * 4,
+            ),
+            **IDS,
+        ),
+    ),
+    Family(
+        "Cosmos3EdgeForConditionalGeneration",
+        lambda: hf.Cosmos3EdgeConfig(
+            vision_config=VISION,
+            text_config=text("cosmos3_edge_text", head_dim=12, rope_parameters=_axes()),
             image_token_id=IMAGE,
         ),
     ),

@@ -149,6 +149,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: hf.GraniteDoclingConfig(),
         "deepstack_visual_embeds",
     ),
+    "Kimi_K25ForConditionalGeneration": (lambda: hf.Kimi_K25Config(), "kv_a_proj_with_mqa"),
     "MuseSparkForConditionalGeneration": (lambda: hf.MuseSparkConfig(), "gate_proj"),
     "Lfm2VlForConditionalGeneration": (
         lambda: hf.Lfm2VlConfig(

@@ -66,7 +66,7 @@ class Session:
             if absent:
                 usable = [n for n, m in known_methods().items() if _stages(m) <= available]
                 raise UnsupportedError(
-                    f'"{method.name}" acts on the {", ".join(absent)} of images, and in '
+                    f'"{method.name}" has a {" and a ".join(absent)} stage, and in '
                     f"{type(self.model).__name__} {self.sites.missing[absent[0]]}; methods that "
                     f"work here: {', '.join(usable)}"
                 )
