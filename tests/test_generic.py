@@ -136,6 +136,21 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "IdeficsForVisionText2Text": (lambda: hf.IdeficsConfig(), "cross-attention"),
     "FuyuForCausalLM": (lambda: hf.FuyuConfig(), "no image encoder"),
+    "Emu3ForConditionalGeneration": (
+        lambda: hf.Emu3Config(
+            vocabulary_map={"<image>": 5, "<|visual token 000001|>": 6},
+            text_config=dict(TEXT),
+        ),
+        "no image encoder",
+    ),
+    "ChameleonForConditionalGeneration": (
+        lambda: hf.ChameleonConfig(vocabulary_map={"<image>": 5, "IMGIMGA": 6}),
+        "no image encoder",
+    ),
+    "InstructBlipVideoForConditionalGeneration": (
+        lambda: hf.InstructBlipVideoConfig(),
+        "get no rotary tables",
+    ),
     "Florence2ForConditionalGeneration": (lambda: hf.Florence2Config(), "encoder-decoder"),
     "Kosmos2ForConditionalGeneration": (lambda: hf.Kosmos2Config(), "inner_attn_ln"),
     "GitForCausalLM": (lambda: hf.GitConfig(), "no list of layers"),
