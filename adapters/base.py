@@ -63,6 +63,10 @@ class VisionSites:
             None when the encoder cannot take them.
         entry: the module that first gets the pixels, where other methods than ``tower.forward``
             lead to it as well (``forward_features``); the tower itself when None.
+        install: prepares the tower for the biases of its blocks and gives a handle, whose
+            ``remove()`` undoes it; None where that needs nothing.
+        readers: modules that read the tokens by cross-attention, called with
+            ``encoder_hidden_states``; and the names of their arguments that mask those.
     """
 
     tower: nn.Module
@@ -75,6 +79,8 @@ class VisionSites:
     mlp_width: int
     resize: Callable[[Call], Call] | None = None
     entry: nn.Module | None = None
+    install: Callable[[], Any] | None = None
+    readers: list[tuple[nn.Module, tuple[str, ...]]] = field(default_factory=list)
 
 
 @dataclass
@@ -117,6 +123,7 @@ class DecoderSites:
         hidden, mlp_width, heads, kv_heads, head_dim, vocab: for the cost model.
         crops: how images of any resolution are packed; None where an image is one grid of patches.
         video: whether the model takes videos as well, which vtc does not compress yet.
+        mrope: positions have axes of time, height and width, so they cannot be renumbered.
     """
 
     base: Any
@@ -133,16 +140,23 @@ class DecoderSites:
     vocab: int
     crops: CropSites | None = None
     video: bool = False
+    mrope: bool = False
 
 
 @dataclass
 class Sites:
-    """A model as vtc sees it; ``decoder`` is None for an encoder alone."""
+    """A model as vtc sees it; ``decoder`` is None for an encoder alone.
+
+    Attributes:
+        notes: what a user should know of how the model was understood, as sentences.
+        missing: stages that methods cannot act in here, and why.
+    """
 
     family: str
     vision: VisionSites
     decoder: DecoderSites | None = None
     notes: list[str] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
 
 
 def is_a(x: object, *names: str) -> bool:

@@ -10,17 +10,18 @@ from torch import nn
 from ..errors import UnsupportedError
 from .base import Sites, VisionSites
 
-LANGUAGE_MODELS = ("llava", "llava_next", "llava_onevision")
+LANGUAGE_MODELS = ("llava", "llava_next", "llava_onevision", "generic")
 """Adapter files whose ``locate(model)`` gives `Sites` with a language model."""
 
-ENCODERS = ("hf_vision", "timm_vit", "open_clip_vit")
+ENCODERS = ("hf_vision", "timm_vit", "open_clip_vit", "blip")
 """Adapter files whose ``locate(model)`` gives `VisionSites`."""
 
 SUPPORTED = (
     "timm ViTs (vit, deit, eva, dinov2, siglip); open_clip ViTs; Hugging Face CLIP, SigLIP, DINOv2 "
-    "and ViT encoders; LLaVA-1.5 (LlavaForConditionalGeneration), LLaVA-NeXT "
-    "(LlavaNextForConditionalGeneration), LLaVA-OneVision images "
-    "(LlavaOnevisionForConditionalGeneration)"
+    "and ViT encoders; vision towers of BLIP and BLIP-2; LLaVA-1.5 "
+    "(LlavaForConditionalGeneration), LLaVA-NeXT (LlavaNextForConditionalGeneration), "
+    "LLaVA-OneVision images (LlavaOnevisionForConditionalGeneration); others whose seams are like "
+    "LLaVA's (vtc inspect tells)"
 )
 
 
@@ -57,7 +58,14 @@ def locate(model: nn.Module) -> Sites:
         return sites
     vision = _try(ENCODERS, model)
     if vision is not None:
-        return Sites(type(model).__name__, vision)
+        missing = {}
+        if vision.readers:
+            reason = (
+                "text reads the image by cross-attention, so no image tokens stand in its "
+                "language model"
+            )
+            missing = dict.fromkeys(("decoder", "bypass", "cache"), reason)
+        return Sites(type(model).__name__, vision, missing=missing)
     what = "is a text-only language model, so it has no visual tokens to compress"
     if not _text_only(model):
         what = "has no adapter"

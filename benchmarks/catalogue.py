@@ -103,6 +103,16 @@ def _open_clip() -> tuple[Any, dict[str, Any]]:
     return CLIP(32, vision, text).eval(), {"image": _pixels(56)}
 
 
+def _retrieval(version: str) -> tuple[Any, dict[str, Any]]:
+    import torch
+
+    from .mini import mini_retrieval
+
+    ids = torch.tensor([[5, 6, 2]])
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return mini_retrieval(version), {"pixel_values": _pixels(56), **text}
+
+
 FAMILIES: dict[str, Any] = {
     "LLaVA, CLIP": lambda: _llava("clip"),
     "LLaVA, SigLIP": lambda: _llava("siglip"),
@@ -113,6 +123,8 @@ FAMILIES: dict[str, Any] = {
     "HF SigLIP": lambda: _encoder("siglip"),
     "HF DINOv2": lambda: _encoder("dinov2"),
     "HF ViT": lambda: _encoder("vit"),
+    "HF BLIP": lambda: _retrieval("Blip"),
+    "HF BLIP-2": lambda: _retrieval("Blip2"),
     "timm ViT": lambda: _timm("vit_small_patch14_dinov2"),
     "timm DeiT": lambda: _timm("deit_tiny_distilled_patch16_224"),
     "timm EVA": lambda: _timm("eva02_tiny_patch14_224"),

@@ -96,6 +96,30 @@ def mini_crops(family: str = "next", seed: int = 0) -> tuple[Any, dict[str, torc
     }
 
 
+def mini_retrieval(version: str = "Blip", seed: int = 0) -> Any:
+    """A random "Blip" or "Blip2" for image-text retrieval with a 4-block tower, in eval mode."""
+    import transformers
+
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "initializer_range": 0.2,
+    }
+    reader = {**shape, "num_hidden_layers": 2, "vocab_size": 64, "encoder_hidden_size": 32}
+    parts: dict[str, Any]
+    if version == "Blip":
+        parts = {"text_config": {**reader, "bos_token_id": 1, "sep_token_id": 2}}
+    else:
+        parts = {"qformer_config": {**reader, "use_qformer_text_input": True}}
+    config = getattr(transformers, version + "Config")(
+        vision_config={**shape, "image_size": 56, "patch_size": 14}, **parts
+    )
+    torch.manual_seed(seed)
+    return getattr(transformers, version + "ForImageTextRetrieval")(config).eval()
+
+
 def mini_processor(model: Any) -> Any:
     """A processor for `mini_llava`: word-level tokenizer over a few words, CLIP pixels."""
     from tokenizers import Tokenizer, models, pre_tokenizers

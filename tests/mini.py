@@ -142,6 +142,56 @@ def _run_dual(model: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
     return {"image_embeds": out.image_embeds, "logits": out.logits_per_image}
 
 
+BLIP_VISION = {**HF_VISION, "initializer_range": 0.2}  # 1e-10 by default: pixels would not matter
+
+
+def _blip(prefix: str, **kwargs: Any) -> nn.Module:
+    config = getattr(hf, prefix + "VisionConfig")(**{**BLIP_VISION, **kwargs})
+    return getattr(hf, prefix + "VisionModel")(config)
+
+
+def blip_retrieval() -> nn.Module:
+    text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    text |= dict(vocab_size=40, encoder_hidden_size=WIDTH, max_position_embeddings=16)
+    config = hf.BlipConfig(
+        text_config=text, vision_config=BLIP_VISION, image_text_hidden_size=8, projection_dim=8
+    )
+    return hf.BlipForImageTextRetrieval(config)
+
+
+def blip2_retrieval() -> nn.Module:
+    qformer = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2)
+    qformer |= dict(vocab_size=40, encoder_hidden_size=WIDTH, max_position_embeddings=16)
+    config = hf.Blip2Config(
+        vision_config=BLIP_VISION,
+        qformer_config={**qformer, "use_qformer_text_input": True, "cross_attention_frequency": 1},
+        image_text_hidden_size=8,
+        num_query_tokens=3,
+    )
+    return hf.Blip2ForImageTextRetrieval(config)
+
+
+def texts() -> dict[str, Tensor]:
+    """Two captions of different lengths."""
+    ids = torch.tensor([[5, 6, 7, 2], [8, 9, 2, 0]])
+    return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+
+def _run_blip(model: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
+    text = {k: v[: len(pixels)] for k, v in texts().items()}
+    out = [model(pixel_values=pixels, use_itm_head=itm, **text) for itm in (True, False)]
+    return {"itm": out[0].itm_score, "itc": out[1].itm_score}
+
+
+def _run_blip2(model: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
+    text = {k: v[: len(pixels)] for k, v in texts().items()}
+    out = [
+        model(pixel_values=pixels, use_image_text_matching_head=itm, **text)
+        for itm in (True, False)
+    ]
+    return {"itm": out[0].logits_per_image, "itc": out[1].logits_per_image}
+
+
 # ---- open_clip -----------------------------------------------------------------------------------
 
 
@@ -257,6 +307,11 @@ ENCODERS: dict[str, Mini] = {
     ),
     "hf-vit": Mini(lambda: hf.ViTModel(vit_config()), _run_hf),
     "hf-vit-classifier": Mini(lambda: hf.ViTForImageClassification(vit_config()), _run_hf),
+    "hf-blip": Mini(partial(_blip, "Blip"), _run_hf),
+    "hf-blip-retrieval": Mini(blip_retrieval, _run_blip),
+    "hf-blip2": Mini(partial(_blip, "Blip2"), _run_hf),
+    "hf-blip2-retrieval": Mini(blip2_retrieval, _run_blip2),
+    "hf-instructblip": Mini(partial(_blip, "InstructBlip", qkv_bias=False), _run_hf),
     "open-clip": Mini(_open_clip, _run_open_clip, resizes=False),
     "open-clip-qk-norm": Mini(
         partial(_open_clip, qk_norm=True, pool_type="avg", ls_init_value=0.5),

@@ -111,7 +111,8 @@ def real_attention(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> list[tu
     return calls
 
 
-FUSED = [n for n in ENCODERS if n not in ("timm-vit-unfused", "hf-clip-eager")]
+UNFUSED = ("timm-vit-unfused", "hf-clip-eager", "hf-blip", "hf-blip-retrieval")
+FUSED = [n for n in ENCODERS if n not in UNFUSED]
 
 
 @pytest.mark.parametrize("name", FUSED)

@@ -14,6 +14,7 @@ _EXPORTS = {
     "observe": "wrapping",
     "compress_inputs": "inputs",
     "compressing": "wrapping",
+    "inspect": "inspecting",
     "match": "matching",
     "chain": "method",
     "register": "method",
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from . import methods as methods
     from .errors import UnsupportedError as UnsupportedError
     from .inputs import compress_inputs as compress_inputs
+    from .inspecting import inspect as inspect
     from .matching import match as match
     from .method import Method as Method
     from .method import Scorer as Scorer

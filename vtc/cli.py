@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``vtc``: bench, methods, version."""
+"""The command ``vtc``: bench, inspect, methods, version."""
 
 from __future__ import annotations
 
@@ -98,6 +98,32 @@ def methods(
     for row in rows:
         table.add_row(row["name"], row["acts"], row["needs"], row["default"], row["summary"])
     out.print(table)
+
+
+@command
+def inspect(
+    model: Annotated[str, typer.Argument(help="Hub id, folder or config.json.")],
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
+) -> None:
+    """How vtc sees a model and which methods work on it, from its configuration alone."""
+    import transformers
+
+    from .inspecting import inspect as look
+
+    transformers.logging.set_verbosity_error()
+    try:
+        found = look(model)
+    except (OSError, ValueError) as error:
+        from .errors import UnsupportedError
+
+        if isinstance(error, UnsupportedError):
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise Mistake(f"cannot read {model}: {first}") from None
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=1))
+    else:
+        out.print(str(found), highlight=False, markup=False, soft_wrap=True)
 
 
 @command

@@ -233,6 +233,11 @@ class DecoderEngine:
     def _check_model(self) -> None:
         config = self.sites.decoder.config
         depth = len(self.layers)
+        if self.compact and self.sites.mrope:
+            raise UnsupportedError(
+                f"{type(self.sites.base).__name__} gives image tokens positions of time, height "
+                'and width, which cannot be renumbered; use positions="original"'
+            )
         for _, method, layers in self.on_decoder:
             if layers.isdisjoint(range(-1, depth - 1)):
                 raise UnsupportedError(

@@ -130,7 +130,7 @@ class Report:
             image in crops, indices into its `CropLayout`.
         reduction: patches to the tokens that left the encoder side, (images, N); None if untouched,
             and on models with crops.
-        grid: rows and columns of patches (of one crop).
+        grid: rows and columns of patches (of one crop); (0, 0) where LLM tokens are not patches.
         separators: newline tokens between rows of patches; they always stay, are not among the
             visual tokens, and count in ``flops_all``.
         layouts: where patches lie, for each image of a model with crops; else None.
@@ -220,8 +220,10 @@ def build_report(
         patches = (first - tower.prefix) * 3 * tower.patch**2 * tower.width
         return patches + encoder_flops(into, behind, tower.width, tower.mlp_width)
 
-    encoder = encoder_cost(attended[0], attended, counts)
-    encoder_full = encoder_cost(entered[0], entered, entered)
+    encoder = encoder_full = 0.0
+    if tower.blocks:
+        encoder = encoder_cost(attended[0], attended, counts)
+        encoder_full = encoder_cost(entered[0], entered, entered)
     layouts = record.layouts
     reduction = None if vision is None else vision.reduction
     left = total if reduction is None else reduction.count  # of each image or crop
@@ -237,7 +239,7 @@ def build_report(
         "prefill_ms": clock.ms("prefill"),
         "decode_ms": clock.seconds["decode"] * 1e3 / decode_calls if decode_calls else None,
         "reduction": reduction if layouts is None else None,
-        "grid": grid,
+        "grid": grid if "features" not in sites.missing else (0, 0),
         "layouts": layouts,
     }
     if sites.decoder is None:

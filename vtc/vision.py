@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .adapters.base import BlockSites, Call, VisionSites
 from .errors import UnsupportedError
 from .method import Method, known_methods, split_answer
+from .reading import Readers
 from .reduction import Reduction
 from .views import FeaturesView, Projections, VisionView
 
@@ -269,6 +270,10 @@ class VisionEngine:
     def install(self) -> None:
         """Register the hooks that the methods' stages need."""
         sites, add = self.sites, self.handles.append
+        if sites.install is not None:
+            add(sites.install())
+        if sites.readers:
+            add(Readers(self, sites.tower, sites.readers))
         entry = sites.tower if sites.entry is None else sites.entry
         add(entry.register_forward_pre_hook(self._begin, with_kwargs=True))
         last = self.feature_block

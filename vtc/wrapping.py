@@ -59,8 +59,17 @@ class Session:
         available = {"pixels", "vision", "features"}
         if self.sites.decoder is not None:
             available |= {"decoder", "bypass", "cache"}
+        available -= set(self.sites.missing)
         for method in self.methods:
             method.check(self.sites)
+            absent = sorted(method.stages & set(self.sites.missing))
+            if absent:
+                usable = [n for n, m in known_methods().items() if _stages(m) <= available]
+                raise UnsupportedError(
+                    f'"{method.name}" has a {" and a ".join(absent)} stage, and in '
+                    f"{type(self.model).__name__} {self.sites.missing[absent[0]]}; methods that "
+                    f"work here: {', '.join(usable)}"
+                )
             missing = method.stages - available
             if missing:
                 usable = [n for n, m in known_methods().items() if _stages(m) <= available]
@@ -77,7 +86,10 @@ class Session:
         def encode(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             pixels: Any = args[0] if args else kwargs.get("pixel_values", kwargs.get("x"))
             patch = sites.vision.patch
-            self.record.grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+            known = patch and pixels is not None and pixels.dim() > 3
+            self.record.grid = (0, 0)  # of encoders that no adapter knows
+            if known:
+                self.record.grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
             clock.reset("vision", "method")
             clock.start("vision")
 
