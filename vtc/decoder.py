@@ -182,6 +182,38 @@ def split_packed(
     return images, image, position
 
 
+def split_lengths(visual: Tensor, lengths: list[int]) -> tuple[list[list[int]], Tensor, Tensor]:
+    """`split_images` for images of known lengths, whatever text stands between their tokens.
+
+    Args:
+        visual: (B, L) bool; lengths: placeholders of each image, in the order of rows and columns.
+
+    Raises:
+        UnsupportedError: a row does not hold whole images (chunked prefill).
+    """
+    images: list[list[int]] = []
+    rest = iter(lengths)
+    for n in visual.sum(1).tolist():
+        row: list[int] = []
+        while sum(row) < n:
+            row.append(next(rest, n + 1))
+        if sum(row) != n:
+            raise UnsupportedError(
+                f"found {n} image tokens in row {len(images)} that are not whole images: part of "
+                "an image in one forward (chunked prefill), and features that were compressed "
+                "before, cannot be compressed; prefill in one piece, or use vtc.compress_inputs"
+            )
+        images.append(row)
+    image, position = torch.full_like(visual, -1, dtype=torch.long), torch.zeros_like(visual).long()
+    flat = torch.tensor([n for row in images for n in row], device=visual.device)
+    ordinal = torch.tensor([j for row in images for j in range(len(row))], device=visual.device)
+    first = flat.cumsum(0) - flat
+    image[visual] = ordinal.long().repeat_interleave(flat)
+    every = torch.arange(int(visual.sum()), device=visual.device)
+    position[visual] = every - first.repeat_interleave(flat)
+    return images, image, position
+
+
 class DecoderEngine:
     """Installs the hooks on a language model and runs the methods' decoder and cache stages."""
 
@@ -216,6 +248,10 @@ class DecoderEngine:
         self.carried: tuple[Sequence[Tensor], list[dict[str, Any]]] | None = None
         # Rows of each packed image of this forward, in the order of its placeholders.
         self.lengths: list[int] | None = None
+        # Whether only those lengths tell which placeholders are one image.
+        self.by_length = sites.crops is not None or (
+            sites.grids is not None and sites.tokens_per_image is None
+        )
         self.forward: _Forward | None = None
         self.mask: Tensor | None = None  # (B, logical length) of this forward, False on padding
         self.handles: list[Any] = []
@@ -350,7 +386,7 @@ class DecoderEngine:
             for token in self.sites.token_ids:
                 row = table(torch.tensor(token, device=embeds.device)).to(embeds.dtype)
                 visual |= (embeds == row).all(-1)
-        if self.sites.crops is not None:
+        if self.by_length:
             encoded = kwargs.get("mm_encoder_outputs") or {}
             image = encoded.get("image")
             # None until the features are made, within this forward.
@@ -377,7 +413,7 @@ class DecoderEngine:
         embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
         visual, mask = self.pending if self.pending else (None, kwargs.get("attention_mask"))
         self.pending = self.forward = None
-        if self.sites.crops is not None and self.lengths is None:
+        if self.by_length and self.lengths is None:
             visual = None  # placeholders without features
         if visual is not None and embeds.shape[1] > 1 and bool(visual.any()):
             if self.methods:
@@ -386,8 +422,11 @@ class DecoderEngine:
             if mask is not None and mask.dim() == 2:
                 real = mask[:, -embeds.shape[1] :].bool().to(visual.device)
             separator = None
-            if self.sites.crops is None:
+            if not self.by_length:
                 images, image, position = split_images(visual, self.sites.tokens_per_image)
+            elif self.sites.crops is None:
+                assert self.lengths is not None
+                images, image, position = split_lengths(visual, self.lengths)
             else:
                 newline = self.sites.crops.newline().to(embeds)
                 separator = visual & (embeds == newline).all(-1).to(visual.device)

@@ -65,6 +65,7 @@ class Projections:
         bias: (B, T) additive bias on the keys in this block (proportional attention), or None.
         later: the reduction applied to this block's tokens after its attention, or None.
         mean: gives (B, T, d) head-averaged keys where that is cheaper than averaging ``key()``.
+        valid: (B, T) bool, False where rows are padded to the longest; None where none is.
     """
 
     query: Callable[[slice], Tensor]
@@ -73,6 +74,7 @@ class Projections:
     bias: Tensor | None = None
     later: Reduction | None = None
     mean: Callable[[], Tensor] | None = None
+    valid: Tensor | None = None
 
     def key_mean(self) -> Tensor:
         """(B, T, d) keys averaged over heads."""
@@ -85,7 +87,8 @@ class Projections:
     def logits(self, rows: slice) -> Tensor:
         """q k^T * scale in fp32 for the query rows, (B, H, rows, T)."""
         scores = self.query(rows).float() @ self.key().float().transpose(-1, -2) * self.scale
-        return scores if self.bias is None else scores + self.bias[:, None, None, :].float()
+        bias = self.bias
+        return scores if bias is None else scores + bias[:, None, None, :].to(scores)
 
     def attention(self, rows: slice) -> Tensor:
         """Attention probabilities in fp32 for the query rows, (B, H, rows, T)."""
@@ -292,11 +295,15 @@ class FeaturesView:
 
         def received() -> Tensor:
             rows = projections.key().shape[2]
-            parts = [
-                projections.attention(slice(i, i + chunk)).sum(2).mean(1)
-                for i in range(0, rows, chunk)
-            ]
-            return torch.stack(parts).sum(0) / rows
+            real = projections.valid
+            parts = []
+            for i in range(0, rows, chunk):
+                part = projections.attention(slice(i, i + chunk))
+                if real is not None:
+                    part = part * real[:, None, i : i + chunk, None].to(part)
+                parts.append(part.sum(2).mean(1))
+            total = torch.stack(parts).sum(0)
+            return total / (rows if real is None else real.sum(1, keepdim=True).to(total))
 
         return self._patches("attention_received", layer, "sum", received)
 
