@@ -234,6 +234,7 @@ class VisionEngine:
 
     def _check(self) -> None:
         here = {"pixels", "vision", "features"}
+        self._check_inside()
         if not self.sites.has_cls:
             for m in self.methods:
                 if "cls" in m.needs and m.stages & here:
@@ -256,7 +257,6 @@ class VisionEngine:
                     f"{m.name} chooses tokens inside the encoder, in every crop alike, and images "
                     "have different numbers of crops here; give keep_ratio instead of keep_tokens"
                 )
-        self._check_inside()
         blocks = self.sites.blocks[: self.feature_block + 1]
         if self.proportional and any(site.bias is None for site in blocks):
             raise UnsupportedError(
