@@ -235,10 +235,13 @@ class VisionEngine:
     def _check(self) -> None:
         here = {"pixels", "vision", "features"}
         self._check_inside()
+        inside = set() if self._closed else {"pixels", "vision"}
         if not self.sites.has_cls:
             for m in self.methods:
                 if "cls" in m.needs and m.stages & here:
-                    usable = _names(lambda c: "cls" not in c.needs and c().stages <= here)
+                    usable = _names(
+                        lambda c: "cls" not in c.needs and c().stages <= inside | {"features"}
+                    )
                     own = ", ".join(f"{k}={v!r}" for k, v in m.without_cls.items())
                     raise UnsupportedError(
                         f"{m.name} needs a [CLS] token and {self._tower} has none; "
@@ -265,21 +268,29 @@ class VisionEngine:
                 'model with attn_implementation="sdpa" (DINOv2 and ViT: transformers 5.18 or newer)'
             )
 
-    def _check_inside(self) -> None:
-        """Refuse methods inside an encoder that must see all of its tokens."""
-        acting = self.resizing + self.inside
-        grids, why = self.grids, self.sites.whole
-        if grids is not None and grids.fold > 1:
-            why = (
-                f"the model joins {grids.fold} x {grids.fold} patches behind {self._tower} to one "
-                "LLM token, which needs all of them"
+    @property
+    def _closed(self) -> str:
+        """Why no token may leave before or inside the encoder; empty where they may."""
+        fold = 1 if self.grids is None else self.grids.fold
+        if fold > 1:
+            return (
+                f"the model joins {fold} x {fold} patches behind {self._tower} to one LLM token, "
+                "which needs all of them"
             )
-        elif grids is not None and not why:
-            why = f"the images that {self._tower} encodes have different sizes"
+        return self.sites.whole
+
+    def _check_inside(self) -> None:
+        """Refuse methods inside an encoder that must keep all of its tokens."""
+        acting, why = self.resizing + self.inside, self._closed
         if not acting or not why:
             return
         m = acting[0][1]
-        usable = _names(lambda c: not c().stages & {"pixels", "vision"})
+        stages = {"features", "decoder", "bypass", "cache"}
+        stages = stages if self.projector is not None else {"features"}
+        cls = self.sites.has_cls
+        usable = _names(
+            lambda c: c().stages <= stages and (cls or c.without_cls or "cls" not in c.needs)
+        )
         own = ", ".join(f"{k}={v!r}" for k, v in m.outside_encoder.items())
         raise UnsupportedError(
             f"{m.name} takes tokens away before or inside the encoder, and {why}; "
