@@ -272,12 +272,13 @@ def test_views_hold_what_the_encoder_saw(family: str) -> None:
     rows = rows_of(family)
     inputs = mini.prompt(family, rows, pad="left")
     sites = locate(model)
-    block, maps = sites.vision.blocks[sites.decoder.feature_block], []
+    block, maps, keys = sites.vision.blocks[sites.decoder.feature_block], [], []
 
-    def note(module: Any, args: tuple, output: Any) -> None:
+    def note(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
         maps.append(output[1])
+        keys.append(block.key((args, kwargs), slice(None)).transpose(1, 2))  # (B, T, H, d)
 
-    handle = block.attn.register_forward_hook(note)
+    handle = block.attn.register_forward_hook(note, with_kwargs=True)
     method = Probe(seen=[])
     names = ("pixel_values", "pixel_attention_mask", "image_sizes")
     images = {k: inputs[k] for k in names if k in inputs}
@@ -304,9 +305,10 @@ def test_views_hold_what_the_encoder_saw(family: str) -> None:
         n = r * c * fold * fold
         if len(attention) == 1:  # one sequence of all images
             mine = attention[0, :, start : start + n, start : start + n]
+            key = keys[-1][0, start : start + n]
             start += n
         else:
-            mine = attention[i]
+            mine, key = attention[i], keys[-1][i, sites.vision.prefix :]
 
         def folded(x: torch.Tensor, r: int = r, c: int = c) -> torch.Tensor:
             return x.reshape(-1, r, fold, c, fold).sum((2, 4)).reshape(-1, r * c)
@@ -317,6 +319,8 @@ def test_views_hold_what_the_encoder_saw(family: str) -> None:
         assert shown[i]["received"].std() > 1e-4, "uniform: no teeth"
         if known.has_cls:
             close(shown[i]["cls"], folded(mine[:, 0, prefix:]))
+        flat = key.flatten(1).T  # (H d, patches)
+        close(shown[i]["key"], folded(flat).T.reshape(r * c, *key.shape[1:]) / fold**2)
         close(shown[i]["projected"], packed[token : token + r * c])
         token += r * c
 

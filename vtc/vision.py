@@ -274,7 +274,7 @@ class VisionEngine:
         fold = 1 if self.grids is None else self.grids.fold
         if fold > 1:
             return (
-                f"the model joins {fold} x {fold} patches behind {self._tower} to one LLM token, "
+                f"the model joins {fold} x {fold} patches behind the encoder to one LLM token, "
                 "which needs all of them"
             )
         return self.sites.whole
