@@ -120,7 +120,8 @@ class GridSites:
 
     An image is what has one budget: what the processor calls an image where the model is told, else
     what the encoder sees as one (a tile). It consists of one or more grids (tiles, frames), which
-    methods see as images of their own and which share its budget by their tokens.
+    methods see as images of their own and which share its budget by their tokens. Where
+    ``tokens_per_image`` is None, an image is one entry of ``pooler_output``.
 
     Tokens of the prompt between the grids of an image, such as row breaks and tile names, need no
     mention: only placeholders count, and all else is text. "call" is the named arguments of

@@ -18,10 +18,11 @@ from snapshot import snapshot
 from transformers.cache_utils import DynamicCache
 
 import vtc
+from vtc.adapters.base import GridSites
 from vtc.adapters.locate import locate
 from vtc.benchmarks.runner import seeded
 from vtc.decoder import split_lengths
-from vtc.grids import groups
+from vtc.grids import GridEngine, groups
 
 TOKENS, STEPS = 6, 4
 CHOOSING = {"pixels", "vision", "features", "decoder"}
@@ -335,6 +336,47 @@ def test_groups() -> None:
     ]  # a column is left over
     assert groups((2, 4), 2, True).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert groups((1, 2), 1, False).tolist() == [[0], [1]]
+
+
+def test_patches_in_the_order_of_windows() -> None:
+    """Groups behind one another, sorted by windows within their grid, in a packed sequence."""
+    shapes = [(2, 4), (4, 2)]
+    order = torch.tensor([4, 5, 6, 7, 0, 1, 2, 3, *range(8, 16)])
+    sites = GridSites(
+        images=lambda call: [[shape] for shape in shapes],
+        source=torch.nn.Identity(),
+        project=lambda x: x,
+        fold=2,
+        grouped=True,
+        packed=True,
+        order=lambda call: order,
+    )
+    engine = GridEngine.__new__(GridEngine)
+    engine.grids = sites
+    layouts = engine._layouts({})
+    assert [layout.grids for layout in layouts] == [((1, 2),), ((2, 1),)]
+    x = torch.arange(16.0).reshape(2, 8, 1)  # a row for each grid, as the encoder has sorted it
+    lift = engine._lift(layouts, torch.device("cpu"))
+    assert lift(x, "mean")[:, 0].tolist() == [5.5, 1.5, 9.5, 13.5]
+    assert lift(x, "sum")[:, 0].tolist() == [22, 6, 38, 54]
+
+
+@torch.no_grad()
+def test_grids_of_an_image_share_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tiles as one image: as many tokens as its share, from each as much as it is large."""
+    model = build("internvl")
+    sites = locate(model)
+    both = replace(sites.decoder.grids, images=lambda call: [[(8, 8), (8, 8)]])
+    decoder = replace(sites.decoder, grids=both, tokens_per_image=None)
+    monkeypatch.setattr("vtc.wrapping.locate", lambda model: replace(sites, decoder=decoder))
+    inputs = mini.prompt("internvl", [[2]])
+    chosen = made("divprune", "internvl")
+    with vtc.compressing(model, replace(chosen, keep_tokens=9)) as session:
+        model(**inputs)
+        report = session.report()
+    assert report.visual_tokens == 32 and report.asked == report.final_tokens == 9
+    (kept,) = report.kept
+    assert (kept < 16).sum() == 5 and (kept >= 16).sum() == 4
 
 
 def test_split_lengths() -> None:
