@@ -10,18 +10,36 @@ from torch import nn
 from ..errors import UnsupportedError
 from .base import Sites, VisionSites
 
-LANGUAGE_MODELS = ("llava", "llava_next", "llava_onevision", "generic")
+LANGUAGE_MODELS = (
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "internvl",
+    "idefics3",
+    "paligemma",
+    "gemma3",
+    "mistral3",
+    "generic",
+)
 """Adapter files whose ``locate(model)`` gives `Sites` with a language model."""
 
 ENCODERS = ("hf_vision", "timm_vit", "open_clip_vit", "blip")
 """Adapter files whose ``locate(model)`` gives `VisionSites`."""
 
+TOWERS = ("pixtral",)
+"""The same for encoders of packed images, which work inside a language model only: alone, nobody
+tells which of the tokens that are left belong to which image."""
+
 SUPPORTED = (
     "timm ViTs (vit, deit, eva, dinov2, siglip); open_clip ViTs; Hugging Face CLIP, SigLIP, DINOv2 "
     "and ViT encoders; vision towers of BLIP and BLIP-2; LLaVA-1.5 "
     "(LlavaForConditionalGeneration), LLaVA-NeXT (LlavaNextForConditionalGeneration), "
-    "LLaVA-OneVision images (LlavaOnevisionForConditionalGeneration); others whose seams are like "
-    "LLaVA's (vtc inspect tells)"
+    "LLaVA-OneVision images (LlavaOnevisionForConditionalGeneration), "
+    "InternVL (InternVLForConditionalGeneration), "
+    "Idefics3 and SmolVLM (Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration), "
+    "PaliGemma (PaliGemmaForConditionalGeneration), Gemma 3 (Gemma3ForConditionalGeneration), "
+    "Mistral 3 (Mistral3ForConditionalGeneration); others whose seams are like LLaVA's "
+    "(vtc inspect tells)"
 )
 
 
@@ -39,7 +57,7 @@ def locate_vision(model: nn.Module) -> VisionSites:
     Raises:
         UnsupportedError: no adapter knows this encoder.
     """
-    sites = _try(ENCODERS, model)
+    sites = _try(ENCODERS + TOWERS, model)
     if sites is None:
         raise UnsupportedError(
             f"no adapter for the encoder {type(model).__name__}; supported: {SUPPORTED}"

@@ -178,6 +178,18 @@ FAMILIES = (
         tokens=4,
     ),
     Family(
+        "Cohere2VisionForConditionalGeneration",  # with layers that look back 64 tokens
+        lambda: hf.Cohere2VisionConfig(
+            vision_config=vision("siglip_vision_model", vision_use_head=False),
+            text_config=text("cohere2", sliding_window=64),
+            downsample_factor=2,
+            alignment_intermediate_size=32,
+            **IDS,
+        ),
+        pixels=_square,
+        tokens=4,
+    ),
+    Family(
         "LlavaNextVideoForConditionalGeneration",
         lambda: hf.LlavaNextVideoConfig(**clip_llama(vision_feature_layer=-2)),
     ),

@@ -187,14 +187,6 @@ def test_refused_with_a_reason(name: str) -> None:
     assert snapshot(model) == before
 
 
-def test_a_sliding_window_is_refused() -> None:
-    config = hf.Cohere2VisionConfig(
-        vision_config=vision("siglip_vision_model"), text_config=text("cohere2"), **IDS
-    )
-    with pytest.raises(vtc.UnsupportedError, match="sliding window"):
-        vtc.wrap(_meta("Cohere2VisionForConditionalGeneration", config), "fastv")
-
-
 def test_chunked_prefill_of_an_image_is_refused() -> None:
     family = next(f for f in FAMILIES if f.one_to_one)
     model = family.build()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .errors import UnsupportedError
 from .reduction import Reduction, gather_tokens
@@ -29,6 +29,8 @@ class PrunedMixin:
         dropped: logical minus physical length.
         prefilled: logical length after the last prompt.
         shift: (B,) positions by which "compact" renumbering moved later tokens; None if "original".
+        window: of a layer with sliding attention, the tokens it sees; None of others.
+        trimmed: logical columns below this left with the window.
         scratch: per method, named tensors aligned with the slots.
         budgets: per method, (B,) visual slots it would keep.
     """
@@ -41,6 +43,8 @@ class PrunedMixin:
     dropped: int = 0
     prefilled: int = 0
     shift: Tensor | None = None
+    window: int | None = None
+    trimmed: int = 0
     scratch: dict[int, dict[str, Tensor]]
     budgets: dict[int, Tensor]
 
@@ -112,6 +116,16 @@ class PrunedMixin:
             x = getattr(self, name)
             setattr(self, name, x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])))
 
+    def trim(self) -> None:
+        """Remove the slots that have left the window: no later token will see them."""
+        first = self.get_seq_length() - (self.window or 0) + 1
+        if self.window is None or first <= self.trimmed:
+            return
+        self.trimmed = first
+        columns = self.columns(self.keys.device)
+        if bool((columns < first).any()):
+            self.evict(Reduction.from_mask(columns >= first))
+
     # ---- operations of the stock layer that must move the map too ------------------------------
 
     def _map(self, change: Any) -> None:
@@ -145,11 +159,17 @@ class PrunedMixin:
                 length to keep.
 
         Raises:
-            UnsupportedError: the tokens reach back to where this layer was compressed.
+            UnsupportedError: the tokens reach back to where this layer was compressed, or the
+                window would slide back over tokens that have left it.
         """
         n = abs(tokens_to_remove)
         if tokens_to_remove > 0:
             n = max(self.get_seq_length() - tokens_to_remove, 0)
+        if self.window is not None and self.trimmed > self.get_seq_length() - n - self.window + 1:
+            raise UnsupportedError(
+                f"cannot crop {n} tokens: the sliding window of this layer would reach back over "
+                "tokens that have left it"
+            )
         mapped = self.kept.shape[1]
         inside = n - (self.physical_length() - mapped)  # slots of the map itself that go
         if inside > 0:
@@ -170,6 +190,7 @@ class PrunedMixin:
         super().reset()  # type: ignore[misc]
         self.kept = self.filler = self.shift = None
         self.dropped, self.prefilled, self.scratch, self.budgets = 0, 0, {}, {}
+        self.trimmed = 0
 
 
 @cache
@@ -208,7 +229,7 @@ def check_cache(cache: Any, evicts: bool) -> None:
     """Refuse, before anything is computed, a cache that cannot hold layers of different lengths.
 
     Raises:
-        UnsupportedError: static, sliding-window, linear or unknown cache layers.
+        UnsupportedError: static, linear or unknown cache layers, or a window that tokens have left.
     """
     if cache is None:
         return
@@ -217,12 +238,14 @@ def check_cache(cache: Any, evicts: bool) -> None:
             f"{type(cache).__name__} cannot be compressed; use the default DynamicCache"
         )
     for i, layer in enumerate(cache.layers):
-        if getattr(layer, "is_sliding", False):
-            raise UnsupportedError(
-                f"cache layer {i} is a sliding window ({type(layer).__name__}): its window would "
-                "count kept tokens instead of positions; set config.sliding_window=None, or use "
-                "vtc.compress_inputs"
-            )
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            if layer.keys is not None and layer.keys.shape[-2] < layer.cumulative_length:
+                raise UnsupportedError(
+                    f"cache layer {i} was filled without vtc beyond its sliding window of "
+                    f"{layer.sliding_window} tokens, which has dropped what a compressed layer "
+                    "would need; start the conversation with the wrapped model"
+                )
+            continue
         if not isinstance(layer, DynamicLayer):
             raise UnsupportedError(
                 f"cache layer {i} is a {type(layer).__name__}, whose slots are fixed; use the "
@@ -234,6 +257,33 @@ def check_cache(cache: Any, evicts: bool) -> None:
                 f"evicting from a {type(layer).__name__} would need to dequantize it; use the "
                 "default DynamicCache, or a method that drops tokens before they reach the cache"
             )
+
+
+def widen(cache: Cache) -> None:
+    """Make layers that hold a sliding window hold all tokens, in place.
+
+    A window that counts slots would count kept tokens. Hugging Face's mask counts logical columns
+    whatever the layer holds, and rows and columns of it are gathered: so the layer keeps what the
+    methods keep, the mask hides what has left the window, and nothing is different. What has left
+    it by the end of a prompt is removed then (`PrunedMixin.trim`).
+    """
+    for i, layer in enumerate(cache.layers):
+        if not isinstance(layer, DynamicSlidingWindowLayer):
+            continue
+        wide: Any = DynamicLayer()
+        known = vars(layer)
+        wide.__dict__.update({k: known[k] for k in vars(wide) if k in known})
+        for name in ("dtype", "device"):
+            if name in known:
+                setattr(wide, name, known[name])
+        wide.window = layer.sliding_window
+        cache.layers[i] = wide
+
+
+def overflows(cache: Cache, i: int, logical: int) -> bool:
+    """Whether tokens leave the window of layer i, if it has one, when it has seen ``logical``."""
+    window = getattr(cache.layers[i], "window", None) if i < len(cache.layers) else None
+    return window is not None and logical >= window
 
 
 def cache_bytes(cache: Cache | None) -> tuple[int, int]:
@@ -249,21 +299,26 @@ def cache_bytes(cache: Cache | None) -> tuple[int, int]:
             full += slot * layer.get_seq_length()
             continue
         n = layer.physical_length() if isinstance(layer, PrunedMixin) else layer.get_seq_length()
-        full += size * layer.get_seq_length() // max(int(n), 1)
+        logical = layer.get_seq_length()
+        window = getattr(layer, "window", None)  # the stock layer holds one less
+        logical = logical if window is None else min(logical, window - 1)
+        full += size * logical // max(int(n), 1)
     return held, full
 
 
-def visual_slots(cache: Cache | None) -> list[Tensor]:
-    """(B,) visual tokens whose keys and values each compressed layer holds."""
-    out: list[Tensor] = []
+def visual_slots(cache: Cache | None) -> list[Tensor | None]:
+    """(B,) visual tokens that each layer holds; None where it was not compressed."""
+    out: list[Tensor | None] = []
     last: tuple[Any, Any] = (None, None)
     for layer in getattr(cache, "layers", []):
-        if isinstance(layer, PrunedMixin) and layer.kept is not None:
-            visual, filler = layer.visual, layer.filler
-            if visual is not last[0] or filler is not last[1]:  # else as in the layer before
-                count = (visual if filler is None else visual & ~filler).sum(1)
-            last = visual, filler
-            out.append(count)
+        if not isinstance(layer, PrunedMixin) or layer.kept is None:
+            out.append(None)
+            continue
+        visual, filler = layer.visual, layer.filler
+        if visual is not last[0] or filler is not last[1]:  # else as in the layer before
+            count = (visual if filler is None else visual & ~filler).sum(1)
+        last = visual, filler
+        out.append(count)
     return out
 
 

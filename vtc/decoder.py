@@ -10,6 +10,7 @@ only on the cache layers (vtc.cache).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -188,6 +189,38 @@ def split_packed(
     return images, image, position
 
 
+def split_lengths(visual: Tensor, lengths: list[int]) -> tuple[list[list[int]], Tensor, Tensor]:
+    """`split_images` for images of known lengths, whatever text stands between their tokens.
+
+    Args:
+        visual: (B, L) bool; lengths: placeholders of each image, in the order of rows and columns.
+
+    Raises:
+        UnsupportedError: a row does not hold whole images (chunked prefill).
+    """
+    images: list[list[int]] = []
+    rest = iter(lengths)
+    for n in visual.sum(1).tolist():
+        row: list[int] = []
+        while sum(row) < n:
+            row.append(next(rest, n + 1))
+        if sum(row) != n:
+            raise UnsupportedError(
+                f"found {n} image tokens in row {len(images)} that are not whole images: part of "
+                "an image in one forward (chunked prefill), and features that were compressed "
+                "before, cannot be compressed; prefill in one piece, or use vtc.compress_inputs"
+            )
+        images.append(row)
+    image, position = torch.full_like(visual, -1, dtype=torch.long), torch.zeros_like(visual).long()
+    flat = torch.tensor([n for row in images for n in row], device=visual.device)
+    ordinal = torch.tensor([j for row in images for j in range(len(row))], device=visual.device)
+    first = flat.cumsum(0) - flat
+    image[visual] = ordinal.long().repeat_interleave(flat)
+    every = torch.arange(int(visual.sum()), device=visual.device)
+    position[visual] = every - first.repeat_interleave(flat)
+    return images, image, position
+
+
 class DecoderEngine:
     """Installs the hooks on a language model and runs the methods' decoder and cache stages."""
 
@@ -222,6 +255,10 @@ class DecoderEngine:
         self.carried: tuple[Sequence[Tensor], list[dict[str, Any]]] | None = None
         # Rows of each packed image of this forward, in the order of its placeholders.
         self.lengths: list[int] | None = None
+        # Whether only those lengths tell which placeholders are one image.
+        self.by_length = sites.crops is not None or (
+            sites.grids is not None and sites.tokens_per_image is None
+        )
         self.forward: _Forward | None = None
         self.mask: Tensor | None = None  # (B, logical length) of this forward, False on padding
         self.last_mask: tuple[tuple, Tensor | None] | None = None  # what it was made from, and it
@@ -256,14 +293,18 @@ class DecoderEngine:
                     f"{type(self.layers[0]).__name__} does not have the parts of a Llama layer "
                     "(input_layernorm, q_proj, k_proj, rotary embedding)"
                 )
-        if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-            types = getattr(config, "layer_types", None)
-            if types is None or any("sliding" in t for t in types):
-                raise UnsupportedError(
-                    f"the language model uses a sliding window of {config.sliding_window} tokens, "
-                    "which would count kept tokens instead of positions; set "
-                    "config.sliding_window=None"
-                )
+        window = sliding_window(config)
+        if window is not None and "flash" in config._attn_implementation:
+            raise UnsupportedError(
+                f"the language model uses a sliding window of {window} tokens, and FlashAttention "
+                "would count kept tokens instead of positions; load the model with "
+                'attn_implementation="sdpa", whose masks count positions'
+            )
+        if any("chunked" in t for t in getattr(config, "layer_types", None) or ()):
+            raise UnsupportedError(
+                "the language model attends in chunks, which would count kept tokens instead of "
+                "positions; models with full attention or sliding windows work"
+            )
         implementation = config._attn_implementation
         if "flex" in implementation or "paged" in implementation:
             raise UnsupportedError(
@@ -362,7 +403,7 @@ class DecoderEngine:
             for token in self.sites.token_ids:
                 row = table(torch.tensor(token, device=embeds.device)).to(embeds.dtype)
                 visual |= (embeds == row).all(-1)
-        if self.sites.crops is not None:
+        if self.by_length:
             encoded = kwargs.get("mm_encoder_outputs") or {}
             image = encoded.get("image")
             # None until the features are made, within this forward.
@@ -389,7 +430,7 @@ class DecoderEngine:
         embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
         visual, mask = self.pending if self.pending else (None, kwargs.get("attention_mask"))
         self.pending = self.forward = self.last_mask = None
-        if self.sites.crops is not None and self.lengths is None:
+        if self.by_length and self.lengths is None:
             visual = None  # placeholders without features
         if visual is not None and embeds.shape[1] > 1 and bool(visual.any()):
             if self.methods:
@@ -398,8 +439,11 @@ class DecoderEngine:
             if mask is not None and mask.dim() == 2:
                 real = mask[:, -embeds.shape[1] :].bool().to(visual.device)
             separator = None
-            if self.sites.crops is None:
+            if not self.by_length:
                 images, image, position = split_images(visual, self.sites.tokens_per_image)
+            elif self.sites.crops is None:
+                assert self.lengths is not None
+                images, image, position = split_lengths(visual, self.lengths)
             else:
                 newline = self.sites.crops.newline().to(embeds)
                 separator = visual & (embeds == newline).all(-1).to(visual.device)
@@ -427,6 +471,9 @@ class DecoderEngine:
         self.record.clock.stop("prefill")
         if st is None:
             return None
+        for layer in getattr(cache, "layers", []):
+            if isinstance(layer, kv.PrunedMixin) and not hasattr(layer, "packed_bytes"):
+                layer.trim()
         self.record.end(
             st.visual, st.image, st.position, kv.cache_bytes(cache), kv.visual_slots(cache)
         )
@@ -449,6 +496,8 @@ class DecoderEngine:
 
     def _layer_pre(self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         st, cache = self.forward, kwargs.get("past_key_values")
+        if i == 0 and st is not None and cache is not None:
+            kv.widen(cache)
         layer: Any = kv.existing_pruned(cache, i)
         if st is None and layer is None:
             return None
@@ -463,10 +512,12 @@ class DecoderEngine:
                 active, hidden = self._step_aside(i, st, hidden, cache, kwargs)
                 if i > 0 and self.taps:
                     self.taps[i - 1].clear()
-            if active.local is not None and cache is not None:
+            if cache is not None and (
+                active.local is not None or kv.overflows(cache, i, st.base + st.length)
+            ):
                 layer = kv.pruned_layer(cache, i, hidden.shape[0], hidden.device)
         if layer is not None or (active is not None and active.local is not None):
-            kwargs = self._gathered(active, hidden, layer, kwargs)
+            kwargs = self._gathered(i, active, hidden, layer, kwargs)
             if active is not None and layer is not None:
                 layer.append(
                     active.columns(hidden),
@@ -628,7 +679,7 @@ class DecoderEngine:
         """Attention of layer i, which has not run yet, on the tokens that are left now."""
         layer, stored, past = self.layers[i], kv.existing_pruned(cache, i), None
         if stored is not None or st.local is not None:
-            kwargs = self._gathered(st, hidden, stored, kwargs, commit=False)
+            kwargs = self._gathered(i, st, hidden, stored, kwargs, commit=False)
         if cache is not None and i < len(cache.layers) and cache.layers[i].get_seq_length():
             past = cache.layers[i].keys if stored is None else stored.unpacked()[0]
         tables, mask = kwargs["position_embeddings"], kwargs.get("attention_mask")
@@ -744,7 +795,13 @@ class DecoderEngine:
     # ---- what Hugging Face hands to every layer, for the tokens that are left ------------------
 
     def _gathered(
-        self, st: Any, hidden: Tensor, layer: Any, kwargs: dict[str, Any], commit: bool = True
+        self,
+        i: int,
+        st: Any,
+        hidden: Tensor,
+        layer: Any,
+        kwargs: dict[str, Any],
+        commit: bool = True,
     ) -> dict[str, Any]:
         kwargs = dict(kwargs)
         device = hidden.device
@@ -762,7 +819,10 @@ class DecoderEngine:
         shift = self._shift(st, layer, device, commit)
         if shift is not None:
             kwargs["position_ids"] = positions = kwargs["position_ids"] - shift
-            kwargs["position_embeddings"] = self.sites.decoder.rotary_emb(hidden, positions)
+            rotary, kind = self.sites.decoder.rotary_emb, {}
+            if "layer_type" in inspect.signature(rotary.forward).parameters:  # Gemma 3
+                kind = {"layer_type": self.sites.decoder.config.layer_types[i]}
+            kwargs["position_embeddings"] = rotary(hidden, positions, **kind)
         flash = "flash" in self.sites.decoder.config._attn_implementation
         if flash:  # gaps would be read as packed sequences
             kwargs["position_ids"] = None
@@ -972,6 +1032,15 @@ class _NoTap:
 
 
 _no_tap: Any = _NoTap()
+
+
+def sliding_window(config: Any) -> int | None:
+    """Tokens in the window of a language model with sliding layers, None without."""
+    if not getattr(config, "use_sliding_window", True):
+        return None
+    types = getattr(config, "layer_types", None)
+    slides = types is None or any("sliding" in t for t in types)
+    return getattr(config, "sliding_window", None) if slides else None
 
 
 def _arange(hidden: Tensor) -> Tensor:

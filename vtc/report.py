@@ -19,6 +19,7 @@ from .reduction import Reduction
 if TYPE_CHECKING:
     from .adapters.base import Sites
     from .crops import CropLayout
+    from .grids import GridLayout
     from .method import Method
 
 
@@ -71,11 +72,12 @@ class Record:
         self.grid: tuple[int, int] | None = None  # patches of the last images encoded
         self.images: list[list[int]] = []  # visual tokens of each image of each row
         self.layouts: list[CropLayout] | None = None  # of the last images, where they have crops
+        self.grids: list[GridLayout] | None = None  # the same where patches are joined to tokens
         self.text = torch.empty(0)  # (B,) other tokens that are not padding
         self.separators: Tensor | None = None  # (B,) newlines between rows of patches, among those
         self.visual: dict[int, Tensor] = {}  # layer -> (B, T) bool, visual tokens it processed
         self.attended: dict[int, Tensor] = {}  # layer -> (B, T) bool, those in its attention
-        self.slots: list[Tensor] = []  # (B,) visual tokens in the KV cache of each compressed layer
+        self.slots: list[Tensor | None] = []  # (B,) visual tokens in each compressed cache layer
         self.final: tuple[Tensor, Tensor, Tensor] | None = None
         self.kv: tuple[int, int] = (0, 0)
 
@@ -101,7 +103,7 @@ class Record:
         image: Tensor,
         position: Tensor,
         kv: tuple[int, int],
-        slots: list[Tensor],
+        slots: list[Tensor | None],
     ) -> None:
         self.final, self.kv, self.slots = (visual, image, position), kv, slots
 
@@ -130,10 +132,12 @@ class Report:
             image in crops, indices into its `CropLayout`.
         reduction: patches to the tokens that left the encoder side, (images, N); None if untouched,
             and on models with crops.
-        grid: rows and columns of patches (of one crop); (0, 0) where LLM tokens are not patches.
+        grid: rows and columns of patches (of one crop; of LLM tokens where patches are joined to
+            them, in the first grid of the last call); (0, 0) where that is not known.
         separators: newline tokens between rows of patches; they always stay, are not among the
             visual tokens, and count in ``flops_all``.
         layouts: where patches lie, for each image of a model with crops; else None.
+        grids: of each image of a model that joins patches to tokens; else None.
     """
 
     method: str
@@ -159,10 +163,11 @@ class Report:
     grid: tuple[int, int]
     separators: float = 0.0
     layouts: list[CropLayout] | None = None
+    grids: list[GridLayout] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the tensors, ready for JSON; kept patches as lists."""
-        skip = ("kept", "reduction", "layouts")
+        skip = ("kept", "reduction", "layouts", "grids")
         out = {k: v for k, v in asdict(self).items() if k not in skip}
         out["kept"] = [k.tolist() for k in self.kept]
         return out
@@ -212,9 +217,11 @@ def build_report(
         raise RuntimeError("nothing to report: run the model on an image first")
     clock, tower = record.clock, sites.vision
     total = grid[0] * grid[1]
+    joined = record.grids
+    touched = vision is not None and joined is None  # tokens may have left inside the encoder
     entered = [total + tower.prefix] * len(tower.blocks)
-    counts = entered if vision is None else list(vision.counts)
-    attended = entered if vision is None else [vision.entered, *counts[:-1]]
+    counts = list(vision.counts) if touched else entered
+    attended = [vision.entered, *counts[:-1]] if touched else entered
 
     def encoder_cost(first: int, into: list[int], behind: list[int]) -> float:
         patches = (first - tower.prefix) * 3 * tower.patch**2 * tower.width
@@ -225,7 +232,12 @@ def build_report(
         encoder = encoder_cost(attended[0], attended, counts)
         encoder_full = encoder_cost(entered[0], entered, entered)
     layouts = record.layouts
-    reduction = None if vision is None else vision.reduction
+    if joined:  # each grid is a sequence of its own
+        lengths = [p[0] * p[1] + tower.prefix for layout in joined for p in layout.patches]
+        sequences = [[n] * len(tower.blocks) for n in lengths]
+        encoder_full = sum(encoder_cost(n[0], n, n) for n in sequences) / len(joined)
+        encoder = encoder_full
+    reduction = vision.reduction if touched else None
     left = total if reduction is None else reduction.count  # of each image or crop
     # How many tokens of a crop are padding is not known inside the encoder.
     budgeted = all(
@@ -241,6 +253,7 @@ def build_report(
         "reduction": reduction if layouts is None else None,
         "grid": grid if "features" not in sites.missing else (0, 0),
         "layouts": layouts,
+        "grids": joined,
     }
     if sites.decoder is None:
         final = total if reduction is None else reduction.counts.float().mean().item()
@@ -286,9 +299,10 @@ def build_report(
     in_attention = by_layer(record.attended or record.visual)
     per_row = list(zip(*table, strict=True))
     attended_per_row = list(zip(*in_attention, strict=True))
-    slots = [n.cpu()[rows].float().mean().item() for n in record.slots]
-    if len(slots) < depth:  # no layer of the cache was compressed
-        slots = [sum(layer) / len(layer) for layer in in_attention]
+    slots = [sum(layer) / len(layer) for layer in in_attention]
+    for i, n in enumerate(record.slots[:depth]):
+        if n is not None:
+            slots[i] = n.cpu()[rows].float().mean().item()
     full_rows = [sum(record.images[r]) for r in rows]
     text = [float(record.text[r]) for r in rows]
 
@@ -308,7 +322,7 @@ def build_report(
             llm.head_dim,
             [n + n_text for n in attended],
         )
-        projector = projected * (tower.width * llm.hidden + llm.hidden**2)
+        projector = projected * (tower.width * area * llm.hidden + llm.hidden**2)
         return decoder + images * cost + projector + llm.hidden * llm.vocab
 
     # What the encoder took for one image: on average, as rows are averaged too.
@@ -316,9 +330,14 @@ def build_report(
     if layouts is not None:
         crops = mean(1 + prod(layout.crops) for layout in layouts)
         again = 0 if vision is None else vision.reprojected / len(layouts)
+    area = 1 if llm.grids is None else llm.grids.fold**2  # patches behind one projected token
+    before, behind = crops * total, crops * left
+    if joined:
+        before = behind = mean(layout.length for layout in joined)
+        again = 0 if vision is None else vision.reprojected / len(joined)
     images = [len(record.images[r]) for r in rows]
     flat = [[full] * depth for full in full_rows]
-    projected = [crops * left + again] * len(rows)
+    projected = [behind + again] * len(rows)
     asked = [
         min([sum(m.budget(n, grid) for n in record.images[r]) for m in methods], default=full)
         for r, full in zip(rows, full_rows, strict=True)
@@ -343,7 +362,7 @@ def build_report(
             )
         ),
         flops_all_full=mean(
-            whole(t, t, n, i, crops * encoder_full, crops * total * i)
+            whole(t, t, n, i, crops * encoder_full, before * i)
             for t, n, i in zip(flat, text, images, strict=True)
         ),
         kv_bytes=record.kv[0] or None,

@@ -65,6 +65,7 @@ class Projections:
         bias: (B, T) additive bias on the keys in this block (proportional attention), or None.
         later: the reduction applied to this block's tokens after its attention, or None.
         mean: gives (B, T, d) head-averaged keys where that is cheaper than averaging ``key()``.
+        valid: (B, T) bool, False where rows are padded to the longest; None where none is.
     """
 
     query: Callable[[slice], Tensor]
@@ -73,6 +74,7 @@ class Projections:
     bias: Tensor | None = None
     later: Reduction | None = None
     mean: Callable[[], Tensor] | None = None
+    valid: Tensor | None = None
 
     def key_mean(self) -> Tensor:
         """(B, T, d) keys averaged over heads."""
@@ -85,7 +87,8 @@ class Projections:
     def logits(self, rows: slice) -> Tensor:
         """q k^T * scale in fp32 for the query rows, (B, H, rows, T)."""
         scores = self.query(rows).float() @ self.key().float().transpose(-1, -2) * self.scale
-        return scores if self.bias is None else scores + self.bias[:, None, None, :].float()
+        bias = self.bias
+        return scores if bias is None else scores + bias[:, None, None, :].to(scores)
 
     def attention(self, rows: slice) -> Tensor:
         """Attention probabilities in fp32 for the query rows, (B, H, rows, T)."""
@@ -308,8 +311,10 @@ class FeaturesView:
         projections = self._layer(layer)
 
         def mean() -> Tensor:
-            received = projections.received().mean(1)
-            return received / received.shape[1]
+            if projections.valid is None:
+                return projections.received().mean(1) / projections.key().shape[2]
+            real = projections.valid.float()[:, None].expand(projections.key().shape[:3])
+            return projections.received(real).mean(1) / real[:, 0].sum(1, keepdim=True)
 
         return self._patches("attention_received", layer, "sum", mean)
 

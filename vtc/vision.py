@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapters.base import BlockSites, Call, VisionSites
+from .adapters.base import BlockSites, Call, GridSites, VisionSites
 from .errors import UnsupportedError
 from .method import Method, known_methods, split_answer
 from .reading import Readers
@@ -187,6 +187,8 @@ class VisionEngine:
         projector: what maps features (B, N, C) to the LLM, (B, N, D); None for an encoder alone.
         packs: the model packs crops behind the projector; the features stage runs there
             (vtc.crops).
+        grids: how the model joins patches to LLM tokens; the features stage runs behind that
+            (vtc.grids), and no token leaves inside the encoder.
         clock: its ``measure("method")`` times the choosing and moving of tokens.
 
     Raises:
@@ -201,8 +203,10 @@ class VisionEngine:
         projector: nn.Module | None,
         clock: Any = None,
         packs: bool = False,
+        grids: GridSites | None = None,
     ) -> None:
         self.sites = sites
+        self.grids = grids
         self.packs = packs
         self.methods = methods
         self.feature_block = feature_block
@@ -231,10 +235,14 @@ class VisionEngine:
 
     def _check(self) -> None:
         here = {"pixels", "vision", "features"}
+        self._check_inside()
+        inside = set() if self._closed else {"pixels", "vision"}
         if not self.sites.has_cls:
             for m in self.methods:
                 if "cls" in m.needs and m.stages & here:
-                    usable = _names(lambda c: "cls" not in c.needs and c().stages <= here)
+                    usable = _names(
+                        lambda c: "cls" not in c.needs and c().stages <= inside | {"features"}
+                    )
                     own = ", ".join(f"{k}={v!r}" for k, v in m.without_cls.items())
                     raise UnsupportedError(
                         f"{m.name} needs a [CLS] token and {self._tower} has none; "
@@ -260,6 +268,36 @@ class VisionEngine:
                 f"{self._tower} takes no mask; give proportional_attention=False, or load the "
                 'model with attn_implementation="sdpa" (DINOv2 and ViT: transformers 5.18 or newer)'
             )
+
+    @property
+    def _closed(self) -> str:
+        """Why no token may leave before or inside the encoder; empty where they may."""
+        fold = 1 if self.grids is None else self.grids.fold
+        if fold > 1:
+            return (
+                f"the model joins {fold} x {fold} patches behind the encoder to one LLM token, "
+                "which needs all of them"
+            )
+        return self.sites.whole
+
+    def _check_inside(self) -> None:
+        """Refuse methods inside an encoder that must keep all of its tokens."""
+        acting, why = self.resizing + self.inside, self._closed
+        if not acting or not why:
+            return
+        m = acting[0][1]
+        stages = {"features", "decoder", "bypass", "cache"}
+        stages = stages if self.projector is not None else {"features"}
+        cls = self.sites.has_cls
+        usable = _names(
+            lambda c: c().stages <= stages and (cls or c.without_cls or "cls" not in c.needs)
+        )
+        own = ", ".join(f"{k}={v!r}" for k, v in m.outside_encoder.items())
+        raise UnsupportedError(
+            f"{m.name} takes tokens away before or inside the encoder, and {why}; "
+            + (f"give it {own}, with which it does not, or use " if own else "use ")
+            + f"methods that act behind the encoder: {usable}"
+        )
 
     @property
     def _tower(self) -> str:
@@ -296,9 +334,11 @@ class VisionEngine:
                 hook = partial(self._end_block, i)
                 add(site.module.register_forward_hook(hook, prepend=True))
         if self.projector is not None:
+            source = self.projector if self.grids is None else self.grids.source
             if self.behind or self.packs:
-                add(self.projector.register_forward_pre_hook(self._features))
-            add(self.projector.register_forward_hook(self._spread, prepend=True))
+                add(source.register_forward_pre_hook(self._features))
+            if self.grids is None:
+                add(self.projector.register_forward_hook(self._spread, prepend=True))
 
     def remove(self) -> None:
         """Take all hooks out again."""
@@ -316,6 +356,10 @@ class VisionEngine:
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Call | None:
         """Start a fresh state, whatever the last forward left; resize the image if asked to."""
         self.state = None
+        if self.grids is not None:
+            images = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            self.state = self._joined_state(images[0]) if images else None
+            return None
         place = next((i for i, x in enumerate(args) if _is_image(x)), None)
         name = next((k for k, x in kwargs.items() if _is_image(x)), None)
         if place is None and name is None:
@@ -352,6 +396,18 @@ class VisionEngine:
         assert self.sites.resize is not None  # checked at construction
         return self.sites.resize(call)
 
+    def _joined_state(self, pixels: Tensor) -> VisionState:
+        """State of an encoder that keeps all its tokens; `vtc.grids` knows how many there are."""
+        return VisionState(
+            images=0,
+            grid=(0, 0),
+            entered=0,
+            prefix=self.sites.prefix,
+            blocks=len(self.sites.blocks),
+            sizes=torch.ones(1, 0, device=pixels.device),
+            notes=[{} for _ in self.methods],
+        )
+
     # ---- inside a block, in order of execution -------------------------------------------------
 
     def _shorten_call(
@@ -373,8 +429,10 @@ class VisionEngine:
         call = (args, kwargs)
         bias = self._key_bias(st) if i <= self.last_read else None
         keys = _Keys(site, call)
+        hidden = None if site.masked is None else site.masked(call)
+        seen = bias if hidden is None else hidden if bias is None else bias + hidden
         st.projections[i] = Projections(
-            partial(site.query, call), keys, site.scale, bias, mean=keys.mean
+            partial(site.query, call), keys, site.scale, seen, mean=keys.mean
         )
         if bias is None:
             return None
@@ -519,12 +577,18 @@ class VisionEngine:
         st.projections = {}
         return features, done
 
+    def _project(self, features: Tensor) -> Tensor:
+        """Features (..., C) in the space of the LLM, past all hooks."""
+        if self.grids is not None:
+            return self.grids.project(features)
+        return features if self.projector is None else self.projector.forward(features)
+
     def view_arguments(self, st: VisionState) -> dict[str, Any]:
         """What all views of the features stage have in common."""
         return {
             "prefix": st.prefix,
             "has_cls": self.sites.has_cls,
-            "projector": _same if self.projector is None else self.projector.forward,
+            "projector": self._project,
             "layers": st.projections,
             "depth": st.blocks,
         }
@@ -544,7 +608,7 @@ class VisionEngine:
             features=features[valid],
             size=st.size[valid],
             notes=[{name: x[valid] for name, x in st.notes[j].items()}],
-            lift=lambda x: x[valid],
+            lift=lambda x, how: x[valid],
             regions=[Region(i, st.grid, every) for i in range(batch)],
             region=image,
             place=so_far.keep[valid],
@@ -591,6 +655,9 @@ class VisionEngine:
         """Choose among the patch features before they are projected, unless they are packed."""
         st = self.state
         if st is None:
+            return None
+        if self.grids is not None:
+            st.unpacked = args[0]
             return None
         left = st.sizes.shape[1] - st.prefix
         if tuple(args[0].shape[:2]) != (st.images, left):
@@ -653,10 +720,6 @@ def _is_identity(reduction: Reduction) -> bool:
 
 def _is_image(x: Any) -> bool:
     return isinstance(x, Tensor) and x.dim() == 4
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 def _names(wanted: Any) -> str:

@@ -42,17 +42,22 @@ class Session:
                 last if llm is None else llm.feature_block,
                 None if llm is None else llm.projector,
                 self.record.clock,
-                packs=llm is not None and llm.crops is not None,
+                packs=llm is not None and (llm.crops is not None or llm.grids is not None),
+                grids=None if llm is None else llm.grids,
             )
         if llm is not None:
             from .decoder import DecoderEngine
 
             self.decoder = DecoderEngine(llm, methods, sentinel=on_vision, record=self.record)
-        self.crops: Any = None
+        self.packed: Any = None
         if llm is not None and llm.crops is not None:
             from .crops import CropEngine
 
-            self.crops = CropEngine(self.sites, self.vision, self.decoder, self.record)
+            self.packed = CropEngine(self.sites, self.vision, self.decoder, self.record)
+        if llm is not None and llm.grids is not None:
+            from .grids import GridEngine
+
+            self.packed = GridEngine(self.sites, self.vision, self.decoder, self.record)
 
     def _check(self) -> None:
         """Refuse what cannot work, before anything is computed."""
@@ -86,16 +91,16 @@ class Session:
         def encode(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             pixels: Any = args[0] if args else kwargs.get("pixel_values", kwargs.get("x"))
             patch = sites.vision.patch
-            known = patch and pixels is not None and pixels.dim() > 3
-            self.record.grid = (0, 0)  # of encoders that no adapter knows
-            if known:
-                self.record.grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+            if sites.decoder is None or sites.decoder.grids is None:
+                known = patch and pixels is not None and pixels.dim() > 3
+                edges = pixels.shape[-2:] if known else (0, 0)  # of encoders that no adapter knows
+                self.record.grid = (edges[0] // max(patch, 1), edges[1] // max(patch, 1))
             clock.reset("vision", "method")
             clock.start("vision")
 
         def encoded(module: nn.Module, args: tuple, output: Any) -> None:
             clock.stop("vision")
-            if self.crops is not None:
+            if self.packed is not None:
                 return  # the features stage is still to come
             if self.decoder is not None and self.vision is not None and self.vision.state:
                 notes = self.vision.state.scratch
@@ -107,14 +112,14 @@ class Session:
         if self.vision is not None:
             self.vision.install()
         self.handles.append(end.register_forward_hook(encoded))
-        if self.crops is not None:
-            self.crops.install()
+        if self.packed is not None:
+            self.packed.install()
         if self.decoder is not None:
             self.decoder.install()
 
     def remove(self) -> None:
         """Remove all hooks; the model is exactly what it was."""
-        for engine in (self.decoder, self.crops, self.vision):
+        for engine in (self.decoder, self.packed, self.vision):
             if engine is not None:
                 engine.remove()
         for handle in self.handles:
