@@ -48,6 +48,35 @@ class BlockSites:
 
 
 @dataclass
+class PackedSites:
+    """A tower that takes patches of images of any size as one sequence (S, C), without a batch.
+
+    Behind its blocks ``edge`` x ``edge`` patches, which follow each other, become one LLM token.
+    Grids are (frames, rows, columns) of LLM tokens.
+
+    Attributes:
+        edge: patches along each side of the square behind one LLM token.
+        joined: the module that gets the patches of each square side by side, (M, edge^2 C).
+        project: what happens from there on, (M, edge^2 C) -> (M, D).
+        order: grids of the images -> (M,) for each of their tokens, in raster order, which one it
+            is in the order of the blocks; None where that order is the same.
+        whole: block -> the block nearest to it whose attention sees whole images, mostly itself.
+        attended: (grid of an image, block) -> lengths in patches of the sequences that attend each
+            within itself, for the cost model.
+        values: numbers in a patch of pixels; weights: of all mergers, for the cost model.
+    """
+
+    edge: int
+    joined: nn.Module
+    project: Callable[[Tensor], Tensor]
+    order: Callable[[list[tuple[int, int, int]]], Tensor | None]
+    whole: Callable[[int], int]
+    attended: Callable[[tuple[int, int, int], int], list[int]]
+    values: int
+    weights: int
+
+
+@dataclass
 class VisionSites:
     """A vision encoder.
 
@@ -63,6 +92,7 @@ class VisionSites:
             None when the encoder cannot take them.
         entry: the module that first gets the pixels, where other methods than ``tower.forward``
             lead to it as well (``forward_features``); the tower itself when None.
+        packed: how images follow each other in one sequence; None where they have a batch.
     """
 
     tower: nn.Module
@@ -75,6 +105,7 @@ class VisionSites:
     mlp_width: int
     resize: Callable[[Call], Call] | None = None
     entry: nn.Module | None = None
+    packed: PackedSites | None = None
 
 
 @dataclass
@@ -117,6 +148,7 @@ class DecoderSites:
         hidden, mlp_width, heads, kv_heads, head_dim, vocab: for the cost model.
         crops: how images of any resolution are packed; None where an image is one grid of patches.
         video: whether the model takes videos as well, which vtc does not compress yet.
+        mrope: positions have axes of time, height and width, so they cannot be renumbered.
     """
 
     base: Any
@@ -133,6 +165,7 @@ class DecoderSites:
     vocab: int
     crops: CropSites | None = None
     video: bool = False
+    mrope: bool = False
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import UnsupportedError
 from .base import Sites, VisionSites
 
-LANGUAGE_MODELS = ("llava", "llava_next", "llava_onevision")
+LANGUAGE_MODELS = ("llava", "llava_next", "llava_onevision", "qwen_vl")
 """Adapter files whose ``locate(model)`` gives `Sites` with a language model."""
 
 ENCODERS = ("hf_vision", "timm_vit", "open_clip_vit")
@@ -20,7 +20,9 @@ SUPPORTED = (
     "timm ViTs (vit, deit, eva, dinov2, siglip); open_clip ViTs; Hugging Face CLIP, SigLIP, DINOv2 "
     "and ViT encoders; LLaVA-1.5 (LlavaForConditionalGeneration), LLaVA-NeXT "
     "(LlavaNextForConditionalGeneration), LLaVA-OneVision images "
-    "(LlavaOnevisionForConditionalGeneration)"
+    "(LlavaOnevisionForConditionalGeneration), images of Qwen2-VL, Qwen2.5-VL and Qwen3-VL "
+    "(Qwen2VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration, "
+    "Qwen3VLForConditionalGeneration)"
 )
 
 

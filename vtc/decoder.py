@@ -65,6 +65,8 @@ class _Forward:
     position: Tensor  # (B, T) patch index inside that image
     images: list[list[int]]  # visual tokens of each image of each row
     separator: Tensor | None = None  # (B, T) newlines between rows of patches, which always stay
+    # (B, L) bool and for each of the first layers the rows (M, D) that DeepStack adds behind it
+    deepstack: tuple[Tensor, Sequence[Tensor]] | None = None
     local: Tensor | None = (
         None  # (B, T) logical index in this forward; None until something is dropped
     )
@@ -137,6 +139,37 @@ def split_images(
     return images, order.div(tokens_per_image, rounding_mode="floor"), index % tokens_per_image
 
 
+def split_by_length(visual: Tensor, lengths: list[int]) -> tuple[list[list[int]], Tensor, Tensor]:
+    """`split_images` for images of known numbers of tokens.
+
+    Args:
+        visual: (B, L) bool; lengths: tokens of each image, in the order of rows and columns.
+
+    Raises:
+        UnsupportedError: a row does not end with a whole image (chunked prefill).
+    """
+    images: list[list[int]] = []
+    image, position = torch.full_like(visual, -1, dtype=torch.long), torch.zeros_like(visual).long()
+    rest = iter(lengths)
+    for r, columns in enumerate(visual):
+        at = columns.nonzero()[:, 0]
+        counts: list[int] = []
+        while sum(counts) < len(at):
+            counts.append(next(rest, len(at) + 1))
+        if sum(counts) != len(at):
+            raise UnsupportedError(
+                f"found {len(at)} image tokens in row {r} that are not whole images: part of an "
+                "image in one forward (chunked prefill), and features that were compressed before, "
+                "cannot be compressed; prefill in one piece, or use vtc.compress_inputs"
+            )
+        if counts:
+            repeats = torch.tensor(counts, device=at.device)
+            image[r, at] = torch.arange(len(counts), device=at.device).repeat_interleave(repeats)
+            position[r, at] = torch.cat([torch.arange(n, device=at.device) for n in counts])
+        images.append(counts)
+    return images, image, position
+
+
 def split_packed(
     visual: Tensor, separator: Tensor, lengths: list[int], thumbnail: int
 ) -> tuple[list[list[int]], Tensor, Tensor]:
@@ -186,7 +219,12 @@ class DecoderEngine:
     """Installs the hooks on a language model and runs the methods' decoder and cache stages."""
 
     def __init__(
-        self, sites: DecoderSites, methods: tuple[Method, ...], sentinel: bool, record: Record
+        self,
+        sites: DecoderSites,
+        methods: tuple[Method, ...],
+        sentinel: bool,
+        record: Record,
+        by_length: bool = False,
     ) -> None:
         """
         Args:
@@ -194,7 +232,9 @@ class DecoderEngine:
             methods: in the order they are applied.
             sentinel: whether dropped feature rows may arrive as NaN at layer 0.
             record: what the report reads; a new forward replaces its contents.
+            by_length: images have any number of tokens, `lengths` says how many.
         """
+        self.by_length = by_length
         self.sites, self.methods, self.sentinel, self.record = sites, methods, sentinel, record
         self.layers: list[Any] = list(sites.decoder.layers)
         self.on_decoder = [
@@ -226,6 +266,11 @@ class DecoderEngine:
     def _check_model(self) -> None:
         config = self.sites.decoder.config
         depth = len(self.layers)
+        if self.compact and self.sites.mrope:
+            raise UnsupportedError(
+                f"{type(self.sites.base).__name__} gives image tokens positions of time, height "
+                'and width, which cannot be renumbered; use positions="original"'
+            )
         for _, method, layers in self.on_decoder:
             if layers.isdisjoint(range(-1, depth - 1)):
                 raise UnsupportedError(
@@ -350,18 +395,18 @@ class DecoderEngine:
             for token in self.sites.token_ids:
                 row = table(torch.tensor(token, device=embeds.device)).to(embeds.dtype)
                 visual |= (embeds == row).all(-1)
-        if self.sites.crops is not None:
-            encoded = kwargs.get("mm_encoder_outputs") or {}
+        encoded = kwargs.get("mm_encoder_outputs") or {}
+        if self.sites.video and (
+            encoded.get("video") is not None or kwargs.get("pixel_values_videos") is not None
+        ):
+            raise UnsupportedError(
+                f"{type(module).__name__}: videos are not supported yet, only images; call "
+                "vtc.unwrap(model) for this prompt"
+            )
+        if self.by_length:
             image = encoded.get("image")
             # None until the features are made, within this forward.
             self.lengths = None if image is None else [len(f) for f in image.pooler_output]
-            if self.sites.video and (
-                encoded.get("video") is not None or kwargs.get("pixel_values_videos") is not None
-            ):
-                raise UnsupportedError(
-                    f"{type(module).__name__}: videos are not supported yet, only images; call "
-                    "vtc.unwrap(model) for this prompt"
-                )
         mask = kwargs.get("attention_mask")
         self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self.pending = (visual, self.mask)
@@ -373,11 +418,11 @@ class DecoderEngine:
 
     # ---- the language model: phase, checks, aligned output -------------------------------------
 
-    def _lm_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _lm_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
         visual, mask = self.pending if self.pending else (None, kwargs.get("attention_mask"))
         self.pending = self.forward = None
-        if self.sites.crops is not None and self.lengths is None:
+        if self.by_length and self.lengths is None:
             visual = None  # placeholders without features
         if visual is not None and embeds.shape[1] > 1 and bool(visual.any()):
             if self.methods:
@@ -386,7 +431,9 @@ class DecoderEngine:
             if mask is not None and mask.dim() == 2:
                 real = mask[:, -embeds.shape[1] :].bool().to(visual.device)
             separator = None
-            if self.sites.crops is None:
+            if self.sites.crops is None and self.lengths is not None:
+                images, image, position = split_by_length(visual, self.lengths)
+            elif self.sites.crops is None:
                 images, image, position = split_images(visual, self.sites.tokens_per_image)
             else:
                 newline = self.sites.crops.newline().to(embeds)
@@ -401,8 +448,17 @@ class DecoderEngine:
             )
             self.record.begin(visual, real, images, separator)
             self.record.clock.start("prefill")
+            if self.methods and kwargs.get("deepstack_visual_embeds") is not None:
+                # The model would add them by a mask at full size; `_layer_pre` does it instead.
+                taken = {"visual_pos_masks": None, "deepstack_visual_embeds": None}
+                self.forward.deepstack = (
+                    kwargs["visual_pos_masks"],
+                    kwargs["deepstack_visual_embeds"],
+                )
+                return args, {**kwargs, **taken}
         elif embeds.shape[1] == 1:
             self.record.clock.start("decode")
+        return None
 
     def _lm_post(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         st = self.forward
@@ -446,6 +502,7 @@ class DecoderEngine:
         hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         active = st
         if st is not None:
+            hidden = self._deepstack(i, st, hidden)
             with self.record.clock.measure("method"):
                 hidden = self._reduce(i, st, hidden, cache, kwargs)
                 active, hidden = self._step_aside(i, st, hidden, cache, kwargs)
@@ -466,6 +523,18 @@ class DecoderEngine:
         if st is not None and st.aside is not None and st.aside.over == "attention":
             hidden = st.aside.hidden  # the MLP acts on all tokens; `_attn_pre` takes the part
         return (hidden, *rest), kwargs
+
+    @staticmethod
+    def _deepstack(i: int, st: _Forward, hidden: Tensor) -> Tensor:
+        """Add what belongs to layer i - 1 to the input of layer i, for the tokens that are left."""
+        if st.deepstack is None or not 0 < i <= len(st.deepstack[1]):
+            return hidden
+        mask, rows = st.deepstack[0].to(hidden.device), st.deepstack[1][i - 1].to(hidden)
+        full = hidden.new_zeros(*mask.shape, hidden.shape[2])
+        full[mask] = rows
+        if st.local is not None:
+            full = gather_tokens(full, st.local.to(hidden.device))
+        return hidden + full
 
     def _step_aside(
         self, i: int, st: _Forward, hidden: Tensor, cache: Any, kwargs: dict[str, Any]

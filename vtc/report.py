@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .cost import decoder_flops, encoder_flops, llm_flops
+from .cost import decoder_flops, encoder_flops, llm_flops, packed_flops
 from .reduction import Reduction
 
 if TYPE_CHECKING:
@@ -71,6 +71,9 @@ class Record:
         self.grid: tuple[int, int] | None = None  # patches of the last images encoded
         self.images: list[list[int]] = []  # visual tokens of each image of each row
         self.layouts: list[CropLayout] | None = None  # of the last images, where they have crops
+        # (frames, rows, columns) of LLM tokens of the last images, where each has its own grid
+        self.packed: list[tuple[int, int, int]] | None = None
+        self.reprojected = 0  # of their tokens, those that went through the merger once more
         self.text = torch.empty(0)  # (B,) other tokens that are not padding
         self.separators: Tensor | None = None  # (B,) newlines between rows of patches, among those
         self.visual: dict[int, Tensor] = {}  # layer -> (B,) visual tokens it processed
@@ -131,7 +134,8 @@ class Report:
             image in crops, indices into its `CropLayout`.
         reduction: patches to the tokens that left the encoder side, (images, N); None if untouched,
             and on models with crops.
-        grid: rows and columns of patches (of one crop).
+        grid: rows and columns of patches (of one crop, or of the first image).
+        grids: rows and columns of the tokens of each image, where images have grids of their own.
         separators: newline tokens between rows of patches; they always stay, are not among the
             visual tokens, and count in ``flops_all``.
         layouts: where patches lie, for each image of a model with crops; else None.
@@ -160,6 +164,7 @@ class Report:
     grid: tuple[int, int]
     separators: float = 0.0
     layouts: list[CropLayout] | None = None
+    grids: list[tuple[int, int]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the tensors, ready for JSON; kept patches as lists."""
@@ -221,11 +226,24 @@ def build_report(
         patches = (first - tower.prefix) * 3 * tower.patch**2 * tower.width
         return patches + encoder_flops(into, behind, tower.width, tower.mlp_width)
 
-    encoder = encoder_cost(attended[0], attended, counts)
-    encoder_full = encoder_cost(entered[0], entered, entered)
+    packed = record.packed
+    if packed is None or tower.packed is None:
+        encoder = encoder_cost(attended[0], attended, counts)
+        encoder_full = encoder_cost(entered[0], entered, entered)
+    else:  # an image on average
+        encoder = encoder_full = sum(
+            packed_flops(
+                [tower.packed.attended(grid, i) for i in range(len(tower.blocks))],
+                tower.width,
+                tower.mlp_width,
+                tower.packed.values,
+            )
+            for grid in packed
+        ) / len(packed)
+        total = sum(map(prod, packed)) / len(packed)
     layouts = record.layouts
     reduction = None if vision is None else vision.reduction
-    left = total if reduction is None else reduction.count  # of each image or crop
+    left: float = total if reduction is None else reduction.count  # of each image or crop
     # How many tokens of a crop are padding is not known inside the encoder.
     budgeted = all(
         m.has_budget and (layouts is None or not m.stages <= {"pixels", "vision"}) for m in methods
@@ -240,6 +258,7 @@ def build_report(
         "reduction": reduction if layouts is None else None,
         "grid": grid,
         "layouts": layouts,
+        "grids": None if packed is None else [(t * h, w) for t, h, w in packed],
     }
     if sites.decoder is None:
         final = total if reduction is None else reduction.counts.float().mean().item()
@@ -304,11 +323,13 @@ def build_report(
             llm.head_dim,
             [n + n_text for n in attended],
         )
-        projector = projected * (tower.width * llm.hidden + llm.hidden**2)
+        joined = tower.packed
+        weights = tower.width * llm.hidden + llm.hidden**2 if joined is None else joined.weights
+        projector = projected * weights
         return decoder + images * cost + projector + llm.hidden * llm.vocab
 
     # What the encoder took for one image: on average, as rows are averaged too.
-    crops, again = 1.0, 0.0
+    crops, again = 1.0, 0.0 if packed is None else record.reprojected / len(packed)
     if layouts is not None:
         crops = mean(1 + prod(layout.crops) for layout in layouts)
         again = 0 if vision is None else vision.reprojected / len(layouts)

@@ -102,6 +102,12 @@ class Projections:
         rows = self.fold(rows.permute(0, 3, 1, 2), "sum")  # keys first, then queries
         return self.fold(rows.transpose(1, 3), "mean").permute(0, 2, 1, 3)
 
+    def received(self, chunk: int = 256) -> Tensor:
+        """(B, T) attention each token receives, mean over heads and query rows."""
+        rows = self.key().shape[2]
+        parts = [self.attention(slice(i, i + chunk)).sum(2).mean(1) for i in range(0, rows, chunk)]
+        return torch.stack(parts).sum(0) / rows
+
     def by_heads(self, chunk: int = 4) -> list[Projections]:
         """The same block, ``chunk`` heads at a time, for who needs maps of all of them in turn."""
         query, key = self.query(slice(None)), self.key()
@@ -289,16 +295,9 @@ class FeaturesView:
         The published substitute for [CLS] attention on towers without one (VisionZip, VisPruner).
         """
         projections = self._layer(layer)
-
-        def received() -> Tensor:
-            rows = projections.key().shape[2]
-            parts = [
-                projections.attention(slice(i, i + chunk)).sum(2).mean(1)
-                for i in range(0, rows, chunk)
-            ]
-            return torch.stack(parts).sum(0) / rows
-
-        return self._patches("attention_received", layer, "sum", received)
+        return self._patches(
+            "attention_received", layer, "sum", lambda: projections.received(chunk)
+        )
 
     def key(self, layer: int) -> Tensor:
         """(B, N, H, d) keys of block ``layer``."""

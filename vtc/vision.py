@@ -230,16 +230,7 @@ class VisionEngine:
 
     def _check(self) -> None:
         here = {"pixels", "vision", "features"}
-        if not self.sites.has_cls:
-            for m in self.methods:
-                if "cls" in m.needs and m.stages & here:
-                    usable = _names(lambda c: "cls" not in c.needs and c().stages <= here)
-                    own = ", ".join(f"{k}={v!r}" for k, v in m.without_cls.items())
-                    raise UnsupportedError(
-                        f"{m.name} needs a [CLS] token and {self._tower} has none; "
-                        + (f"give it {own}, its substitute, or use " if own else "")
-                        + f"methods that do without: {usable}"
-                    )
+        check_cls(self.sites, self.methods, here)
         if self.resizing and self.sites.resize is None:
             usable = _names(lambda c: c().stages <= here - {"pixels"})
             raise UnsupportedError(
@@ -612,6 +603,27 @@ class VisionEngine:
             if valid is not None:
                 keep = keep.where(valid, n)  # one row more takes the padding slots
             return scatter_tokens(output, keep, n + (valid is not None), torch.nan)[:, :n]
+
+
+def usable_names(stages: set[str]) -> str:
+    """Methods that act at these stages only and need no class token."""
+    return _names(lambda c: "cls" not in c.needs and c().stages <= stages)
+
+
+def check_cls(sites: VisionSites, methods: tuple[Method, ...], stages: set[str]) -> None:
+    """Refuse methods that need a class token on an encoder without one.
+
+    Args:
+        stages: those of the encoder side that work on it.
+    """
+    for m in () if sites.has_cls else methods:
+        if "cls" in m.needs and m.stages & stages:
+            own = ", ".join(f"{k}={v!r}" for k, v in m.without_cls.items())
+            raise UnsupportedError(
+                f"{m.name} needs a [CLS] token and {type(sites.tower).__name__} has none; "
+                + (f"give it {own}, its substitute, or use " if own else "")
+                + f"methods that do without: {usable_names(stages)}"
+            )
 
 
 def apply_method(

@@ -32,7 +32,8 @@ class Session:
         self.decoder: Any = None
         llm, vision_stages = self.sites.decoder, {"pixels", "vision", "features"}
         on_vision = any(m.stages & vision_stages for m in methods)
-        if on_vision:
+        packed = llm is not None and self.sites.vision.packed is not None
+        if on_vision and not packed:
             from .vision import VisionEngine
 
             last = len(self.sites.vision.blocks) - 1
@@ -47,8 +48,13 @@ class Session:
         if llm is not None:
             from .decoder import DecoderEngine
 
-            self.decoder = DecoderEngine(llm, methods, sentinel=on_vision, record=self.record)
+            by_length = packed or llm.crops is not None
+            self.decoder = DecoderEngine(llm, methods, on_vision, self.record, by_length)
         self.crops: Any = None
+        if packed:
+            from .packed import PackedEngine
+
+            self.crops = PackedEngine(self.sites, methods, self.decoder, self.record)
         if llm is not None and llm.crops is not None:
             from .crops import CropEngine
 
@@ -75,9 +81,10 @@ class Session:
         clock, sites = self.record.clock, self.sites
 
         def encode(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            pixels: Any = args[0] if args else kwargs.get("pixel_values", kwargs.get("x"))
-            patch = sites.vision.patch
-            self.record.grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+            if sites.vision.packed is None:
+                pixels: Any = args[0] if args else kwargs.get("pixel_values", kwargs.get("x"))
+                patch = sites.vision.patch
+                self.record.grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
             clock.reset("vision", "method")
             clock.start("vision")
 
