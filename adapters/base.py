@@ -149,6 +149,8 @@ class DecoderSites:
         crops: how images of any resolution are packed; None where an image is one grid of patches.
         video: whether the model takes videos as well, which vtc does not compress yet.
         mrope: positions have axes of time, height and width, so they cannot be renumbered.
+        delimited: other tokens stand in front of and behind every image, so that one that starts
+            or ends with the prompt is a part of an image.
     """
 
     base: Any
@@ -166,6 +168,7 @@ class DecoderSites:
     crops: CropSites | None = None
     video: bool = False
     mrope: bool = False
+    delimited: bool = False
 
 
 @dataclass

@@ -152,5 +152,6 @@ def locate(model: Any) -> Sites | None:
         vocab=text.vocab_size,
         video=True,
         mrope=True,
+        delimited=True,
     )
     return Sites(family, vision, sites)

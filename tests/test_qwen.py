@@ -513,7 +513,7 @@ def test_attention_ahead(family: str) -> None:
 
     model = vtc.wrap(mini.build(family), vtc.chain(Prune(after=(1,)), Look()))
     model(**mini.prompt(ROWS, pad="left"))
-    for layer in (0, 2, 3, 4):  # tokens leave between what was seen ahead of layer 1 and behind it
+    for layer in (0, 2, 3):  # tokens leave between what was seen ahead of layer 1 and behind it
         torch.testing.assert_close(seen[layer][0], seen[layer - 1][1], atol=1e-5, rtol=1e-5)
 
 
@@ -699,6 +699,6 @@ def test_images_of_known_lengths() -> None:
     assert images == [[2, 3], [2]]
     assert image.tolist() == [[-1, 0, 0, -1, 1, 1, 1], [0, 0, -1, -1, -1, -1, -1]]
     assert position[0].tolist() == [0, 0, 1, 0, 0, 1, 2]
-    for lengths in ([3, 2, 2], [2, 4, 1], [2, 3], [5, 1, 1]):
+    for lengths in ([3, 3, 1], [2, 4, 1], [2, 3], [4, 2, 1]):
         with pytest.raises(vtc.UnsupportedError, match="not whole images"):
             split_by_length(visual, lengths)

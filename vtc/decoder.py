@@ -430,6 +430,12 @@ class DecoderEngine:
             real = torch.ones_like(visual)
             if mask is not None and mask.dim() == 2:
                 real = mask[:, -embeds.shape[1] :].bool().to(visual.device)
+            if self.sites.delimited and bool(visual[:, [0, -1]].any()):
+                raise UnsupportedError(
+                    "found image tokens at an end of the prompt: part of an image in one forward "
+                    "(chunked prefill) cannot be compressed; prefill in one piece, or use "
+                    "vtc.compress_inputs"
+                )
             separator = None
             if self.sites.crops is None and self.lengths is not None:
                 images, image, position = split_by_length(visual, self.lengths)
