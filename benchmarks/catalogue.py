@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import UnsupportedError
 from ..method import known_methods
 from ..wrapping import compressing
-from .mini import mini_crops
+from .mini import mini_crops, mini_qwen
 
 PLACES = {
     "pixels": "before the encoder",
@@ -109,6 +109,9 @@ FAMILIES: dict[str, Any] = {
     "LLaVA, DINOv2": lambda: _llava("dinov2"),
     "LLaVA-NeXT": lambda: mini_crops("next"),
     "LLaVA-OneVision": lambda: mini_crops("onevision"),
+    "Qwen2-VL": lambda: mini_qwen("Qwen2VL"),
+    "Qwen2.5-VL": lambda: mini_qwen("Qwen2_5_VL"),
+    "Qwen3-VL": lambda: mini_qwen("Qwen3VL"),
     "HF CLIP": lambda: _encoder("clip"),
     "HF SigLIP": lambda: _encoder("siglip"),
     "HF DINOv2": lambda: _encoder("dinov2"),
