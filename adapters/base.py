@@ -30,6 +30,8 @@ class BlockSites:
             averaging the weights first is cheaper.
         gather: shortens per-token arguments of a block call, such as rotary tables, to survivors
             (B, T') of the original T tokens; None when a block takes none.
+        masked: call of ``attn`` -> (B, T) fp32, -inf on padding tokens that no query sees in this
+            call, or None if there is none; the field is None where the encoder pads nothing.
     """
 
     module: nn.Module
@@ -45,35 +47,7 @@ class BlockSites:
     split: Callable[[Tensor, Call], Tensor] | None = None
     key_mean: Callable[[Call], Tensor] | None = None
     gather: Callable[[Call, Tensor], Call] | None = None
-
-
-@dataclass
-class PackedSites:
-    """A tower that takes patches of images of any size as one sequence (S, C), without a batch.
-
-    Behind its blocks ``edge`` x ``edge`` patches, which follow each other, become one LLM token.
-    Grids are (frames, rows, columns) of LLM tokens.
-
-    Attributes:
-        edge: patches along each side of the square behind one LLM token.
-        joined: the module that gets the patches of each square side by side, (M, edge^2 C).
-        project: what happens from there on, (M, edge^2 C) -> (M, D).
-        order: grids of the images -> (M,) for each of their tokens, in raster order, which one it
-            is in the order of the blocks; None where that order is the same.
-        whole: block -> the block nearest to it whose attention sees whole images, mostly itself.
-        attended: (grid of an image, block) -> lengths in patches of the sequences that attend each
-            within itself, for the cost model.
-        values: numbers in a patch of pixels; weights: of all mergers, for the cost model.
-    """
-
-    edge: int
-    joined: nn.Module
-    project: Callable[[Tensor], Tensor]
-    order: Callable[[list[tuple[int, int, int]]], Tensor | None]
-    whole: Callable[[int], int]
-    attended: Callable[[tuple[int, int, int], int], list[int]]
-    values: int
-    weights: int
+    masked: Callable[[Call], Tensor | None] | None = None
 
 
 @dataclass
@@ -92,7 +66,8 @@ class VisionSites:
             None when the encoder cannot take them.
         entry: the module that first gets the pixels, where other methods than ``tower.forward``
             lead to it as well (``forward_features``); the tower itself when None.
-        packed: how images follow each other in one sequence; None where they have a batch.
+        whole: why no token may leave or merge inside this encoder, as the end of a sentence ("the
+            tokens of all images are one sequence"); empty where they may.
     """
 
     tower: nn.Module
@@ -105,7 +80,7 @@ class VisionSites:
     mlp_width: int
     resize: Callable[[Call], Call] | None = None
     entry: nn.Module | None = None
-    packed: PackedSites | None = None
+    whole: str = ""
 
 
 @dataclass
@@ -135,18 +110,74 @@ class CropSites:
 
 
 @dataclass
+class GridSites:
+    """A model whose LLM tokens are grids of joined encoder patches, one grid behind the other.
+
+    Every LLM token of an image stands for ``fold`` x ``fold`` neighbouring patches of the encoder,
+    which the model concatenates, pools or merges somewhere between encoder and LLM. One module
+    there, ``source``, takes one row for each LLM token: that is where the features stage runs.
+    Attention to the patches of a group is summed, their keys are averaged (`vtc.grids`).
+
+    An image is what has one budget: what the processor calls an image where the model is told, else
+    what the encoder sees as one (a tile). It consists of one or more grids (tiles, frames), which
+    methods see as images of their own and which share its budget by their tokens.
+
+    Tokens of the prompt between the grids of an image, such as row breaks and tile names, need no
+    mention: only placeholders count, and all else is text. "call" is the named arguments of
+    ``base.get_image_features``.
+
+    Attributes:
+        images: call -> for each image, in the order of its placeholders, the (rows, columns) of
+            *encoder patches* of each of its grids, in packed order. An LLM token's grid has
+            rows // fold and columns // fold; what is left over never reaches the LLM.
+        source: the module whose first argument is the features, one row for each LLM token of the
+            call in placeholder order, flat (M, C) or batched (B, N, C).
+        project: features (..., C) to the space of the LLM (..., D), row by row: ``source`` and all
+            that comes behind it.
+        fold: edge of the group of patches behind a token; 1 where a patch is a token.
+        grouped: whether the encoder's sequence holds the patches of a group next to each other
+            (Qwen-VL), rather than all patches of a grid in raster order.
+        packed: whether the encoder runs the grids of all images as one sequence, (1, T, C) or
+            (T, C), each attending to itself alone, rather than each as a row of a batch (B, T, C).
+        order: call -> (T,) where in the encoder's sequence each patch lies, for encoders that sort
+            them otherwise (windows); None: grid after grid. Only where ``packed``.
+        modality: the encoder outputs this describes in ``mm_encoder_outputs``.
+        whole: block -> the block nearest to it whose attention sees whole grids, mostly itself, for
+            encoders with windows: attention within windows says nothing of one against another.
+        attended: (grid of encoder patches, block) -> lengths of the sequences that attend each
+            within itself, for the cost model; None: the grid.
+        weights: numbers in the matrices that a token goes through behind the blocks, for the cost
+            model; None: two layers, from fold^2 C to D to D.
+    """
+
+    images: Callable[[dict[str, Any]], list[list[tuple[int, int]]]]
+    source: nn.Module
+    project: Callable[[Tensor], Tensor]
+    fold: int = 1
+    grouped: bool = False
+    packed: bool = False
+    order: Callable[[dict[str, Any]], Tensor | None] | None = None
+    modality: str = "image"
+    whole: Callable[[int], int] | None = None
+    attended: Callable[[tuple[int, int], int], list[int]] | None = None
+    weights: int | None = None
+
+
+@dataclass
 class DecoderSites:
     """The language model behind a projector.
 
     Attributes:
         base: the module whose forward sees ``input_ids`` and merges image features.
         decoder: the language model with ``layers``, inside ``base``.
-        projector: maps encoder features (B, N, C) to (B, N, D), token by token.
+        projector: maps encoder features (B, N, C) to (B, N, D), token by token; where there are
+            ``grids``, the module with which the encoder side ends.
         token_ids: ids of the image placeholders.
         tokens_per_image: placeholders of one image where that is fixed, else None.
         feature_block: index of the last encoder block whose output the projector reads.
         hidden, mlp_width, heads, kv_heads, head_dim, vocab: for the cost model.
         crops: how images of any resolution are packed; None where an image is one grid of patches.
+        grids: how encoder patches are joined to LLM tokens; None where each of them is one.
         video: whether the model takes videos as well, which vtc does not compress yet.
         mrope: positions have axes of time, height and width, so they cannot be renumbered.
         delimited: other tokens stand in front of and behind every image, so that one that starts
@@ -166,9 +197,38 @@ class DecoderSites:
     head_dim: int
     vocab: int
     crops: CropSites | None = None
+    grids: GridSites | None = None
     video: bool = False
     mrope: bool = False
     delimited: bool = False
+
+
+def language_sites(
+    model: Any,
+    base: Any,
+    decoder: Any,
+    projector: nn.Module,
+    feature_block: int,
+    tokens_per_image: int | None,
+    token_ids: tuple[int, ...] | None = None,
+) -> DecoderSites:
+    """`DecoderSites` with what the text configuration says; ids default to ``image_token_id``."""
+    text = model.config.get_text_config()
+    heads = text.num_attention_heads
+    return DecoderSites(
+        base=base,
+        decoder=decoder,
+        projector=projector,
+        token_ids=(model.config.image_token_id,) if token_ids is None else token_ids,
+        tokens_per_image=tokens_per_image,
+        feature_block=feature_block,
+        hidden=text.hidden_size,
+        mlp_width=text.intermediate_size,
+        heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        vocab=text.vocab_size,
+    )
 
 
 @dataclass

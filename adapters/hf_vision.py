@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face: CLIP, SigLIP, DINOv2 (with or without registers) and ViT encoders.
+"""Hugging Face: CLIP, SigLIP, DINOv2, ViT, InternVL's and Idefics3's encoders.
 
 Attribute names differ between transformers 5.5 and 5.23, so they are looked for, not assumed.
 """
@@ -22,8 +22,14 @@ BLOCKS = {
     "Dinov2Layer": "cls",
     "Dinov2WithRegistersLayer": "cls",
     "ViTLayer": "cls",
+    "InternVLVisionLayer": "none",
+    "Idefics3EncoderLayer": "none",
+    "SmolVLMEncoderLayer": "none",
 }
 """Block classes and how the plain model pools."""
+
+NATIVE = ("Idefics3EncoderLayer", "SmolVLMEncoderLayer")
+"""Blocks of encoders that take images padded to the largest, with a mask of the padding."""
 
 MEAN_HEADS = (
     "CLIPForImageClassification",
@@ -62,9 +68,12 @@ def _hidden(call: Call) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def _project(linear: nn.Module, heads: int, call: Call, rows: slice) -> Tensor:
+def _project(
+    linear: nn.Module, norm: nn.Module | None, heads: int, call: Call, rows: slice
+) -> Tensor:
     """Queries or keys (B, H, R, d)."""
-    return _split(heads, linear(_hidden(call)[:, rows]))
+    y = linear(_hidden(call)[:, rows])
+    return _split(heads, y if norm is None else norm(y))
 
 
 def _split(heads: int, projected: Tensor, call: Call | None = None) -> Tensor:
@@ -80,6 +89,17 @@ def _bias(call: Call, bias: Tensor) -> Call:
     if len(args) > 1:
         return (args[0], bias, *args[2:]), kwargs
     return args, {**kwargs, "attention_mask": bias}
+
+
+def _masked(call: Call) -> Tensor | None:
+    """(B, T) fp32, -inf on the patches that the mask of a call hides from every query."""
+    mask = call[1].get("attention_mask", call[0][1] if len(call[0]) > 1 else None)
+    if mask is None:
+        return None
+    if mask.dim() == 4:
+        mask = mask[:, 0, 0]
+    seen = mask if mask.dtype == torch.bool else mask > 0 if mask.dim() == 2 else mask >= 0
+    return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -torch.inf)
 
 
 def _takes_mask(attn: Any) -> bool:
@@ -108,11 +128,12 @@ def _block(block: Any) -> BlockSites:
         mlp=mlp,
         heads=heads,
         scale=(query.out_features // heads) ** -0.5,
-        query=partial(_project, query, heads),
-        key=partial(_project, key, heads),
+        query=partial(_project, query, _first(attn, "q_norm"), heads),
+        key=partial(_project, key, _first(attn, "k_norm"), heads),
         bias=_bias if _takes_mask(attn) else None,
-        key_source=key,
+        key_source=_first(attn, "k_norm") or key,
         split=partial(_split, heads),
+        masked=_masked if is_a(block, *NATIVE) else None,
     )
 
 
@@ -122,7 +143,7 @@ def _interpolate(call: Call) -> Call:
 
 
 def _same(call: Call) -> Call:
-    """DINOv2 interpolates its position table by itself."""
+    """DINOv2 and InternVL interpolate their position tables by themselves."""
     return call
 
 
@@ -139,16 +160,23 @@ def locate(model: Any) -> VisionSites | None:
     pool = "mean" if is_a(model, *MEAN_HEADS) else BLOCKS[family]
     if pool == "map" and getattr(tower, "head", None) is None:
         pool = "none"
-    has_cls = "Siglip" not in family
-    dino = "Dinov2" in family
+    native = family in NATIVE
+    has_cls = "Siglip" not in family and not native
+    own = "Dinov2" in family or "InternVL" in family  # interpolate position tables by themselves
+    patch = config.patch_size
+    if not isinstance(patch, int):
+        if len(set(patch)) > 1:
+            raise UnsupportedError(f"patches of {patch} pixels; only square ones work")
+        patch = patch[0]
     return VisionSites(
         tower=tower,
         blocks=[_block(block) for block in blocks],
         prefix=has_cls + getattr(config, "num_register_tokens", 0),
         has_cls=has_cls,
-        patch=config.patch_size,
+        patch=patch,
         pool=pool,
         width=config.hidden_size,
         mlp_width=mlp_width(_first(blocks[0], "mlp", "intermediate")),
-        resize=_same if dino else _interpolate,
+        resize=None if native else _same if own else _interpolate,
+        whole="its mask of padding is made for all patches" if native else "",
     )

@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..errors import UnsupportedError
-from .base import DecoderSites, Sites, VisionSites
+from .base import DecoderSites, GridSites, Sites, VisionSites, language_sites
+from .grids import sized_grids, tile_grids
 
 
-def decoder_sites(model: Any, base: Any, vision: VisionSites) -> DecoderSites:
-    """Sites of a LLaVA-like language model behind ``base.multi_modal_projector``."""
-    config, text = model.config, model.config.get_text_config()
+def feature_block(config: Any, vision: VisionSites) -> int:
+    """Index of the encoder block whose output the projector of a LLaVA-like model reads."""
     layer = config.vision_feature_layer
     if not isinstance(layer, int):
         raise UnsupportedError(
@@ -25,33 +26,40 @@ def decoder_sites(model: Any, base: Any, vision: VisionSites) -> DecoderSites:
         raise UnsupportedError(
             f"vision_feature_layer={layer} is outside a tower of {blocks} blocks"
         )
-    removed = 1 if config.vision_feature_select_strategy == "default" else 0
+    strategy = getattr(config, "vision_feature_select_strategy", "full")
+    removed = 1 if strategy == "default" else 0
     if removed != vision.prefix:
         raise UnsupportedError(
-            f'vision_feature_select_strategy="{config.vision_feature_select_strategy}" removes '
-            f"{removed} tokens and the tower puts {vision.prefix} in front of the patches: they "
-            "must agree"
+            f'vision_feature_select_strategy="{strategy}" removes {removed} tokens and the tower '
+            f"puts {vision.prefix} in front of the patches: they must agree"
         )
-    heads = text.num_attention_heads
-    edge = config.vision_config.image_size // vision.patch
-    return DecoderSites(
-        base=base,
-        decoder=base.language_model,
-        projector=base.multi_modal_projector,
-        token_ids=(config.image_token_id,),
-        tokens_per_image=None if _any_size(config.vision_config) else edge**2,
-        feature_block=block,
-        hidden=text.hidden_size,
-        mlp_width=text.intermediate_size,
-        heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        vocab=text.vocab_size,
+    return block
+
+
+def decoder_sites(model: Any, base: Any, vision: VisionSites) -> DecoderSites:
+    """Sites of a LLaVA-like language model behind ``base.multi_modal_projector``."""
+    edge = model.config.vision_config.image_size // vision.patch
+    return language_sites(
+        model,
+        base,
+        base.language_model,
+        base.multi_modal_projector,
+        feature_block(model.config, vision),
+        tokens_per_image=edge**2,
     )
 
 
-def _any_size(vision_config: Any) -> bool:
-    return vision_config.model_type == "pixtral"
+def pixtral_grids(base: Any, patch: int) -> GridSites:
+    """How a Pixtral tower packs images of any size, every patch a token."""
+    sized = sized_grids(patch)
+
+    def images(call: dict[str, Any]) -> list[list[tuple[int, int]]]:
+        if call.get("image_sizes") is None:  # all are as large as the batch
+            return tile_grids("pixel_values", patch)(call)
+        return sized(call)
+
+    projector = base.multi_modal_projector
+    return GridSites(images, source=projector, project=projector.forward, packed=True)
 
 
 def locate(model: Any) -> Sites | None:
@@ -60,5 +68,10 @@ def locate(model: Any) -> Sites | None:
         return None
     from .locate import locate_vision
 
-    vision = locate_vision(model.model.vision_tower)
-    return Sites("LLaVA", vision, decoder_sites(model, model.model, vision))
+    base = model.model
+    vision = locate_vision(base.vision_tower)
+    sites = decoder_sites(model, base, vision)
+    if model.config.vision_config.model_type == "pixtral":
+        grids = pixtral_grids(base, vision.patch)
+        sites = replace(sites, tokens_per_image=None, grids=grids)
+    return Sites("LLaVA", vision, sites)

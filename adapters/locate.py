@@ -10,17 +10,30 @@ from torch import nn
 from ..errors import UnsupportedError
 from .base import Sites, VisionSites
 
-LANGUAGE_MODELS = ("llava", "llava_next", "llava_onevision", "qwen_vl")
+LANGUAGE_MODELS = (
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "internvl",
+    "idefics3",
+    "paligemma",
+    "gemma3",
+    "mistral3",
+    "qwen_vl",
+)
 """Adapter files whose ``locate(model)`` gives `Sites` with a language model."""
 
-ENCODERS = ("hf_vision", "timm_vit", "open_clip_vit")
+ENCODERS = ("hf_vision", "pixtral", "timm_vit", "open_clip_vit")
 """Adapter files whose ``locate(model)`` gives `VisionSites`."""
 
 SUPPORTED = (
     "timm ViTs (vit, deit, eva, dinov2, siglip); open_clip ViTs; Hugging Face CLIP, SigLIP, DINOv2 "
     "and ViT encoders; LLaVA-1.5 (LlavaForConditionalGeneration), LLaVA-NeXT "
     "(LlavaNextForConditionalGeneration), LLaVA-OneVision images "
-    "(LlavaOnevisionForConditionalGeneration), images of Qwen2-VL, Qwen2.5-VL and Qwen3-VL "
+    "(LlavaOnevisionForConditionalGeneration), InternVL (InternVLForConditionalGeneration), "
+    "Idefics3 and SmolVLM (Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration), "
+    "PaliGemma (PaliGemmaForConditionalGeneration), Gemma 3 (Gemma3ForConditionalGeneration), "
+    "Mistral 3 (Mistral3ForConditionalGeneration), images of Qwen2-VL, Qwen2.5-VL and Qwen3-VL "
     "(Qwen2VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration, "
     "Qwen3VLForConditionalGeneration)"
 )

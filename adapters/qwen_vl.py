@@ -10,6 +10,7 @@ sees an image of h x w patches as a grid of h/2 x w/2 tokens in raster order.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from .base import BlockSites, Call, DecoderSites, PackedSites, Sites, VisionSites, mlp_width
+from .base import BlockSites, Call, GridSites, Sites, VisionSites, language_sites, mlp_width
 
 FAMILIES = {
     "Qwen2VLForConditionalGeneration": "Qwen2-VL",
@@ -53,60 +54,67 @@ def _block(block: Any) -> BlockSites:
     )
 
 
-def _windows(edge: int, side: int) -> list[int]:
-    """Lengths of windows of ``side`` tokens along an edge; the last may be shorter."""
-    return [min(side, edge - i) for i in range(0, edge, side)]
+def _windows(edge: int, side: int) -> list[slice]:
+    """Stretches of ``side`` along an edge; the last may be shorter."""
+    return [slice(i, min(i + side, edge)) for i in range(0, edge, side)]
 
 
-def _window_order(side: int, grids: list[tuple[int, int, int]]) -> Tensor:
-    """Place of each token in raster order when tokens of a window follow each other."""
+def _window_order(side: int, fold: int, grids: list[tuple[int, int]]) -> Tensor:
+    """(T,) where each patch lies when windows of side x side groups follow each other."""
     order, start = [], 0
-    for t, h, w in grids:
-        index = torch.arange(t * h * w).reshape(t, h, w)
+    for height, width in grids:
+        rows, columns = height // fold, width // fold
+        index = torch.arange(rows * columns).reshape(rows, columns)
         windows = [
-            index[f, y : y + side, x : x + side].flatten()
-            for f in range(t)
-            for y in range(0, h, side)
-            for x in range(0, w, side)
+            index[y, x].flatten() for y in _windows(rows, side) for x in _windows(columns, side)
         ]
-        order.append(torch.cat(windows) + start)
-        start += t * h * w
-    return torch.cat(order).argsort()
+        order.append(torch.cat(windows).argsort() + start)
+        start += rows * columns
+    area = fold**2
+    return (torch.cat(order)[:, None] * area + torch.arange(area)).flatten()
 
 
-def _packed(tower: Any) -> PackedSites:
-    """Sites of the merger, `PatchMerger` with an ``mlp`` or with its layers spelled out."""
+def _grids(call: dict[str, Any]) -> list[list[tuple[int, int]]]:
+    return [[(h, w)] * t for t, h, w in call["image_grid_thw"].tolist()]
+
+
+def grid_sites(tower: Any) -> GridSites:
+    """Sites of the merger: `PatchMerger` with an ``mlp``, or with its layers spelled out."""
     merger: Any = tower.merger
-    edge, depth = tower.spatial_merge_size, len(tower.blocks)
+    fold, depth = tower.spatial_merge_size, len(tower.blocks)
     full = list(getattr(tower, "fullatt_block_indexes", range(depth)))
     windowed = len(full) < depth
-    side = tower.window_size // edge // tower.patch_size if windowed else 0
+    side = tower.window_size // fold // tower.patch_size if windowed else 0
+    mergers = [merger, *getattr(tower, "deepstack_merger_list", ())]
+    matrices = [m for part in mergers for m in part.modules() if isinstance(m, nn.Linear)]
 
     def project(x: Tensor) -> Tensor:
         if hasattr(merger, "mlp"):
             return merger.mlp.forward(x)
         return merger.linear_fc2(merger.act_fn(merger.linear_fc1.forward(x)))
 
-    def attended(grid: tuple[int, int, int], block: int) -> list[int]:
-        t, h, w = grid
-        if block in full:
-            return [h * w * edge**2] * t
-        return [y * x * edge**2 for y in _windows(h, side) for x in _windows(w, side)] * t
+    def order(call: dict[str, Any]) -> Tensor:
+        return _window_order(side, fold, [grid for image in _grids(call) for grid in image])
 
-    return PackedSites(
-        edge=edge,
-        joined=merger.mlp if hasattr(merger, "mlp") else merger.linear_fc1,
+    def attended(grid: tuple[int, int], block: int) -> list[int]:
+        if block in full:
+            return [grid[0] * grid[1]]
+        rows, columns = (_windows(edge // fold, side) for edge in grid)
+        return [(y.stop - y.start) * (x.stop - x.start) * fold**2 for y in rows for x in columns]
+
+    return GridSites(
+        images=_grids,
+        source=merger.mlp if hasattr(merger, "mlp") else merger.linear_fc1,
         project=project,
-        order=partial(_window_order, side) if windowed else lambda grids: None,
-        whole=lambda i: min(full, key=lambda j: (abs(i - j), -j), default=i),
+        fold=fold,
+        grouped=True,
+        packed=True,
+        order=order if windowed else None,
+        whole=(lambda i: min(full, key=lambda j: (abs(i - j), -j), default=i))
+        if windowed
+        else None,
         attended=attended,
-        values=tower.patch_embed.proj.weight[0].numel(),
-        weights=sum(
-            m.weight.numel()
-            for part in (merger, getattr(tower, "deepstack_merger_list", None))
-            for m in ([] if part is None else part.modules())
-            if isinstance(m, nn.Linear)
-        ),
+        weights=sum(m.weight.numel() for m in matrices),
     )
 
 
@@ -134,24 +142,15 @@ def locate(model: Any) -> Sites | None:
         width=tower.blocks[0].attn.qkv.in_features,
         # A gated MLP has three matrices where the cost model counts two.
         mlp_width=mlp_width(mlp) * 3 // 2 if hasattr(mlp, "gate_proj") else mlp_width(mlp),
-        packed=_packed(tower),
     )
-    heads = text.num_attention_heads
-    sites = DecoderSites(
-        base=base,
-        decoder=base.language_model,
-        projector=tower.merger,
-        token_ids=(config.image_token_id,),
+    sites = language_sites(
+        model,
+        base,
+        base.language_model,
+        tower.merger,
+        len(vision.blocks) - 1,
         tokens_per_image=None,
-        feature_block=len(vision.blocks) - 1,
-        hidden=text.hidden_size,
-        mlp_width=text.intermediate_size,
-        heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        vocab=text.vocab_size,
-        video=True,
-        mrope=True,
-        delimited=True,
     )
+    grids = grid_sites(tower)
+    sites = replace(sites, grids=grids, video=True, mrope=True, delimited=True)
     return Sites(family, vision, sites)

@@ -100,19 +100,15 @@ def mini_qwen(family: str = "Qwen2_5_VL", seed: int = 0) -> tuple[Any, dict[str,
     """A random "Qwen2VL", "Qwen2_5_VL" or "Qwen3VL", and a prompt with an image of 6 x 4 tokens."""
     import transformers
 
-    vision: dict[str, Any] = dict(depth=4, num_heads=4, patch_size=8, intermediate_size=64)
-    vision |= {
-        "Qwen2VL": dict(embed_dim=32, hidden_size=32, mlp_ratio=2),
-        "Qwen2_5_VL": dict(
-            hidden_size=32, out_hidden_size=32, window_size=32, fullatt_block_indexes=[1, 3]
-        ),
-        "Qwen3VL": dict(
-            hidden_size=32,
-            out_hidden_size=32,
-            num_position_embeddings=64,
-            deepstack_visual_indexes=[1, 2],
-        ),
-    }[family]
+    vision: dict[str, Any] = {"depth": 4, "num_heads": 4, "patch_size": 8, "hidden_size": 32}
+    if family == "Qwen2VL":
+        vision |= {"embed_dim": 32, "mlp_ratio": 2}
+    else:
+        vision |= {"out_hidden_size": 32, "intermediate_size": 64}
+    if family == "Qwen2_5_VL":
+        vision |= {"window_size": 32, "fullatt_block_indexes": [1, 3]}
+    if family == "Qwen3VL":
+        vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [1, 2]}
     text = mini_llava().config.text_config.to_dict() | {
         "model_type": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},

@@ -21,7 +21,7 @@ from transformers import StaticCache
 import vtc
 from vtc.adapters.locate import locate
 from vtc.benchmarks.runner import seeded
-from vtc.decoder import split_by_length
+from vtc.decoder import split_lengths
 from vtc.methods.mod import MoD
 from vtc.methods.vidkv import VidKV
 from vtc.reduction import Reduction
@@ -37,9 +37,9 @@ QUICK = {"divprune", "visionzip", "holov", "fastv", "sparsevlm", "prefixkv"}
 
 
 def made(method: str, keep: Fraction | int | None = TOKENS) -> vtc.Method:
-    """The method with a budget, and with its substitute for [CLS]."""
+    """The method with a budget, and with its substitutes for [CLS] and for the encoder's blocks."""
     chosen = seeded(method, keep, 0)
-    return replace(chosen, **chosen.without_cls)
+    return replace(chosen, **chosen.without_cls, **chosen.outside_encoder)
 
 
 def takes_budget(method: str) -> bool:
@@ -53,9 +53,9 @@ def refused(method: str) -> str | None:
     """What a method is refused with, on every family alike."""
     chosen = made(method, None)
     if "pixels" in chosen.stages:
-        return r"sequence of patches; give the processor a smaller max_pixels.*divprune"
+        return r"a sequence of patches; give the processor a smaller max_pixels.*divprune"
     if "vision" in chosen.stages:
-        return r"removes patches inside the encoder.*joins squares.*divprune"
+        return r"before or inside the encoder.*joins 2 x 2 patches.*divprune"
     return r"\[CLS\].*methods that do without: .*divprune" if "cls" in chosen.needs else None
 
 
@@ -128,7 +128,7 @@ def test_dropped_is_masked(method: str, family: str) -> None:
         report = model.vtc.report()
         counts = [[height * width for height, width in row] for row in rows]
         assert report.visual_tokens == pytest.approx(sum(map(sum, counts)) / len(rows))
-        assert report.grids == [size for row in rows for size in row]
+        assert [g for layout in report.grids for g in layout.grids] == [s for r in rows for s in r]
         if not drops:
             assert report.kv_tokens == pytest.approx(report.asked, abs=0.5)
             continue
@@ -671,8 +671,7 @@ def test_what_methods_see_of_the_tower(family: str) -> None:
 @torch.no_grad()
 def test_cost_of_the_tower(family: str) -> None:
     """FLOPs of the blocks count windows as what they are, and of the images as many as there are."""
-    sites = locate(mini.build(family))
-    packed = sites.vision.packed
+    grids = locate(mini.build(family)).decoder.grids
     for size in (WIDE, SQUARE, TALL):
         patches = 4 * size[0] * size[1]
         model = mini.build(family)
@@ -686,7 +685,8 @@ def test_cost_of_the_tower(family: str) -> None:
         call = mini.prompt([[size]])
         model(**call)
         assert all(sum(n) == patches for n in lengths)
-        assert [packed.attended((1, *size), i) for i in range(4)] == lengths
+        shape = (2 * size[0], 2 * size[1])
+        assert [grids.attended(shape, i) for i in range(4)] == lengths
         with vtc.observe(model) as session:
             model(**call)
             report = session.report()
@@ -695,10 +695,10 @@ def test_cost_of_the_tower(family: str) -> None:
 
 def test_images_of_known_lengths() -> None:
     visual = torch.tensor([[0, 1, 1, 0, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0]]).bool()
-    images, image, position = split_by_length(visual, [2, 3, 2])
+    images, image, position = split_lengths(visual, [2, 3, 2])
     assert images == [[2, 3], [2]]
     assert image.tolist() == [[-1, 0, 0, -1, 1, 1, 1], [0, 0, -1, -1, -1, -1, -1]]
     assert position[0].tolist() == [0, 0, 1, 0, 0, 1, 2]
     for lengths in ([3, 3, 1], [2, 4, 1], [2, 3], [4, 2, 1]):
         with pytest.raises(vtc.UnsupportedError, match="not whole images"):
-            split_by_length(visual, lengths)
+            split_lengths(visual, lengths)

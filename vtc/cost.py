@@ -56,14 +56,3 @@ def encoder_flops(
         4 * n * width**2 + 2 * n**2 * width + 2 * m * width * mlp
         for n, m in zip(attended, processed, strict=True)
     )
-
-
-def packed_flops(attended: Sequence[Sequence[int]], width: int, mlp: int, values: int) -> float:
-    """A ViT on one image whose blocks attend within sequences, such as windows, from the pixels on.
-
-    Args:
-        attended: for each block the lengths of its sequences.
-        width: C; mlp: hidden width of the two-layer MLP; values: numbers in a patch of pixels.
-    """
-    blocks = sum(encoder_flops(lengths, lengths, width, mlp) for lengths in attended)
-    return blocks + sum(attended[0]) * values * width

@@ -199,7 +199,8 @@ class FlatTokens:
     Attributes:
         features: (K, C); size: (K,) patches behind each; projected: (K, D) or None.
         notes: each method's named tensors (K, ...).
-        lift: what the encoder has of its tokens, (B, T, ...), on the M tokens.
+        lift: what the encoder has of its tokens, (B, T, ...), on the M tokens; where several of
+            them are behind one of the M, their sum or mean.
         regions: what methods see as images; region: (M,) which of them, in ascending order of place
             (M,) in its grid. The same of whole images: image, order.
         totals: patches of each image in the prompt.
@@ -210,7 +211,7 @@ class FlatTokens:
     features: Tensor
     size: Tensor
     notes: list[dict[str, Tensor]]
-    lift: Callable[[Tensor], Tensor]
+    lift: Callable[[Tensor, How], Tensor]
     regions: list[Region]
     region: Tensor
     place: Tensor
@@ -237,7 +238,7 @@ class FlatTokens:
 
         def arrange(what: Any, how: How, compute: Callable[[], Tensor]) -> Tensor:
             if what not in memo:
-                memo[what] = fold(reduction, self.lift(compute())[None], how)[0]
+                memo[what] = fold(reduction, self.lift(compute(), how)[None], how)[0]
             return memo[what][index]
 
         return arrange
@@ -332,11 +333,14 @@ class FlatTokens:
         self.memo = {}
 
 
-class CropEngine:
-    """The features stage on a model that packs crops: wraps its ``get_image_features``.
+class PackedEngine:
+    """The features stage on the rows that go to the LLM: wraps ``get_image_features``.
+
+    Subclasses say how the rows are laid out (`_layouts`, before anything is computed) and which
+    token is which row (`_flatten`). A layout has the ``length`` of its image in rows.
 
     Args:
-        sites: of a model with crops.
+        sites: of the model.
         vision: the engine of the encoder side, None where no method acts there.
         decoder: the engine of the language model, told how long the packed images are.
         record: what the report reads.
@@ -346,8 +350,7 @@ class CropEngine:
         self.sites, self.vision, self.decoder, self.record = sites, vision, decoder, record
         llm: Any = sites.decoder
         self.base: Any = llm.base
-        self.crops: CropSites = llm.crops
-        self.known: dict[Any, CropLayout] = {}
+        self.merged: Reduction | None = None  # of the last call's rows, where tokens were merged
 
     def install(self) -> None:
         """Shadow the method with an instance attribute."""
@@ -361,7 +364,9 @@ class CropEngine:
             named = extra.pop("return_dict", None) is not False
             layouts = self._layouts(call)
             output = stock(**call, **extra, return_dict=True)
-            output.pooler_output = self._pack(list(output.pooler_output), layouts)
+            self.merged = None
+            output.pooler_output = self._replaced(output.pooler_output, layouts)
+            self._merge_deepstack(output)
             return output if named else output.to_tuple()
 
         self.base.get_image_features = get_image_features
@@ -369,6 +374,91 @@ class CropEngine:
     def remove(self) -> None:
         """The model's own method again."""
         self.base.__dict__.pop("get_image_features", None)
+
+    def _layouts(self, call: dict[str, Any]) -> list[Any]:
+        """Layouts of the images of a call, before anything is computed."""
+        raise NotImplementedError
+
+    def _flatten(
+        self, st: Any, packed: Tensor, layouts: list[Any]
+    ) -> tuple[FlatTokens, Tensor, Tensor]:
+        """All tokens that the encoder left; packed rows of them, and of all tokens."""
+        raise NotImplementedError
+
+    def _describe(self, layouts: list[Any]) -> None:
+        """Write what is known of the images into the record."""
+        raise NotImplementedError
+
+    def _replaced(self, packed: Any, layouts: list[Any]) -> Any:
+        """The packed features, in the container they came in, with NaN for dropped tokens."""
+        together = not isinstance(packed, Tensor)
+        rows = torch.cat(list(packed)) if together else packed.reshape(-1, packed.shape[-1])
+        out = self._pack(rows, layouts)
+        if out is rows:
+            return packed
+        if not together:
+            return out.reshape(packed.shape)
+        return type(packed)(out.split([len(part) for part in packed]))
+
+    def _merge_deepstack(self, output: Any) -> None:
+        """Features for the first LLM layers: a merged token gets the mean of its group.
+
+        Tokens that are only dropped leave theirs unread.
+        """
+        stacked = getattr(output, "deepstack_features", None)
+        if self.merged is None or stacked is None:
+            return
+        keep = self.merged.keep[0]
+        for i, parts in enumerate(stacked):
+            rows = torch.cat(list(parts))
+            means = self.merged.merge(rows[None])[0][0]
+            rows[keep] = means.to(rows.dtype)
+            stacked[i] = type(parts)(rows.split([len(part) for part in parts]))
+
+    def _pack(self, packed: Tensor, layouts: list[Any]) -> Tensor:
+        """The packed rows of all images with NaN in place of dropped tokens."""
+        self._describe(layouts)
+        self.decoder.lengths = [layout.length for layout in layouts]
+        self.decoder.carried = None
+        st = None if self.vision is None else self.vision.state
+        if st is None or st.unpacked is None:
+            return packed
+        if not self.vision.behind and not any(st.notes):
+            return packed
+        with self.record.clock.measure("method"):
+            flat, rows, every = self._flatten(st, packed, layouts)
+            for j, m in self.vision.behind:
+                flat.ask(j, m)
+            st.unpacked, st.projections, st.reprojected = None, {}, flat.reprojected
+            left = flat.image[flat.keep]
+            counts = torch.bincount(left, minlength=len(layouts)).tolist()
+            projected: Any = flat.projected
+            if any(flat.notes):
+                notes = [
+                    {name: list(x.split(counts)) for name, x in note.items()} for note in flat.notes
+                ]
+                self.decoder.carried = list(projected.split(counts)), notes
+            if flat.reduction is None:
+                return packed
+            if any(m.merges for _, m in self.vision.behind):
+                self.merged = flat.reduction
+            out = packed.clone()
+            out[every] = torch.nan
+            out[rows[flat.keep]] = projected
+            return out
+
+
+class CropEngine(PackedEngine):
+    """The features stage on a model that packs crops."""
+
+    def __init__(self, sites: Sites, vision: Any, decoder: Any, record: Record) -> None:
+        super().__init__(sites, vision, decoder, record)
+        llm: Any = sites.decoder
+        self.crops: CropSites = llm.crops
+        self.known: dict[Any, CropLayout] = {}
+
+    def _describe(self, layouts: list[CropLayout]) -> None:
+        self.record.layouts = layouts
 
     def _layouts(self, call: dict[str, Any]) -> list[CropLayout]:
         """Layouts of the images of a call, before anything is computed.
@@ -396,41 +486,11 @@ class CropEngine:
             )
         return layouts
 
-    def _pack(self, packed: list[Tensor], layouts: list[CropLayout]) -> list[Tensor]:
-        """The packed features of each image with NaN in place of dropped patches."""
-        self.record.layouts = layouts
-        self.decoder.lengths = [layout.length for layout in layouts]
-        self.decoder.carried = None
-        st = None if self.vision is None else self.vision.state
-        if st is None or st.unpacked is None:
-            return packed
-        if not self.vision.behind and not any(st.notes):
-            return packed
-        with self.record.clock.measure("method"):
-            flat, rows, every = self._flatten(st, packed, layouts)
-            for j, m in self.vision.behind:
-                flat.ask(j, m)
-            st.unpacked, st.projections, st.reprojected = None, {}, flat.reprojected
-            left = flat.image[flat.keep]
-            counts = torch.bincount(left, minlength=len(layouts)).tolist()
-            projected: Any = flat.projected
-            if any(flat.notes):
-                notes = [
-                    {name: list(x.split(counts)) for name, x in note.items()} for note in flat.notes
-                ]
-                self.decoder.carried = list(projected.split(counts)), notes
-            if flat.reduction is None:
-                return packed
-            out = torch.cat(packed)
-            out[every] = torch.nan
-            out[rows[flat.keep]] = projected
-            return list(out.split([layout.length for layout in layouts]))
-
     def _flatten(
-        self, st: Any, packed: list[Tensor], layouts: list[CropLayout]
+        self, st: Any, packed: Tensor, layouts: list[CropLayout]
     ) -> tuple[FlatTokens, Tensor, Tensor]:
         """All patches that the encoder left; packed rows of them, and of all patches."""
-        features, device = st.unpacked, packed[0].device
+        features, device = st.unpacked, packed.device
         n = prod(self.crops.side)
         # Where each patch of the encoder's grid is now, -1 where it is gone.
         slot = torch.arange(n, device=device).expand(st.images, -1)
@@ -465,7 +525,7 @@ class CropEngine:
         ]
         table = torch.cat(lists, 1).to(device)[:, torch.cat(alive)]
 
-        def lift(x: Tensor) -> Tensor:
+        def lift(x: Tensor, how: How = "mean") -> Tensor:
             parts = []
             for layout, (crops, slots), there in zip(layouts, sources, alive, strict=True):
                 part = x.to(device)[crops, slots.clamp(min=0)]
@@ -485,7 +545,7 @@ class CropEngine:
             order=order,
             totals=[len(layout.rows) for layout in layouts],
             common=self.vision.view_arguments(st),
-            projected=torch.cat(packed)[rows],
+            projected=packed[rows],
             layouts=layouts,
         )
         return flat, rows, every

@@ -139,37 +139,6 @@ def split_images(
     return images, order.div(tokens_per_image, rounding_mode="floor"), index % tokens_per_image
 
 
-def split_by_length(visual: Tensor, lengths: list[int]) -> tuple[list[list[int]], Tensor, Tensor]:
-    """`split_images` for images of known numbers of tokens.
-
-    Args:
-        visual: (B, L) bool; lengths: tokens of each image, in the order of rows and columns.
-
-    Raises:
-        UnsupportedError: a row does not end with a whole image (chunked prefill).
-    """
-    images: list[list[int]] = []
-    image, position = torch.full_like(visual, -1, dtype=torch.long), torch.zeros_like(visual).long()
-    rest = iter(lengths)
-    for r, columns in enumerate(visual):
-        at = columns.nonzero()[:, 0]
-        counts: list[int] = []
-        while sum(counts) < len(at):
-            counts.append(next(rest, len(at) + 1))
-        if sum(counts) != len(at):
-            raise UnsupportedError(
-                f"found {len(at)} image tokens in row {r} that are not whole images: part of an "
-                "image in one forward (chunked prefill), and features that were compressed before, "
-                "cannot be compressed; prefill in one piece, or use vtc.compress_inputs"
-            )
-        if counts:
-            repeats = torch.tensor(counts, device=at.device)
-            image[r, at] = torch.arange(len(counts), device=at.device).repeat_interleave(repeats)
-            position[r, at] = torch.cat([torch.arange(n, device=at.device) for n in counts])
-        images.append(counts)
-    return images, image, position
-
-
 def split_packed(
     visual: Tensor, separator: Tensor, lengths: list[int], thumbnail: int
 ) -> tuple[list[list[int]], Tensor, Tensor]:
@@ -215,16 +184,43 @@ def split_packed(
     return images, image, position
 
 
+def split_lengths(visual: Tensor, lengths: list[int]) -> tuple[list[list[int]], Tensor, Tensor]:
+    """`split_images` for images of known lengths, whatever text stands between their tokens.
+
+    Args:
+        visual: (B, L) bool; lengths: placeholders of each image, in the order of rows and columns.
+
+    Raises:
+        UnsupportedError: a row does not hold whole images (chunked prefill).
+    """
+    images: list[list[int]] = []
+    rest = iter(lengths)
+    for n in visual.sum(1).tolist():
+        row: list[int] = []
+        while sum(row) < n:
+            row.append(next(rest, n + 1))
+        if sum(row) != n:
+            raise UnsupportedError(
+                f"found {n} image tokens in row {len(images)} that are not whole images: part of "
+                "an image in one forward (chunked prefill), and features that were compressed "
+                "before, cannot be compressed; prefill in one piece, or use vtc.compress_inputs"
+            )
+        images.append(row)
+    image, position = torch.full_like(visual, -1, dtype=torch.long), torch.zeros_like(visual).long()
+    flat = torch.tensor([n for row in images for n in row], device=visual.device)
+    ordinal = torch.tensor([j for row in images for j in range(len(row))], device=visual.device)
+    first = flat.cumsum(0) - flat
+    image[visual] = ordinal.long().repeat_interleave(flat)
+    every = torch.arange(int(visual.sum()), device=visual.device)
+    position[visual] = every - first.repeat_interleave(flat)
+    return images, image, position
+
+
 class DecoderEngine:
     """Installs the hooks on a language model and runs the methods' decoder and cache stages."""
 
     def __init__(
-        self,
-        sites: DecoderSites,
-        methods: tuple[Method, ...],
-        sentinel: bool,
-        record: Record,
-        by_length: bool = False,
+        self, sites: DecoderSites, methods: tuple[Method, ...], sentinel: bool, record: Record
     ) -> None:
         """
         Args:
@@ -232,9 +228,7 @@ class DecoderEngine:
             methods: in the order they are applied.
             sentinel: whether dropped feature rows may arrive as NaN at layer 0.
             record: what the report reads; a new forward replaces its contents.
-            by_length: images have any number of tokens, `lengths` says how many.
         """
-        self.by_length = by_length
         self.sites, self.methods, self.sentinel, self.record = sites, methods, sentinel, record
         self.layers: list[Any] = list(sites.decoder.layers)
         self.on_decoder = [
@@ -256,6 +250,10 @@ class DecoderEngine:
         self.carried: tuple[Sequence[Tensor], list[dict[str, Any]]] | None = None
         # Rows of each packed image of this forward, in the order of its placeholders.
         self.lengths: list[int] | None = None
+        # Whether only those lengths tell which placeholders are one image.
+        self.by_length = sites.crops is not None or (
+            sites.grids is not None and sites.tokens_per_image is None
+        )
         self.forward: _Forward | None = None
         self.mask: Tensor | None = None  # (B, logical length) of this forward, False on padding
         self.handles: list[Any] = []
@@ -395,15 +393,15 @@ class DecoderEngine:
             for token in self.sites.token_ids:
                 row = table(torch.tensor(token, device=embeds.device)).to(embeds.dtype)
                 visual |= (embeds == row).all(-1)
-        encoded = kwargs.get("mm_encoder_outputs") or {}
-        if self.sites.video and (
-            encoded.get("video") is not None or kwargs.get("pixel_values_videos") is not None
-        ):
-            raise UnsupportedError(
-                f"{type(module).__name__}: videos are not supported yet, only images; call "
-                "vtc.unwrap(model) for this prompt"
-            )
         if self.by_length:
+            encoded = kwargs.get("mm_encoder_outputs") or {}
+            if self.sites.video and (
+                encoded.get("video") is not None or kwargs.get("pixel_values_videos") is not None
+            ):
+                raise UnsupportedError(
+                    f"{type(module).__name__}: videos are not supported yet, only images; call "
+                    "vtc.unwrap(model) for this prompt"
+                )
             image = encoded.get("image")
             # None until the features are made, within this forward.
             self.lengths = None if image is None else [len(f) for f in image.pooler_output]
@@ -437,10 +435,11 @@ class DecoderEngine:
                     "vtc.compress_inputs"
                 )
             separator = None
-            if self.sites.crops is None and self.lengths is not None:
-                images, image, position = split_by_length(visual, self.lengths)
-            elif self.sites.crops is None:
+            if not self.by_length:
                 images, image, position = split_images(visual, self.sites.tokens_per_image)
+            elif self.sites.crops is None:
+                assert self.lengths is not None
+                images, image, position = split_lengths(visual, self.lengths)
             else:
                 newline = self.sites.crops.newline().to(embeds)
                 separator = visual & (embeds == newline).all(-1).to(visual.device)
@@ -456,11 +455,11 @@ class DecoderEngine:
             self.record.clock.start("prefill")
             if self.methods and kwargs.get("deepstack_visual_embeds") is not None:
                 # The model would add them by a mask at full size; `_layer_pre` does it instead.
-                taken = {"visual_pos_masks": None, "deepstack_visual_embeds": None}
                 self.forward.deepstack = (
                     kwargs["visual_pos_masks"],
                     kwargs["deepstack_visual_embeds"],
                 )
+                taken = {"visual_pos_masks": None, "deepstack_visual_embeds": None}
                 return args, {**kwargs, **taken}
         elif embeds.shape[1] == 1:
             self.record.clock.start("decode")

@@ -75,6 +75,8 @@ class Method:
     """
     without_cls: ClassVar[dict[str, Any]] = {}
     """Parameters with which the method does without the class token it needs, if there are any."""
+    outside_encoder: ClassVar[dict[str, Any]] = {}
+    """Parameters with which it leaves tokens inside the encoder alone, if it need not act there."""
     merges: ClassVar[bool] = False
     """True when tokens are averaged into survivors rather than dropped."""
     vision_site: ClassVar[Literal["middle", "output"]] = "middle"

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .cost import decoder_flops, encoder_flops, llm_flops, packed_flops
+from .cost import decoder_flops, encoder_flops, llm_flops
 from .reduction import Reduction
 
 if TYPE_CHECKING:
     from .adapters.base import Sites
     from .crops import CropLayout
+    from .grids import GridLayout
     from .method import Method
 
 
@@ -71,9 +72,7 @@ class Record:
         self.grid: tuple[int, int] | None = None  # patches of the last images encoded
         self.images: list[list[int]] = []  # visual tokens of each image of each row
         self.layouts: list[CropLayout] | None = None  # of the last images, where they have crops
-        # (frames, rows, columns) of LLM tokens of the last images, where each has its own grid
-        self.packed: list[tuple[int, int, int]] | None = None
-        self.reprojected = 0  # of their tokens, those that went through the merger once more
+        self.grids: list[GridLayout] | None = None  # the same where patches are joined to tokens
         self.text = torch.empty(0)  # (B,) other tokens that are not padding
         self.separators: Tensor | None = None  # (B,) newlines between rows of patches, among those
         self.visual: dict[int, Tensor] = {}  # layer -> (B,) visual tokens it processed
@@ -134,11 +133,12 @@ class Report:
             image in crops, indices into its `CropLayout`.
         reduction: patches to the tokens that left the encoder side, (images, N); None if untouched,
             and on models with crops.
-        grid: rows and columns of patches (of one crop, or of the first image).
-        grids: rows and columns of the tokens of each image, where images have grids of their own.
+        grid: rows and columns of patches (of one crop; of LLM tokens where patches are joined to
+            them, in the first grid of the last call).
         separators: newline tokens between rows of patches; they always stay, are not among the
             visual tokens, and count in ``flops_all``.
         layouts: where patches lie, for each image of a model with crops; else None.
+        grids: of each image of a model that joins patches to tokens; else None.
     """
 
     method: str
@@ -164,11 +164,11 @@ class Report:
     grid: tuple[int, int]
     separators: float = 0.0
     layouts: list[CropLayout] | None = None
-    grids: list[tuple[int, int]] | None = None
+    grids: list[GridLayout] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the tensors, ready for JSON; kept patches as lists."""
-        skip = ("kept", "reduction", "layouts")
+        skip = ("kept", "reduction", "layouts", "grids")
         out = {k: v for k, v in asdict(self).items() if k not in skip}
         out["kept"] = [k.tolist() for k in self.kept]
         return out
@@ -218,32 +218,35 @@ def build_report(
         raise RuntimeError("nothing to report: run the model on an image first")
     clock, tower = record.clock, sites.vision
     total = grid[0] * grid[1]
+    joined = record.grids
+    touched = vision is not None and joined is None  # tokens may have left inside the encoder
     entered = [total + tower.prefix] * len(tower.blocks)
-    counts = entered if vision is None else list(vision.counts)
-    attended = entered if vision is None else [vision.entered, *counts[:-1]]
+    counts = list(vision.counts) if touched else entered
+    attended = [vision.entered, *counts[:-1]] if touched else entered
 
     def encoder_cost(first: int, into: list[int], behind: list[int]) -> float:
         patches = (first - tower.prefix) * 3 * tower.patch**2 * tower.width
         return patches + encoder_flops(into, behind, tower.width, tower.mlp_width)
 
-    packed = record.packed
-    if packed is None or tower.packed is None:
-        encoder = encoder_cost(attended[0], attended, counts)
-        encoder_full = encoder_cost(entered[0], entered, entered)
-    else:  # an image on average
-        encoder = encoder_full = sum(
-            packed_flops(
-                [tower.packed.attended(grid, i) for i in range(len(tower.blocks))],
-                tower.width,
-                tower.mlp_width,
-                tower.packed.values,
-            )
-            for grid in packed
-        ) / len(packed)
-        total = sum(map(prod, packed)) / len(packed)
+    def grid_cost(patches: tuple[int, int]) -> float:
+        """An encoder that sees this grid by itself, or windows of it."""
+        sites_grids: Any = sites.decoder and sites.decoder.grids
+        n, depth = prod(patches) + tower.prefix, len(tower.blocks)
+        if sites_grids.attended is None:
+            return encoder_cost(n, [n] * depth, [n] * depth)
+        windows = [sites_grids.attended(patches, i) for i in range(depth)]
+        return encoder_cost(n, [], []) + sum(
+            encoder_flops(lengths, lengths, tower.width, tower.mlp_width) for lengths in windows
+        )
+
+    encoder = encoder_cost(attended[0], attended, counts)
+    encoder_full = encoder_cost(entered[0], entered, entered)
     layouts = record.layouts
-    reduction = None if vision is None else vision.reduction
-    left: float = total if reduction is None else reduction.count  # of each image or crop
+    if joined:  # each grid is a sequence of its own
+        shapes = [patches for layout in joined for patches in layout.patches]
+        encoder = encoder_full = sum(map(grid_cost, shapes)) / len(joined)
+    reduction = vision.reduction if touched else None
+    left = total if reduction is None else reduction.count  # of each image or crop
     # How many tokens of a crop are padding is not known inside the encoder.
     budgeted = all(
         m.has_budget and (layouts is None or not m.stages <= {"pixels", "vision"}) for m in methods
@@ -258,7 +261,7 @@ def build_report(
         "reduction": reduction if layouts is None else None,
         "grid": grid,
         "layouts": layouts,
-        "grids": None if packed is None else [(t * h, w) for t, h, w in packed],
+        "grids": joined,
     }
     if sites.decoder is None:
         final = total if reduction is None else reduction.counts.float().mean().item()
@@ -323,19 +326,24 @@ def build_report(
             llm.head_dim,
             [n + n_text for n in attended],
         )
-        joined = tower.packed
-        weights = tower.width * llm.hidden + llm.hidden**2 if joined is None else joined.weights
+        weights = None if llm.grids is None else llm.grids.weights
+        weights = weights or tower.width * area * llm.hidden + llm.hidden**2
         projector = projected * weights
         return decoder + images * cost + projector + llm.hidden * llm.vocab
 
     # What the encoder took for one image: on average, as rows are averaged too.
-    crops, again = 1.0, 0.0 if packed is None else record.reprojected / len(packed)
+    crops, again = 1.0, 0.0
     if layouts is not None:
         crops = mean(1 + prod(layout.crops) for layout in layouts)
         again = 0 if vision is None else vision.reprojected / len(layouts)
+    area = 1 if llm.grids is None else llm.grids.fold**2  # patches behind one projected token
+    before, behind = crops * total, crops * left
+    if joined:
+        before = behind = mean(layout.length for layout in joined)
+        again = 0 if vision is None else vision.reprojected / len(joined)
     images = [len(record.images[r]) for r in rows]
     flat = [[full] * depth for full in full_rows]
-    projected = [crops * left + again] * len(rows)
+    projected = [behind + again] * len(rows)
     asked = [
         min([sum(m.budget(n, grid) for n in record.images[r]) for m in methods], default=full)
         for r, full in zip(rows, full_rows, strict=True)
@@ -360,7 +368,7 @@ def build_report(
             )
         ),
         flops_all_full=mean(
-            whole(t, t, n, i, crops * encoder_full, crops * total * i)
+            whole(t, t, n, i, crops * encoder_full, before * i)
             for t, n, i in zip(flat, text, images, strict=True)
         ),
         kv_bytes=record.kv[0] or None,

@@ -65,6 +65,8 @@ class Projections:
         bias: (B, T) additive bias on the keys in this block (proportional attention), or None.
         later: the reduction applied to this block's tokens after its attention, or None.
         mean: gives (B, T, d) head-averaged keys where that is cheaper than averaging ``key()``.
+        valid: (B, T) bool, False where rows are padded to the longest; None where none is.
+        whole: of the nearest block that sees whole images, where this one sees windows only.
     """
 
     query: Callable[[slice], Tensor]
@@ -73,6 +75,8 @@ class Projections:
     bias: Tensor | None = None
     later: Reduction | None = None
     mean: Callable[[], Tensor] | None = None
+    valid: Tensor | None = None
+    whole: Projections | None = None
 
     def key_mean(self) -> Tensor:
         """(B, T, d) keys averaged over heads."""
@@ -85,7 +89,8 @@ class Projections:
     def logits(self, rows: slice) -> Tensor:
         """q k^T * scale in fp32 for the query rows, (B, H, rows, T)."""
         scores = self.query(rows).float() @ self.key().float().transpose(-1, -2) * self.scale
-        return scores if self.bias is None else scores + self.bias[:, None, None, :].float()
+        bias = self.bias
+        return scores if bias is None else scores + bias[:, None, None, :].to(scores)
 
     def attention(self, rows: slice) -> Tensor:
         """Attention probabilities in fp32 for the query rows, (B, H, rows, T)."""
@@ -101,12 +106,6 @@ class Projections:
             return rows
         rows = self.fold(rows.permute(0, 3, 1, 2), "sum")  # keys first, then queries
         return self.fold(rows.transpose(1, 3), "mean").permute(0, 2, 1, 3)
-
-    def received(self, chunk: int = 256) -> Tensor:
-        """(B, T) attention each token receives, mean over heads and query rows."""
-        rows = self.key().shape[2]
-        parts = [self.attention(slice(i, i + chunk)).sum(2).mean(1) for i in range(0, rows, chunk)]
-        return torch.stack(parts).sum(0) / rows
 
     def by_heads(self, chunk: int = 4) -> list[Projections]:
         """The same block, ``chunk`` heads at a time, for who needs maps of all of them in turn."""
@@ -292,12 +291,28 @@ class FeaturesView:
     def attention_received(self, layer: int, chunk: int = 256) -> Tensor:
         """(B, N) attention a patch receives in block ``layer``, mean over heads and query rows.
 
+        Where that block attends within windows (Qwen2.5-VL), in the nearest block that does not:
+        windows would all get the same.
+
         The published substitute for [CLS] attention on towers without one (VisionZip, VisPruner).
         """
         projections = self._layer(layer)
-        return self._patches(
-            "attention_received", layer, "sum", lambda: projections.received(chunk)
-        )
+        if projections.whole is not None:
+            projections = projections.whole
+
+        def received() -> Tensor:
+            rows = projections.key().shape[2]
+            real = projections.valid
+            parts = []
+            for i in range(0, rows, chunk):
+                part = projections.attention(slice(i, i + chunk))
+                if real is not None:
+                    part = part * real[:, None, i : i + chunk, None].to(part)
+                parts.append(part.sum(2).mean(1))
+            total = torch.stack(parts).sum(0)
+            return total / (rows if real is None else real.sum(1, keepdim=True).to(total))
+
+        return self._patches("attention_received", layer, "sum", received)
 
     def key(self, layer: int) -> Tensor:
         """(B, N, H, d) keys of block ``layer``."""

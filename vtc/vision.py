@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapters.base import BlockSites, Call, VisionSites
+from .adapters.base import BlockSites, Call, GridSites, VisionSites
 from .errors import UnsupportedError
 from .method import Method, known_methods, split_answer
 from .reduction import Reduction
@@ -186,6 +186,8 @@ class VisionEngine:
         projector: what maps features (B, N, C) to the LLM, (B, N, D); None for an encoder alone.
         packs: the model packs crops behind the projector; the features stage runs there
             (vtc.crops).
+        grids: how the model joins patches to LLM tokens; the features stage runs behind that
+            (vtc.grids), and no token leaves inside the encoder.
         clock: its ``measure("method")`` times the choosing and moving of tokens.
 
     Raises:
@@ -200,8 +202,10 @@ class VisionEngine:
         projector: nn.Module | None,
         clock: Any = None,
         packs: bool = False,
+        grids: GridSites | None = None,
     ) -> None:
         self.sites = sites
+        self.grids = grids
         self.packs = packs
         self.methods = methods
         self.feature_block = feature_block
@@ -219,6 +223,8 @@ class VisionEngine:
         self.proportional = any(getattr(m, "proportional_attention", False) for _, m in inside)
         depth = len(sites.blocks)
         self.captured = {layer % depth for _, m in self.behind for layer in m.captures(depth)}
+        if grids is not None and grids.whole is not None:
+            self.captured |= set(map(grids.whole, self.captured))
         self.last_read = max([feature_block, *self.captured])
         acting = [m for _, m in inside + self.behind]
         self.refill = (
@@ -230,9 +236,25 @@ class VisionEngine:
 
     def _check(self) -> None:
         here = {"pixels", "vision", "features"}
-        check_cls(self.sites, self.methods, here)
+        if not self.sites.has_cls:
+            for m in self.methods:
+                if "cls" in m.needs and m.stages & here:
+                    usable = _names(lambda c: "cls" not in c.needs and c().stages <= here)
+                    own = ", ".join(f"{k}={v!r}" for k, v in m.without_cls.items())
+                    raise UnsupportedError(
+                        f"{m.name} needs a [CLS] token and {self._tower} has none; "
+                        + (f"give it {own}, its substitute, or use " if own else "")
+                        + f"methods that do without: {usable}"
+                    )
         if self.resizing and self.sites.resize is None:
             usable = _names(lambda c: c().stages <= here - {"pixels"})
+            if self.grids is not None and self.grids.packed:
+                usable = _names(lambda c: not c().stages & {"pixels", "vision"})
+                raise UnsupportedError(
+                    f"{self.resizing[0][1].name} resizes the image, which reaches {self._tower} as "
+                    "a sequence of patches; give the processor a smaller max_pixels, or use "
+                    f"methods that act behind the encoder: {usable}"
+                )
             raise UnsupportedError(
                 f"{self.resizing[0][1].name} resizes the image and {self._tower} takes one size "
                 f"only (timm: create the model with dynamic_img_size=True); others: {usable}"
@@ -243,6 +265,7 @@ class VisionEngine:
                     f"{m.name} chooses tokens inside the encoder, in every crop alike, and images "
                     "have different numbers of crops here; give keep_ratio instead of keep_tokens"
                 )
+        self._check_inside()
         blocks = self.sites.blocks[: self.feature_block + 1]
         if self.proportional and any(site.bias is None for site in blocks):
             raise UnsupportedError(
@@ -250,6 +273,28 @@ class VisionEngine:
                 f"{self._tower} takes no mask; give proportional_attention=False, or load the "
                 'model with attn_implementation="sdpa" (DINOv2 and ViT: transformers 5.18 or newer)'
             )
+
+    def _check_inside(self) -> None:
+        """Refuse methods inside an encoder that must see all of its tokens."""
+        acting = self.resizing + self.inside
+        grids, why = self.grids, self.sites.whole
+        if grids is not None and grids.fold > 1:
+            why = (
+                f"the model joins {grids.fold} x {grids.fold} patches behind {self._tower} to one "
+                "LLM token, which needs all of them"
+            )
+        elif grids is not None and not why:
+            why = f"the images that {self._tower} encodes have different sizes"
+        if not acting or not why:
+            return
+        m = acting[0][1]
+        usable = _names(lambda c: not c().stages & {"pixels", "vision"})
+        own = ", ".join(f"{k}={v!r}" for k, v in m.outside_encoder.items())
+        raise UnsupportedError(
+            f"{m.name} takes tokens away before or inside the encoder, and {why}; "
+            + (f"give it {own}, with which it does not, or use " if own else "use ")
+            + f"methods that act behind the encoder: {usable}"
+        )
 
     @property
     def _tower(self) -> str:
@@ -282,9 +327,11 @@ class VisionEngine:
                 hook = partial(self._end_block, i)
                 add(site.module.register_forward_hook(hook, prepend=True))
         if self.projector is not None:
+            source = self.projector if self.grids is None else self.grids.source
             if self.behind or self.packs:
-                add(self.projector.register_forward_pre_hook(self._features))
-            add(self.projector.register_forward_hook(self._spread, prepend=True))
+                add(source.register_forward_pre_hook(self._features))
+            if self.grids is None:
+                add(self.projector.register_forward_hook(self._spread, prepend=True))
 
     def remove(self) -> None:
         """Take all hooks out again."""
@@ -302,6 +349,10 @@ class VisionEngine:
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Call | None:
         """Start a fresh state, whatever the last forward left; resize the image if asked to."""
         self.state = None
+        if self.grids is not None:
+            images = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            self.state = self._joined_state(images[0]) if images else None
+            return None
         place = next((i for i, x in enumerate(args) if _is_image(x)), None)
         name = next((k for k, x in kwargs.items() if _is_image(x)), None)
         if place is None and name is None:
@@ -338,6 +389,18 @@ class VisionEngine:
         assert self.sites.resize is not None  # checked at construction
         return self.sites.resize(call)
 
+    def _joined_state(self, pixels: Tensor) -> VisionState:
+        """State of an encoder that keeps all its tokens; `vtc.grids` knows how many there are."""
+        return VisionState(
+            images=0,
+            grid=(0, 0),
+            entered=0,
+            prefix=self.sites.prefix,
+            blocks=len(self.sites.blocks),
+            sizes=torch.ones(1, 0, device=pixels.device),
+            notes=[{} for _ in self.methods],
+        )
+
     # ---- inside a block, in order of execution -------------------------------------------------
 
     def _shorten_call(
@@ -359,8 +422,10 @@ class VisionEngine:
         call = (args, kwargs)
         bias = self._key_bias(st) if i <= self.last_read else None
         keys = _Keys(site, call)
+        hidden = None if site.masked is None else site.masked(call)
+        seen = bias if hidden is None else hidden if bias is None else bias + hidden
         st.projections[i] = Projections(
-            partial(site.query, call), keys, site.scale, bias, mean=keys.mean
+            partial(site.query, call), keys, site.scale, seen, mean=keys.mean
         )
         if bias is None:
             return None
@@ -505,12 +570,18 @@ class VisionEngine:
         st.projections = {}
         return features, done
 
+    def _project(self, features: Tensor) -> Tensor:
+        """Features (..., C) in the space of the LLM, past all hooks."""
+        if self.grids is not None:
+            return self.grids.project(features)
+        return features if self.projector is None else self.projector.forward(features)
+
     def view_arguments(self, st: VisionState) -> dict[str, Any]:
         """What all views of the features stage have in common."""
         return {
             "prefix": st.prefix,
             "has_cls": self.sites.has_cls,
-            "projector": _same if self.projector is None else self.projector.forward,
+            "projector": self._project,
             "layers": st.projections,
             "depth": st.blocks,
         }
@@ -530,7 +601,7 @@ class VisionEngine:
             features=features[valid],
             size=st.size[valid],
             notes=[{name: x[valid] for name, x in st.notes[j].items()}],
-            lift=lambda x: x[valid],
+            lift=lambda x, how: x[valid],
             regions=[Region(i, st.grid, every) for i in range(batch)],
             region=image,
             place=so_far.keep[valid],
@@ -578,6 +649,9 @@ class VisionEngine:
         st = self.state
         if st is None:
             return None
+        if self.grids is not None:
+            st.unpacked = args[0]
+            return None
         left = st.sizes.shape[1] - st.prefix
         if tuple(args[0].shape[:2]) != (st.images, left):
             raise UnsupportedError(
@@ -603,27 +677,6 @@ class VisionEngine:
             if valid is not None:
                 keep = keep.where(valid, n)  # one row more takes the padding slots
             return scatter_tokens(output, keep, n + (valid is not None), torch.nan)[:, :n]
-
-
-def usable_names(stages: set[str]) -> str:
-    """Methods that act at these stages only and need no class token."""
-    return _names(lambda c: "cls" not in c.needs and c().stages <= stages)
-
-
-def check_cls(sites: VisionSites, methods: tuple[Method, ...], stages: set[str]) -> None:
-    """Refuse methods that need a class token on an encoder without one.
-
-    Args:
-        stages: those of the encoder side that work on it.
-    """
-    for m in () if sites.has_cls else methods:
-        if "cls" in m.needs and m.stages & stages:
-            own = ", ".join(f"{k}={v!r}" for k, v in m.without_cls.items())
-            raise UnsupportedError(
-                f"{m.name} needs a [CLS] token and {type(sites.tower).__name__} has none; "
-                + (f"give it {own}, its substitute, or use " if own else "")
-                + f"methods that do without: {usable_names(stages)}"
-            )
 
 
 def apply_method(
@@ -660,10 +713,6 @@ def _is_identity(reduction: Reduction) -> bool:
 
 def _is_image(x: Any) -> bool:
     return isinstance(x, Tensor) and x.dim() == 4
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 def _names(wanted: Any) -> str:

@@ -32,8 +32,7 @@ class Session:
         self.decoder: Any = None
         llm, vision_stages = self.sites.decoder, {"pixels", "vision", "features"}
         on_vision = any(m.stages & vision_stages for m in methods)
-        packed = llm is not None and self.sites.vision.packed is not None
-        if on_vision and not packed:
+        if on_vision:
             from .vision import VisionEngine
 
             last = len(self.sites.vision.blocks) - 1
@@ -43,22 +42,22 @@ class Session:
                 last if llm is None else llm.feature_block,
                 None if llm is None else llm.projector,
                 self.record.clock,
-                packs=llm is not None and llm.crops is not None,
+                packs=llm is not None and (llm.crops is not None or llm.grids is not None),
+                grids=None if llm is None else llm.grids,
             )
         if llm is not None:
             from .decoder import DecoderEngine
 
-            by_length = packed or llm.crops is not None
-            self.decoder = DecoderEngine(llm, methods, on_vision, self.record, by_length)
-        self.crops: Any = None
-        if packed:
-            from .packed import PackedEngine
-
-            self.crops = PackedEngine(self.sites, methods, self.decoder, self.record)
+            self.decoder = DecoderEngine(llm, methods, sentinel=on_vision, record=self.record)
+        self.packed: Any = None
         if llm is not None and llm.crops is not None:
             from .crops import CropEngine
 
-            self.crops = CropEngine(self.sites, self.vision, self.decoder, self.record)
+            self.packed = CropEngine(self.sites, self.vision, self.decoder, self.record)
+        if llm is not None and llm.grids is not None:
+            from .grids import GridEngine
+
+            self.packed = GridEngine(self.sites, self.vision, self.decoder, self.record)
 
     def _check(self) -> None:
         """Refuse what cannot work, before anything is computed."""
@@ -81,16 +80,16 @@ class Session:
         clock, sites = self.record.clock, self.sites
 
         def encode(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            if sites.vision.packed is None:
-                pixels: Any = args[0] if args else kwargs.get("pixel_values", kwargs.get("x"))
-                patch = sites.vision.patch
+            pixels: Any = args[0] if args else kwargs.get("pixel_values", kwargs.get("x"))
+            patch = sites.vision.patch
+            if sites.decoder is None or sites.decoder.grids is None:
                 self.record.grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
             clock.reset("vision", "method")
             clock.start("vision")
 
         def encoded(module: nn.Module, args: tuple, output: Any) -> None:
             clock.stop("vision")
-            if self.crops is not None:
+            if self.packed is not None:
                 return  # the features stage is still to come
             if self.decoder is not None and self.vision is not None and self.vision.state:
                 notes = self.vision.state.scratch
@@ -102,14 +101,14 @@ class Session:
         if self.vision is not None:
             self.vision.install()
         self.handles.append(end.register_forward_hook(encoded))
-        if self.crops is not None:
-            self.crops.install()
+        if self.packed is not None:
+            self.packed.install()
         if self.decoder is not None:
             self.decoder.install()
 
     def remove(self) -> None:
         """Remove all hooks; the model is exactly what it was."""
-        for engine in (self.decoder, self.crops, self.vision):
+        for engine in (self.decoder, self.packed, self.vision):
             if engine is not None:
                 engine.remove()
         for handle in self.handles:

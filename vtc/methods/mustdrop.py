@@ -97,6 +97,7 @@ class MustDrop(Method):
     summary = "Merges windows, filters by text attention, evicts KV (MustDrop, arXiv 2411.10803)"
     needs = frozenset({"cls", "ran"})
     without_cls: ClassVar[dict[str, Any]] = {"saliency": "cosine"}
+    outside_encoder: ClassVar[dict[str, Any]] = {"merge_threshold": None}
     merges = True
     track_size: ClassVar[bool] = False
     ragged = True
@@ -135,7 +136,8 @@ class MustDrop(Method):
 
     @property
     def stages(self) -> frozenset[Stage]:
-        return super().stages if self.output_aware else super().stages - {"cache"}
+        idle = {"vision"} if self.merge_threshold is None else set()
+        return super().stages - idle - (set() if self.output_aware else {"cache"})
 
     def captures(self, depth: int) -> tuple[int, ...]:
         return (LAYER % depth,) if "cls" in self.needs else ()

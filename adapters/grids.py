@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where calls of ``get_image_features`` say how large the grids of patches are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Grids = Callable[[dict[str, Any]], list[list[tuple[int, int]]]]
+"""What `GridSites.images` is."""
+
+
+def tile_grids(name: str, patch: int) -> Grids:
+    """`GridSites.images` for pixel values (tiles, 3, H, W) in the argument ``name``."""
+
+    def images(call: dict[str, Any]) -> list[list[tuple[int, int]]]:
+        tiles, _, height, width = call[name].shape
+        return [[(height // patch, width // patch)]] * tiles
+
+    return images
+
+
+def sized_grids(patch: int) -> Grids:
+    """`GridSites.images` for images whose (height, width) stand in ``image_sizes``."""
+
+    def images(call: dict[str, Any]) -> list[list[tuple[int, int]]]:
+        if call.get("image_sizes") is None:
+            raise ValueError("this model needs image_sizes, as its processor gives them")
+        return [[(int(h) // patch, int(w) // patch)] for h, w in call["image_sizes"]]
+
+    return images
