@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from inspect import signature
 from typing import Any, ClassVar
 
 import mini_qwen as mini
@@ -29,6 +30,8 @@ from vtc.reduction import Reduction
 TOKENS, STEPS = 5, 4
 ROWS = [[WIDE, TINY], [TALL]]
 CHOOSING = {"features", "decoder"}
+# Whether this transformers takes encoded images (5.18 and newer).
+ENCODED_BEFORE = "mm_encoder_outputs" in signature(mini.build("qwen2").forward).parameters
 QUICK = {"divprune", "visionzip", "holov", "fastv", "sparsevlm", "prefixkv"}
 """Methods of every kind, whose invariants are not marked slow."""
 
@@ -380,6 +383,11 @@ def test_deepstack_follows_the_survivors(after: tuple[int, ...]) -> None:
             del model.vtc.decoder._deepstack
 
 
+def whole(rows: Any) -> Tensor:
+    """All images of a layer, which 5.12 does not split by image yet."""
+    return rows if isinstance(rows, Tensor) else torch.cat(list(rows))
+
+
 @torch.no_grad()
 def test_deepstack_of_merged_tokens_is_their_mean() -> None:
     model, inputs = mini.build("qwen3"), mini.prompt([[SQUARE]])
@@ -390,12 +398,12 @@ def test_deepstack_of_merged_tokens_is_their_mean() -> None:
     left = ~got.pooler_output[0][:, 0].isnan()
     assert left.sum() == 4
     for rows, full in zip(got.deepstack_features, stock.deepstack_features, strict=True):
-        cells = full[0].reshape(2, 2, 2, 2, -1).mean((1, 3)).flatten(0, 1)
-        torch.testing.assert_close(rows[0][left], cells, atol=1e-5, rtol=1e-5)
+        cells = whole(full).reshape(2, 2, 2, 2, -1).mean((1, 3)).flatten(0, 1)
+        torch.testing.assert_close(whole(rows)[left], cells, atol=1e-5, rtol=1e-5)
     with vtc.compressing(model, "uniform", keep_tokens=4):
         kept = model.get_image_features(**call)
     for rows, full in zip(kept.deepstack_features, stock.deepstack_features, strict=True):
-        assert torch.equal(rows[0], full[0])
+        assert torch.equal(whole(rows), whole(full))
 
 
 def test_deepstack_in_every_layer_is_refused() -> None:
@@ -415,7 +423,8 @@ def test_deepstack_in_every_layer_is_refused() -> None:
     [
         dict(do_sample=False, num_beams=3),
         dict(do_sample=True, num_return_sequences=2, temperature=2.0, top_k=0),
-        dict(do_sample=False, prompt_lookup_num_tokens=2),
+        # Up to 5.12 it fails without an end.
+        dict(do_sample=False, prompt_lookup_num_tokens=2, eos_token_id=2),
         dict(do_sample=False, use_cache=False),
     ],
     ids=["beams", "sampling", "prompt-lookup", "no-cache"],
@@ -528,8 +537,9 @@ def test_refused_before_compute(family: str) -> None:
     config = model.config.get_text_config()
     with pytest.raises(vtc.UnsupportedError, match="DynamicCache"):
         model(**inputs, past_key_values=StaticCache(config=config, max_cache_len=64))
-    with pytest.raises(vtc.UnsupportedError, match="chunked"):
-        model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=8)
+    if ENCODED_BEFORE:  # else Hugging Face does not get that far
+        with pytest.raises(vtc.UnsupportedError, match="chunked"):
+            model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=8)
     video = {
         "input_ids": inputs["input_ids"].where(inputs["input_ids"] != mini.IMAGE, mini.VIDEO),
         "mm_token_type_ids": inputs["mm_token_type_ids"] * 2,
@@ -558,6 +568,10 @@ def test_text_only_prompt_passes_through() -> None:
 @torch.no_grad()
 def test_compressed_inputs(family: str, how: dict) -> None:
     """Before `generate()`: positions of time, height and width, and DeepStack, go along."""
+    if not ENCODED_BEFORE:
+        with pytest.raises(vtc.UnsupportedError, match=r"5\.18"):
+            vtc.compress_inputs(mini.build(family), mini.prompt(ROWS), "divprune", keep_tokens=4)
+        return
 
     def generate(inputs: dict[str, Any], **how: Any) -> tuple[Tensor, Tensor]:
         how = {"max_new_tokens": 6, "do_sample": False, **how}

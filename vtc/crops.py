@@ -410,10 +410,10 @@ class PackedEngine:
             return
         keep = self.merged.keep[0]
         for i, parts in enumerate(stacked):
-            rows = torch.cat(list(parts))
-            means = self.merged.merge(rows[None])[0][0]
-            rows[keep] = means.to(rows.dtype)
-            stacked[i] = type(parts)(rows.split([len(part) for part in parts]))
+            whole = isinstance(parts, Tensor)  # of all images, up to 5.12
+            rows = parts.clone() if whole else torch.cat(list(parts))
+            rows[keep] = self.merged.merge(rows[None])[0][0].to(rows.dtype)
+            stacked[i] = rows if whole else type(parts)(rows.split([len(p) for p in parts]))
 
     def _pack(self, packed: Tensor, layouts: list[Any]) -> Tensor:
         """The packed rows of all images with NaN in place of dropped tokens."""
