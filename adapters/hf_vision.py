@@ -96,9 +96,9 @@ def _masked(call: Call) -> Tensor | None:
     mask = call[1].get("attention_mask", call[0][1] if len(call[0]) > 1 else None)
     if mask is None:
         return None
-    if mask.dim() == 4:
-        mask = mask[:, 0, 0]
     seen = mask if mask.dtype == torch.bool else mask > 0 if mask.dim() == 2 else mask >= 0
+    if seen.dim() == 4:  # (B, 1, T, T), all rows alike
+        seen = seen[:, 0, 0]
     return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -torch.inf)
 
 

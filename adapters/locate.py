@@ -23,8 +23,12 @@ LANGUAGE_MODELS = (
 )
 """Adapter files whose ``locate(model)`` gives `Sites` with a language model."""
 
-ENCODERS = ("hf_vision", "pixtral", "timm_vit", "open_clip_vit")
+ENCODERS = ("hf_vision", "timm_vit", "open_clip_vit")
 """Adapter files whose ``locate(model)`` gives `VisionSites`."""
+
+TOWERS = ("pixtral",)
+"""The same for encoders of packed images, which work inside a language model only: alone, nobody
+tells which of the tokens that are left belong to which image."""
 
 SUPPORTED = (
     "timm ViTs (vit, deit, eva, dinov2, siglip); open_clip ViTs; Hugging Face CLIP, SigLIP, DINOv2 "
@@ -53,7 +57,7 @@ def locate_vision(model: nn.Module) -> VisionSites:
     Raises:
         UnsupportedError: no adapter knows this encoder.
     """
-    sites = _try(ENCODERS, model)
+    sites = _try(ENCODERS + TOWERS, model)
     if sites is None:
         raise UnsupportedError(
             f"no adapter for the encoder {type(model).__name__}; supported: {SUPPORTED}"

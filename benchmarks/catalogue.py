@@ -10,6 +10,7 @@ import re
 import sys
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from ..errors import UnsupportedError
 from ..method import known_methods
 from ..wrapping import compressing
 from .mini import mini_crops, mini_qwen
+from .mini_families import FAMILIES as JOINED
+from .mini_families import mini_joined
 
 PLACES = {
     "pixels": "before the encoder",
@@ -112,6 +115,7 @@ FAMILIES: dict[str, Any] = {
     "Qwen2-VL": lambda: mini_qwen("Qwen2VL"),
     "Qwen2.5-VL": lambda: mini_qwen("Qwen2_5_VL"),
     "Qwen3-VL": lambda: mini_qwen("Qwen3VL"),
+    **{name: partial(mini_joined, name) for name in JOINED},
     "HF CLIP": lambda: _encoder("clip"),
     "HF SigLIP": lambda: _encoder("siglip"),
     "HF DINOv2": lambda: _encoder("dinov2"),
@@ -155,9 +159,11 @@ def support_matrix() -> str:
             mark, why = "yes", refusal(method, model, inputs)
             if why is not None:
                 mark = f"{reasons.setdefault(generic(why, method), len(reasons) + 1)}"
-                own = cls.without_cls
-                if own and refusal(method, model, inputs, **own) is None:
-                    mark += ", " + ", ".join(f"`{k}={v}`" for k, v in own.items())
+                ways = (cls.without_cls, cls.outside_encoder, cls.without_cls | cls.outside_encoder)
+                for own in filter(None, ways):
+                    if refusal(method, model, inputs, **own) is None:
+                        mark += ", " + ", ".join(f"`{k}={v}`" for k, v in own.items())
+                        break
             marks.append(mark)
         lines.append(f"| `{method}` | " + " | ".join(marks) + " |")
     return "\n".join([*lines, "", *(f"{n}. {why}" for why, n in reasons.items())])

@@ -266,8 +266,9 @@ def test_refused_before_compute() -> None:
         model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=8)
     vtc.unwrap(model)
     windowed = mini.build("clip", "mistral")
-    windowed.config.get_text_config().sliding_window = 8
-    with pytest.raises(vtc.UnsupportedError, match="sliding window"):
+    text = windowed.config.get_text_config()
+    text.sliding_window, text._attn_implementation = 8, "flash_attention_2"
+    with pytest.raises(vtc.UnsupportedError, match=r"sliding window of 8 tokens.*sdpa"):
         vtc.wrap(windowed, Prune())
 
 

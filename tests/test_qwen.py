@@ -56,7 +56,7 @@ def refused(method: str) -> str | None:
     """What a method is refused with, on every family alike."""
     chosen = made(method, None)
     if "pixels" in chosen.stages:
-        return r"a sequence of patches; give the processor a smaller max_pixels.*divprune"
+        return r"joins 2 x 2 patches.*give the processor a smaller max_pixels, or use.*divprune"
     if "vision" in chosen.stages:
         return r"before or inside the encoder.*joins 2 x 2 patches.*divprune"
     return r"\[CLS\].*methods that do without: .*divprune" if "cls" in chosen.needs else None

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .errors import UnsupportedError
 from .reduction import Reduction, gather_tokens
@@ -204,7 +204,7 @@ def check_cache(cache: Any, evicts: bool) -> None:
     """Refuse, before anything is computed, a cache that cannot hold layers of different lengths.
 
     Raises:
-        UnsupportedError: static, sliding-window, linear or unknown cache layers.
+        UnsupportedError: static, linear or unknown cache layers, or a window that tokens have left.
     """
     if cache is None:
         return
@@ -213,12 +213,14 @@ def check_cache(cache: Any, evicts: bool) -> None:
             f"{type(cache).__name__} cannot be compressed; use the default DynamicCache"
         )
     for i, layer in enumerate(cache.layers):
-        if getattr(layer, "is_sliding", False):
-            raise UnsupportedError(
-                f"cache layer {i} is a sliding window ({type(layer).__name__}): its window would "
-                "count kept tokens instead of positions; set config.sliding_window=None, or use "
-                "vtc.compress_inputs"
-            )
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            if layer.keys is not None and layer.keys.shape[-2] < layer.cumulative_length:
+                raise UnsupportedError(
+                    f"cache layer {i} was filled without vtc beyond its sliding window of "
+                    f"{layer.sliding_window} tokens, which has dropped what a compressed layer "
+                    "would need; start the conversation with the wrapped model"
+                )
+            continue
         if not isinstance(layer, DynamicLayer):
             raise UnsupportedError(
                 f"cache layer {i} is a {type(layer).__name__}, whose slots are fixed; use the "
@@ -230,6 +232,26 @@ def check_cache(cache: Any, evicts: bool) -> None:
                 f"evicting from a {type(layer).__name__} would need to dequantize it; use the "
                 "default DynamicCache, or a method that drops tokens before they reach the cache"
             )
+
+
+def widen(cache: Cache) -> None:
+    """Make layers that hold a sliding window hold all tokens, in place.
+
+    A window that counts slots would count kept tokens. Hugging Face's mask counts logical columns
+    whatever the layer holds, and rows and columns of it are gathered: so the layer keeps what the
+    methods keep, the mask hides what has left the window, and nothing is different.
+    """
+    for i, layer in enumerate(cache.layers):
+        if not isinstance(layer, DynamicSlidingWindowLayer):
+            continue
+        wide: Any = DynamicLayer()
+        known = vars(layer)
+        wide.__dict__.update({k: known[k] for k in vars(wide) if k in known})
+        for name in ("dtype", "device"):
+            if name in known:
+                setattr(wide, name, known[name])
+        wide.window = layer.sliding_window
+        cache.layers[i] = wide
 
 
 def cache_bytes(cache: Cache | None) -> tuple[int, int]:
@@ -245,7 +267,10 @@ def cache_bytes(cache: Cache | None) -> tuple[int, int]:
             full += slot * layer.get_seq_length()
             continue
         n = layer.physical_length() if isinstance(layer, PrunedMixin) else layer.get_seq_length()
-        full += size * layer.get_seq_length() // max(int(n), 1)
+        logical = layer.get_seq_length()
+        window = getattr(layer, "window", None)  # the stock layer holds one less
+        logical = logical if window is None else min(logical, window - 1)
+        full += size * logical // max(int(n), 1)
     return held, full
 
 

@@ -10,6 +10,7 @@ only on the cache layers (vtc.cache).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -287,14 +288,18 @@ class DecoderEngine:
                     f"{type(self.layers[0]).__name__} does not have the parts of a Llama layer "
                     "(input_layernorm, q_proj, k_proj, rotary embedding)"
                 )
-        if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-            types = getattr(config, "layer_types", None)
-            if types is None or any("sliding" in t for t in types):
-                raise UnsupportedError(
-                    f"the language model uses a sliding window of {config.sliding_window} tokens, "
-                    "which would count kept tokens instead of positions; set "
-                    "config.sliding_window=None"
-                )
+        window = sliding_window(config)
+        if window is not None and "flash" in config._attn_implementation:
+            raise UnsupportedError(
+                f"the language model uses a sliding window of {window} tokens, and FlashAttention "
+                "would count kept tokens instead of positions; load the model with "
+                'attn_implementation="sdpa", whose masks count positions'
+            )
+        if any("chunked" in t for t in getattr(config, "layer_types", None) or ()):
+            raise UnsupportedError(
+                "the language model attends in chunks, which would count kept tokens instead of "
+                "positions; models with full attention or sliding windows work"
+            )
         implementation = config._attn_implementation
         if "flex" in implementation or "paged" in implementation:
             raise UnsupportedError(
@@ -498,6 +503,8 @@ class DecoderEngine:
 
     def _layer_pre(self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         st, cache = self.forward, kwargs.get("past_key_values")
+        if i == 0 and st is not None and cache is not None:
+            kv.widen(cache)
         layer: Any = kv.existing_pruned(cache, i)
         if st is None and layer is None:
             return None
@@ -516,7 +523,7 @@ class DecoderEngine:
             if active.local is not None and cache is not None:
                 layer = kv.pruned_layer(cache, i, hidden.shape[0], hidden.device)
         if layer is not None or (active is not None and active.local is not None):
-            kwargs = self._gathered(active, hidden, layer, kwargs)
+            kwargs = self._gathered(i, active, hidden, layer, kwargs)
             if active is not None and layer is not None:
                 local = active.local if active.local is not None else _arange(hidden)
                 layer.append(
@@ -691,7 +698,7 @@ class DecoderEngine:
         """Attention of layer i, which has not run yet, on the tokens that are left now."""
         layer, stored, past = self.layers[i], kv.existing_pruned(cache, i), None
         if stored is not None or st.local is not None:
-            kwargs = self._gathered(st, hidden, stored, kwargs, commit=False)
+            kwargs = self._gathered(i, st, hidden, stored, kwargs, commit=False)
         if cache is not None and i < len(cache.layers) and cache.layers[i].get_seq_length():
             past = cache.layers[i].keys if stored is None else stored.unpacked()[0]
         tables, mask = kwargs["position_embeddings"], kwargs.get("attention_mask")
@@ -805,7 +812,13 @@ class DecoderEngine:
     # ---- what Hugging Face hands to every layer, for the tokens that are left ------------------
 
     def _gathered(
-        self, st: Any, hidden: Tensor, layer: Any, kwargs: dict[str, Any], commit: bool = True
+        self,
+        i: int,
+        st: Any,
+        hidden: Tensor,
+        layer: Any,
+        kwargs: dict[str, Any],
+        commit: bool = True,
     ) -> dict[str, Any]:
         kwargs = dict(kwargs)
         device = hidden.device
@@ -824,7 +837,10 @@ class DecoderEngine:
         shift = self._shift(st, layer, device, commit)
         if shift is not None:
             kwargs["position_ids"] = positions = kwargs["position_ids"] - shift
-            kwargs["position_embeddings"] = self.sites.decoder.rotary_emb(hidden, positions)
+            rotary, kind = self.sites.decoder.rotary_emb, {}
+            if "layer_type" in inspect.signature(rotary.forward).parameters:  # Gemma 3
+                kind = {"layer_type": self.sites.decoder.config.layer_types[i]}
+            kwargs["position_embeddings"] = rotary(hidden, positions, **kind)
         flash = "flash" in self.sites.decoder.config._attn_implementation
         if flash:  # gaps would be read as packed sequences
             kwargs["position_ids"] = None
@@ -1017,6 +1033,15 @@ class _NoTap:
 
 
 _no_tap: Any = _NoTap()
+
+
+def sliding_window(config: Any) -> int | None:
+    """Tokens in the window of a language model with sliding layers, None without."""
+    if not getattr(config, "use_sliding_window", True):
+        return None
+    types = getattr(config, "layer_types", None)
+    slides = types is None or any("sliding" in t for t in types)
+    return getattr(config, "sliding_window", None) if slides else None
 
 
 def _arange(hidden: Tensor) -> Tensor:

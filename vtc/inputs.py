@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .decoder import sliding_window
 from .errors import UnsupportedError
 from .method import Chain, Method, resolve
 from .wrapping import compressing
@@ -34,8 +35,8 @@ def compress_inputs(
         fresh ones for every call: beam search changes them in place.
 
     Raises:
-        UnsupportedError: the method acts inside the LLM, or this transformers cannot take encoded
-            images.
+        UnsupportedError: the method acts inside the LLM, the prompt is longer than a sliding window
+            of the LLM, or this transformers cannot take encoded images.
         ValueError: inputs without ids or images.
     """
     methods = resolve(method, **parameters)
@@ -59,10 +60,19 @@ def compress_inputs(
     if inputs.get("pixel_values_videos") is not None:
         raise UnsupportedError("videos are not supported yet, only images")
     ids = out.pop("input_ids")
-    names = inspect.signature(model.get_image_features).parameters
+    # The outer model may hand some arguments through without naming them.
+    owners = (model, getattr(model, "model", model))
+    names = {n for m in owners for n in inspect.signature(m.get_image_features).parameters}
     images = {name: out.pop(name) for name in names if name in inputs}
     mask = out.pop("attention_mask", None)
     mask = torch.ones_like(ids) if mask is None else mask
+    window = sliding_window(model.config.get_text_config())
+    if window is not None and ids.shape[1] > window:
+        raise UnsupportedError(
+            f"the prompt of {ids.shape[1]} tokens is longer than the language model's sliding "
+            f"window of {window}, which would count kept tokens instead of positions in a stock "
+            "model; use vtc.wrap, which counts positions"
+        )
     with compressing(model, Chain(methods)) as session:
         llm: Any = session.sites.decoder
         token_ids = llm.token_ids
@@ -88,12 +98,21 @@ def compress_inputs(
             axes = _axes(llm.base, ids, mask, inputs).gather(2, index.expand(3, -1, -1))
             # In front, what tells packed sequences apart, which must have no gaps.
             positions = torch.cat([(keep.long().cumsum(1) - 1).clamp(min=0)[None], axes])
-            out["position_ids"] = positions.where(keep, 0)
         else:
-            out["position_ids"] = positions.gather(1, index).where(keep, 0)
-    if inputs.get("mm_token_type_ids") is not None:
-        out["mm_token_type_ids"] = inputs["mm_token_type_ids"].gather(1, index).where(keep, 0)
-    left = [f[a] for f, a in zip(features, alive_features, strict=True)]
+            positions = positions.gather(1, index)
+        out["position_ids"] = positions.where(keep, 0)
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if out.get(name) is not None:
+            out[name] = out[name].gather(1, index).where(keep, 0)
+    left: Any = [f[a] for f, a in zip(features, alive_features, strict=True)]
+    if isinstance(features, torch.Tensor):
+        if len({len(f) for f in left}) > 1:
+            raise UnsupportedError(
+                f"{type(model).__name__} takes the features of all images as one tensor, and they "
+                "have different numbers of tokens left; use a method that keeps as many of each, "
+                "or vtc.wrap"
+            )
+        left = torch.stack(left)
     image: Any = BaseModelOutputWithPooling(pooler_output=left)
     if getattr(encoded, "deepstack_features", None) is not None:
         image = type(encoded)(pooler_output=left)

@@ -47,8 +47,9 @@ class Method:
 
     Args:
         keep_ratio: fraction in (0, 1] of the original visual tokens that remain at the end.
-        keep_tokens: the same as a count per image. Give one of the two or neither; with neither,
-            the method's published default is used.
+        keep_tokens: the same as a count per image; per tile on models that are not told which tiles
+            are one image (InternVL, Idefics3, SmolVLM). Give one of the two or neither; with
+            neither, the method's published default is used.
         positions: "original" keeps the RoPE position of every survivor; "compact" renumbers the
             sequence after each reduction, as some papers do.
 

@@ -236,10 +236,14 @@ class VisionEngine:
 
     def _check(self) -> None:
         here = {"pixels", "vision", "features"}
+        self._check_inside()
+        inside = set() if self._closed else {"pixels", "vision"}
         if not self.sites.has_cls:
             for m in self.methods:
                 if "cls" in m.needs and m.stages & here:
-                    usable = _names(lambda c: "cls" not in c.needs and c().stages <= here)
+                    usable = _names(
+                        lambda c: "cls" not in c.needs and c().stages <= inside | {"features"}
+                    )
                     own = ", ".join(f"{k}={v!r}" for k, v in m.without_cls.items())
                     raise UnsupportedError(
                         f"{m.name} needs a [CLS] token and {self._tower} has none; "
@@ -248,13 +252,6 @@ class VisionEngine:
                     )
         if self.resizing and self.sites.resize is None:
             usable = _names(lambda c: c().stages <= here - {"pixels"})
-            if self.grids is not None and self.grids.packed:
-                usable = _names(lambda c: not c().stages & {"pixels", "vision"})
-                raise UnsupportedError(
-                    f"{self.resizing[0][1].name} resizes the image, which reaches {self._tower} as "
-                    "a sequence of patches; give the processor a smaller max_pixels, or use "
-                    f"methods that act behind the encoder: {usable}"
-                )
             raise UnsupportedError(
                 f"{self.resizing[0][1].name} resizes the image and {self._tower} takes one size "
                 f"only (timm: create the model with dynamic_img_size=True); others: {usable}"
@@ -265,7 +262,6 @@ class VisionEngine:
                     f"{m.name} chooses tokens inside the encoder, in every crop alike, and images "
                     "have different numbers of crops here; give keep_ratio instead of keep_tokens"
                 )
-        self._check_inside()
         blocks = self.sites.blocks[: self.feature_block + 1]
         if self.proportional and any(site.bias is None for site in blocks):
             raise UnsupportedError(
@@ -274,25 +270,35 @@ class VisionEngine:
                 'model with attn_implementation="sdpa" (DINOv2 and ViT: transformers 5.18 or newer)'
             )
 
-    def _check_inside(self) -> None:
-        """Refuse methods inside an encoder that must see all of its tokens."""
-        acting = self.resizing + self.inside
-        grids, why = self.grids, self.sites.whole
-        if grids is not None and grids.fold > 1:
-            why = (
-                f"the model joins {grids.fold} x {grids.fold} patches behind {self._tower} to one "
-                "LLM token, which needs all of them"
+    @property
+    def _closed(self) -> str:
+        """Why no token may leave before or inside the encoder; empty where they may."""
+        fold = 1 if self.grids is None else self.grids.fold
+        if fold > 1:
+            return (
+                f"the model joins {fold} x {fold} patches behind the encoder to one LLM token, "
+                "which needs all of them"
             )
-        elif grids is not None and not why:
-            why = f"the images that {self._tower} encodes have different sizes"
+        return self.sites.whole
+
+    def _check_inside(self) -> None:
+        """Refuse methods inside an encoder that must keep all of its tokens."""
+        acting, why = self.resizing + self.inside, self._closed
         if not acting or not why:
             return
         m = acting[0][1]
-        usable = _names(lambda c: not c().stages & {"pixels", "vision"})
+        stages = {"features", "decoder", "bypass", "cache"}
+        stages = stages if self.projector is not None else {"features"}
+        cls = self.sites.has_cls
+        usable = _names(
+            lambda c: c().stages <= stages and (cls or c.without_cls or "cls" not in c.needs)
+        )
         own = ", ".join(f"{k}={v!r}" for k, v in m.outside_encoder.items())
+        own = own and f"give it {own}, with which it does not, or "
+        if self.resizing and self.grids is not None and self.grids.packed:
+            own = "give the processor a smaller max_pixels, or "
         raise UnsupportedError(
-            f"{m.name} takes tokens away before or inside the encoder, and {why}; "
-            + (f"give it {own}, with which it does not, or use " if own else "use ")
+            f"{m.name} takes tokens away before or inside the encoder, and {why}; {own}use "
             + f"methods that act behind the encoder: {usable}"
         )
 
