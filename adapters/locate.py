@@ -39,7 +39,7 @@ SUPPORTED = (
     "PaliGemma (PaliGemmaForConditionalGeneration), Gemma 3 (Gemma3ForConditionalGeneration), "
     "Mistral 3 (Mistral3ForConditionalGeneration), images of Qwen2-VL, Qwen2.5-VL and Qwen3-VL "
     "(Qwen2VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration, "
-    "Qwen3VLForConditionalGeneration)"
+    "Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration)"
 )
 
 

@@ -24,6 +24,7 @@ FAMILIES = {
     "Qwen2VLForConditionalGeneration": "Qwen2-VL",
     "Qwen2_5_VLForConditionalGeneration": "Qwen2.5-VL",
     "Qwen3VLForConditionalGeneration": "Qwen3-VL",
+    "Qwen3VLMoeForConditionalGeneration": "Qwen3-VL MoE",
 }
 
 QUERY, KEY = 0, 1
@@ -153,4 +154,6 @@ def locate(model: Any) -> Sites | None:
     )
     grids = grid_sites(tower)
     sites = replace(sites, grids=grids, video=True, mrope=True, delimited=True)
+    if hasattr(text, "num_experts_per_tok"):
+        sites = replace(sites, mlp_width=text.moe_intermediate_size * text.num_experts_per_tok)
     return Sites(family, vision, sites)

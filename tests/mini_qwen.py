@@ -14,6 +14,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 VIDEO, START, END = 4, 5, 6
@@ -47,6 +49,7 @@ _VISION: dict[str, dict[str, Any]] = {
         deepstack_visual_indexes=[0, 1, 2],
     ),
 }
+_VISION["qwen3-moe"] = _VISION["qwen3"]
 _text: dict[str, Any] = dict(
     hidden_size=48,
     intermediate_size=64,
@@ -63,6 +66,7 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
     "qwen2": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
     "qwen2.5": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
     "qwen3": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+    "qwen3-moe": (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration),
 }
 
 
@@ -73,7 +77,9 @@ def build(
     torch.manual_seed(seed)
     make_config, make = _CLASSES[family]
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
-    text = _text | ({"head_dim": 12} if family == "qwen3" else {})
+    text = _text | ({"head_dim": 12} if family.startswith("qwen3") else {})
+    if family == "qwen3-moe":
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     config = make_config(
         vision_config=_vision | _VISION[family],
         text_config=text | {"rope_parameters": rope},
@@ -86,7 +92,7 @@ def build(
     model = make(config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.dim() == 2 and "embed" not in name and "lm_head" not in name:
+            if weight.dim() in (2, 3) and "embed" not in name and "lm_head" not in name:
                 weight.mul_(gain)
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = None

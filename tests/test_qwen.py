@@ -312,6 +312,25 @@ def test_jumping_is_masked(method: str, family: str, pad: str) -> None:
         torch.testing.assert_close(steps, want_steps, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["divprune", "visionzip", "fastv", "transprune", "prefixkv"])
+@torch.no_grad()
+def test_mixture_of_experts(method: str) -> None:
+    """The same seams with experts, each token choosing its own."""
+    model, inputs = mini.build("qwen3-moe"), mini.prompt(ROWS, pad="left")
+    stock, stock_steps, _ = result(model, inputs)
+    with vtc.compressing(model, made(method, Fraction(1))):
+        torch.testing.assert_close(result(model, inputs)[0], stock, atol=1e-5, rtol=1e-5)
+    vtc.wrap(model, made(method))
+    (got, steps, _), (want, want_steps, _), alive = compare(model, lambda: result(model, inputs))
+    seen = inputs["attention_mask"].bool() & alive[len(alive) - 1]
+    torch.testing.assert_close(got[seen], want[seen], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(steps, want_steps, atol=1e-5, rtol=1e-5)
+    assert (steps[:, 1:] - stock_steps[:, 1:]).abs().max() > 1e-3, "no teeth"
+    check_rows_alone(model)
+    model(**inputs)
+    assert locate(model).decoder.mlp_width == 48
+
+
 @pytest.mark.parametrize("family", mini.FAMILIES)
 @torch.no_grad()
 def test_packed_bits(family: str) -> None:

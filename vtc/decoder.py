@@ -435,8 +435,9 @@ class DecoderEngine:
                 real = mask[:, -embeds.shape[1] :].bool().to(visual.device)
             if self.sites.delimited and bool(visual[:, [0, -1]].any()):
                 raise UnsupportedError(
-                    "found image tokens at an end of the prompt: part of an image in one forward "
-                    "(chunked prefill) cannot be compressed; prefill in one piece, or use "
+                    "found image tokens at an end of the prompt, and this model has others in "
+                    "front of and behind each image: part of an image in one forward (chunked "
+                    "prefill) cannot be compressed; prefill in one piece, or use "
                     "vtc.compress_inputs"
                 )
             separator = None
