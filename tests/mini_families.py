@@ -234,13 +234,13 @@ def _plain(tiles: int) -> list[int]:
     return [IMAGE] * 16 * tiles
 
 
-_sixteen = dict(tokens=_plain, count=_one(4, 4), sizes=(2, 1, 3))
+_sixteen = dict(tokens=_plain, count=_one(4, 4), sizes=(2, 1, 2))
 _gemma: dict[str, Any] = dict(
     cls="Gemma3ForConditionalGeneration", images=_tiles(64), extra=_types, **_sixteen
 )
 _gemma |= {"tokens": lambda n: ([BREAK] + [IMAGE] * 16 + [END]) * n}
 _named: dict[str, Any] = dict(
-    images=_by_sample, tokens=_named_tiles, count=_one(4, 4), sizes=(2, 1, 3)
+    images=_by_sample, tokens=_named_tiles, count=_one(4, 4), sizes=(2, 1, 2)
 )
 
 FAMILIES: dict[str, Family] = {

@@ -29,6 +29,8 @@ class PrunedMixin:
         dropped: logical minus physical length.
         prefilled: logical length after the last prompt.
         shift: (B,) positions by which "compact" renumbering moved later tokens; None if "original".
+        window: of a layer with sliding attention, the tokens it sees; None of others.
+        trimmed: logical columns below this left with the window.
         scratch: per method, named tensors aligned with the slots.
         budgets: per method, (B,) visual slots it would keep.
     """
@@ -41,6 +43,8 @@ class PrunedMixin:
     dropped: int = 0
     prefilled: int = 0
     shift: Tensor | None = None
+    window: int | None = None
+    trimmed: int = 0
     scratch: dict[int, dict[str, Tensor]]
     budgets: dict[int, Tensor]
 
@@ -108,6 +112,16 @@ class PrunedMixin:
             x = getattr(self, name)
             setattr(self, name, x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])))
 
+    def trim(self) -> None:
+        """Remove the slots that have left the window: no later token will see them."""
+        first = self.get_seq_length() - (self.window or 0) + 1
+        if self.window is None or first <= self.trimmed:
+            return
+        self.trimmed = first
+        columns = self.columns(self.keys.device)
+        if bool((columns < first).any()):
+            self.evict(Reduction.from_mask(columns >= first))
+
     # ---- operations of the stock layer that must move the map too ------------------------------
 
     def _map(self, change: Any) -> None:
@@ -141,11 +155,17 @@ class PrunedMixin:
                 length to keep.
 
         Raises:
-            UnsupportedError: the tokens reach back to where this layer was compressed.
+            UnsupportedError: the tokens reach back to where this layer was compressed, or the
+                window would slide back over tokens that have left it.
         """
         n = abs(tokens_to_remove)
         if tokens_to_remove > 0:
             n = max(self.get_seq_length() - tokens_to_remove, 0)
+        if self.window is not None and self.trimmed > self.get_seq_length() - n - self.window + 1:
+            raise UnsupportedError(
+                f"cannot crop {n} tokens: the sliding window of this layer would reach back over "
+                "tokens that have left it"
+            )
         mapped = self.kept.shape[1]
         inside = n - (self.physical_length() - mapped)  # slots of the map itself that go
         if inside > 0:
@@ -166,6 +186,7 @@ class PrunedMixin:
         super().reset()  # type: ignore[misc]
         self.kept = self.filler = self.shift = None
         self.dropped, self.prefilled, self.scratch, self.budgets = 0, 0, {}, {}
+        self.trimmed = 0
 
 
 @cache
@@ -239,7 +260,8 @@ def widen(cache: Cache) -> None:
 
     A window that counts slots would count kept tokens. Hugging Face's mask counts logical columns
     whatever the layer holds, and rows and columns of it are gathered: so the layer keeps what the
-    methods keep, the mask hides what has left the window, and nothing is different.
+    methods keep, the mask hides what has left the window, and nothing is different. What has left
+    it by the end of a prompt is removed then (`PrunedMixin.trim`).
     """
     for i, layer in enumerate(cache.layers):
         if not isinstance(layer, DynamicSlidingWindowLayer):
@@ -252,6 +274,12 @@ def widen(cache: Cache) -> None:
                 setattr(wide, name, known[name])
         wide.window = layer.sliding_window
         cache.layers[i] = wide
+
+
+def overflows(cache: Cache, i: int, logical: int) -> bool:
+    """Whether tokens leave the window of layer i, if it has one, when it has seen ``logical``."""
+    window = getattr(cache.layers[i], "window", None) if i < len(cache.layers) else None
+    return window is not None and logical >= window
 
 
 def cache_bytes(cache: Cache | None) -> tuple[int, int]:
@@ -274,13 +302,15 @@ def cache_bytes(cache: Cache | None) -> tuple[int, int]:
     return held, full
 
 
-def visual_slots(cache: Cache | None) -> list[Tensor]:
-    """(B,) visual tokens whose keys and values each compressed layer holds."""
-    out = []
+def visual_slots(cache: Cache | None) -> list[Tensor | None]:
+    """(B,) visual tokens that each layer holds; None where it was not compressed."""
+    out: list[Tensor | None] = []
     for layer in getattr(cache, "layers", []):
         if isinstance(layer, PrunedMixin) and layer.kept is not None:
             visual = layer.visual
             out.append((visual if layer.filler is None else visual & ~layer.filler).sum(1))
+        else:
+            out.append(None)
     return out
 
 

@@ -482,6 +482,9 @@ class DecoderEngine:
         self.record.clock.stop("prefill")
         if st is None:
             return None
+        for layer in getattr(cache, "layers", []):
+            if isinstance(layer, kv.PrunedMixin) and not hasattr(layer, "packed_bytes"):
+                layer.trim()
         self.record.end(
             st.visual, st.image, st.position, kv.cache_bytes(cache), kv.visual_slots(cache)
         )
@@ -521,7 +524,9 @@ class DecoderEngine:
                 active, hidden = self._step_aside(i, st, hidden, cache, kwargs)
                 if i > 0 and self.taps:
                     self.taps[i - 1].clear()
-            if active.local is not None and cache is not None:
+            if cache is not None and (
+                active.local is not None or kv.overflows(cache, i, st.base + st.length)
+            ):
                 layer = kv.pruned_layer(cache, i, hidden.shape[0], hidden.device)
         if layer is not None or (active is not None and active.local is not None):
             kwargs = self._gathered(i, active, hidden, layer, kwargs)

@@ -77,7 +77,7 @@ class Record:
         self.separators: Tensor | None = None  # (B,) newlines between rows of patches, among those
         self.visual: dict[int, Tensor] = {}  # layer -> (B,) visual tokens it processed
         self.attended: dict[int, Tensor] = {}  # layer -> (B,) those in its attention
-        self.slots: list[Tensor] = []  # (B,) visual tokens in the KV cache of each compressed layer
+        self.slots: list[Tensor | None] = []  # (B,) visual tokens in each compressed cache layer
         self.final: tuple[Tensor, Tensor, Tensor] | None = None
         self.kv: tuple[int, int] = (0, 0)
 
@@ -104,7 +104,7 @@ class Record:
         image: Tensor,
         position: Tensor,
         kv: tuple[int, int],
-        slots: list[Tensor],
+        slots: list[Tensor | None],
     ) -> None:
         self.final, self.kv, self.slots = (visual, image, position), kv, slots
 
@@ -304,9 +304,10 @@ def build_report(
     in_attention = by_layer(record.attended or record.visual)
     per_row = list(zip(*table, strict=True))
     attended_per_row = list(zip(*in_attention, strict=True))
-    slots = [n.cpu()[rows].float().mean().item() for n in record.slots]
-    if len(slots) < depth:  # no layer of the cache was compressed
-        slots = [sum(layer) / len(layer) for layer in in_attention]
+    slots = [sum(layer) / len(layer) for layer in in_attention]
+    for i, n in enumerate(record.slots[:depth]):
+        if n is not None:
+            slots[i] = n.cpu()[rows].float().mean().item()
     full_rows = [sum(record.images[r]) for r in rows]
     text = [float(record.text[r]) for r in rows]
 
