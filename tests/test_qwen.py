@@ -425,6 +425,24 @@ def test_deepstack_of_merged_tokens_is_their_mean() -> None:
         assert torch.equal(whole(rows), whole(full))
 
 
+@pytest.mark.parametrize("method", ["pool", "uniform", "pyramiddrop"])
+@pytest.mark.parametrize("family", mini.FAMILIES)
+def test_gradients_reach_the_tower(family: str, method: str) -> None:
+    """Through the merger and, on Qwen3-VL, through DeepStack."""
+    model, inputs = mini.build(family), mini.prompt(ROWS, pad="left")
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == mini.IMAGE, -100)
+    vtc.wrap(model, made(method))
+    loss = model(**inputs, labels=labels).loss
+    loss.backward()
+    visual = model.model.visual
+    parts = [visual.patch_embed, visual.merger, *getattr(visual, "deepstack_merger_list", [])]
+    assert torch.isfinite(loss)
+    for part in parts:
+        grads = [p.grad for p in part.parameters()]
+        assert all(g is not None and torch.isfinite(g).all() for g in grads)
+        assert any(g.abs().max() > 1e-6 for g in grads)
+
+
 def test_deepstack_in_every_layer_is_refused() -> None:
     model = mini.build("qwen3")
     model.config.get_text_config().num_hidden_layers = 3

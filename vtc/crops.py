@@ -411,8 +411,9 @@ class PackedEngine:
         keep = self.merged.keep[0]
         for i, parts in enumerate(stacked):
             whole = isinstance(parts, Tensor)  # of all images, up to 5.12
-            rows = parts.clone() if whole else torch.cat(list(parts))
-            rows[keep] = self.merged.merge(rows[None])[0][0].to(rows.dtype)
+            rows = parts if whole else torch.cat(list(parts))
+            means = self.merged.merge(rows[None])[0][0].to(rows.dtype)
+            rows = rows.index_copy(0, keep.to(rows.device), means)
             stacked[i] = rows if whole else type(parts)(rows.split([len(p) for p in parts]))
 
     def _pack(self, packed: Tensor, layouts: list[Any]) -> Tensor:
