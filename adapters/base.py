@@ -149,6 +149,12 @@ class GridSites:
         order: call -> (T,) where in the encoder's sequence each patch lies, for encoders that sort
             them otherwise (windows); None: grid after grid. Only where ``packed``.
         modality: the encoder outputs this describes in ``mm_encoder_outputs``.
+        whole: block -> the block nearest to it whose attention sees whole grids, mostly itself, for
+            encoders with windows: attention within windows says nothing of one against another.
+        attended: (grid of encoder patches, block) -> lengths of the sequences that attend each
+            within itself, for the cost model; None: the grid.
+        weights: numbers in the matrices that a token goes through behind the blocks, for the cost
+            model; None: two layers, from fold^2 C to D to D.
     """
 
     images: Callable[[dict[str, Any]], list[list[tuple[int, int]]]]
@@ -159,6 +165,9 @@ class GridSites:
     packed: bool = False
     order: Callable[[dict[str, Any]], Tensor | None] | None = None
     modality: str = "image"
+    whole: Callable[[int], int] | None = None
+    attended: Callable[[tuple[int, int], int], list[int]] | None = None
+    weights: int | None = None
 
 
 @dataclass
@@ -178,6 +187,8 @@ class DecoderSites:
         grids: how encoder patches are joined to LLM tokens; None where each of them is one.
         video: whether the model takes videos as well, which vtc does not compress yet.
         mrope: positions have axes of time, height and width, so they cannot be renumbered.
+        delimited: other tokens stand in front of and behind every image, so that one that starts
+            or ends with the prompt is a part of an image.
     """
 
     base: Any
@@ -196,6 +207,7 @@ class DecoderSites:
     grids: GridSites | None = None
     video: bool = False
     mrope: bool = False
+    delimited: bool = False
 
 
 def language_sites(

@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import UnsupportedError
 from ..method import known_methods
 from ..wrapping import compressing
-from .mini import mini_crops
+from .mini import mini_crops, mini_qwen
 from .mini_families import FAMILIES as JOINED
 from .mini_families import mini_joined
 
@@ -122,6 +122,9 @@ FAMILIES: dict[str, Any] = {
     "LLaVA, DINOv2": lambda: _llava("dinov2"),
     "LLaVA-NeXT": lambda: mini_crops("next"),
     "LLaVA-OneVision": lambda: mini_crops("onevision"),
+    "Qwen2-VL": lambda: mini_qwen("Qwen2VL"),
+    "Qwen2.5-VL": lambda: mini_qwen("Qwen2_5_VL"),
+    "Qwen3-VL": lambda: mini_qwen("Qwen3VL"),
     **{name: partial(mini_joined, name) for name in JOINED},
     "HF CLIP": lambda: _encoder("clip"),
     "HF SigLIP": lambda: _encoder("siglip"),

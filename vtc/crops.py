@@ -350,6 +350,7 @@ class PackedEngine:
         self.sites, self.vision, self.decoder, self.record = sites, vision, decoder, record
         llm: Any = sites.decoder
         self.base: Any = llm.base
+        self.merged: Reduction | None = None  # of the last call's rows, where tokens were merged
 
     def install(self) -> None:
         """Shadow the method with an instance attribute."""
@@ -363,7 +364,9 @@ class PackedEngine:
             named = extra.pop("return_dict", None) is not False
             layouts = self._layouts(call)
             output = stock(**call, **extra, return_dict=True)
+            self.merged = None
             output.pooler_output = self._replaced(output.pooler_output, layouts)
+            self._merge_deepstack(output)
             return output if named else output.to_tuple()
 
         self.base.get_image_features = get_image_features
@@ -397,6 +400,22 @@ class PackedEngine:
             return out.reshape(packed.shape)
         return type(packed)(out.split([len(part) for part in packed]))
 
+    def _merge_deepstack(self, output: Any) -> None:
+        """Features for the first LLM layers: a merged token gets the mean of its group.
+
+        Tokens that are only dropped leave theirs unread.
+        """
+        stacked = getattr(output, "deepstack_features", None)
+        if self.merged is None or stacked is None:
+            return
+        keep = self.merged.keep[0]
+        for i, parts in enumerate(stacked):
+            whole = isinstance(parts, Tensor)  # of all images, up to 5.12
+            rows = parts if whole else torch.cat(list(parts))
+            means = self.merged.merge(rows[None])[0][0].to(rows.dtype)
+            rows = rows.index_copy(0, keep.to(rows.device), means)
+            stacked[i] = rows if whole else type(parts)(rows.split([len(p) for p in parts]))
+
     def _pack(self, packed: Tensor, layouts: list[Any]) -> Tensor:
         """The packed rows of all images with NaN in place of dropped tokens."""
         self._describe(layouts)
@@ -422,6 +441,8 @@ class PackedEngine:
                 self.decoder.carried = list(projected.split(counts)), notes
             if flat.reduction is None:
                 return packed
+            if any(m.merges for _, m in self.vision.behind):
+                self.merged = flat.reduction
             out = packed.clone()
             out[every] = torch.nan
             out[rows[flat.keep]] = projected

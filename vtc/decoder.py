@@ -67,6 +67,8 @@ class _Forward:
     position: Tensor  # (B, T) patch index inside that image
     images: list[list[int]]  # visual tokens of each image of each row
     separator: Tensor | None = None  # (B, T) newlines between rows of patches, which always stay
+    # (B, L) bool and for each of the first layers the rows (M, D) that DeepStack adds behind it
+    deepstack: tuple[Tensor, Sequence[Tensor]] | None = None
     local: Tensor | None = (
         None  # (B, T) logical index in this forward; None until something is dropped
     )
@@ -405,9 +407,6 @@ class DecoderEngine:
                 visual |= (embeds == row).all(-1)
         if self.by_length:
             encoded = kwargs.get("mm_encoder_outputs") or {}
-            image = encoded.get("image")
-            # None until the features are made, within this forward.
-            self.lengths = None if image is None else [len(f) for f in image.pooler_output]
             if self.sites.video and (
                 encoded.get("video") is not None or kwargs.get("pixel_values_videos") is not None
             ):
@@ -415,6 +414,9 @@ class DecoderEngine:
                     f"{type(module).__name__}: videos are not supported yet, only images; call "
                     "vtc.unwrap(model) for this prompt"
                 )
+            image = encoded.get("image")
+            # None until the features are made, within this forward.
+            self.lengths = None if image is None else [len(f) for f in image.pooler_output]
         mask = kwargs.get("attention_mask")
         self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self.pending = (visual, self.mask)
@@ -426,7 +428,7 @@ class DecoderEngine:
 
     # ---- the language model: phase, checks, aligned output -------------------------------------
 
-    def _lm_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _lm_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
         visual, mask = self.pending if self.pending else (None, kwargs.get("attention_mask"))
         self.pending = self.forward = self.last_mask = None
@@ -438,6 +440,13 @@ class DecoderEngine:
             real = torch.ones_like(visual)
             if mask is not None and mask.dim() == 2:
                 real = mask[:, -embeds.shape[1] :].bool().to(visual.device)
+            if self.sites.delimited and bool(visual[:, [0, -1]].any()):
+                raise UnsupportedError(
+                    "found image tokens at an end of the prompt, and this model has others in "
+                    "front of and behind each image: part of an image in one forward (chunked "
+                    "prefill) cannot be compressed; prefill in one piece, or use "
+                    "vtc.compress_inputs"
+                )
             separator = None
             if not self.by_length:
                 images, image, position = split_images(visual, self.sites.tokens_per_image)
@@ -457,8 +466,17 @@ class DecoderEngine:
             )
             self.record.begin(visual, real, images, separator)
             self.record.clock.start("prefill")
+            if self.methods and kwargs.get("deepstack_visual_embeds") is not None:
+                # The model would add them by a mask at full size; `_layer_pre` does it instead.
+                self.forward.deepstack = (
+                    kwargs["visual_pos_masks"],
+                    kwargs["deepstack_visual_embeds"],
+                )
+                taken = {"visual_pos_masks": None, "deepstack_visual_embeds": None}
+                return args, {**kwargs, **taken}
         elif embeds.shape[1] == 1:
             self.record.clock.start("decode")
+        return None
 
     def _lm_post(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         st = self.forward
@@ -507,6 +525,7 @@ class DecoderEngine:
         hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         active = st
         if st is not None:
+            hidden = self._deepstack(i, st, hidden)
             with self.record.clock.measure("method"):
                 hidden = self._reduce(i, st, hidden, cache, kwargs)
                 active, hidden = self._step_aside(i, st, hidden, cache, kwargs)
@@ -528,6 +547,18 @@ class DecoderEngine:
         if st is not None and st.aside is not None and st.aside.over == "attention":
             hidden = st.aside.hidden  # the MLP acts on all tokens; `_attn_pre` takes the part
         return (hidden, *rest), kwargs
+
+    @staticmethod
+    def _deepstack(i: int, st: _Forward, hidden: Tensor) -> Tensor:
+        """Add what belongs to layer i - 1 to the input of layer i, for the tokens that are left."""
+        if st.deepstack is None or not 0 < i <= len(st.deepstack[1]):
+            return hidden
+        mask, rows = st.deepstack[0].to(hidden.device), st.deepstack[1][i - 1].to(hidden)
+        full = hidden.new_zeros(*mask.shape, hidden.shape[2])
+        full[mask] = rows
+        if st.local is not None:
+            full = gather_tokens(full, st.local.to(hidden.device))
+        return hidden + full
 
     def _step_aside(
         self, i: int, st: _Forward, hidden: Tensor, cache: Any, kwargs: dict[str, Any]

@@ -10,6 +10,7 @@ features, which the LLM engine drops, as everywhere.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -79,12 +80,13 @@ def segmented(p: Projections, lengths: list[int]) -> Projections:
         """(1, H, T, d) to (S, H, longest, d)."""
         return x[0][:, index.to(x.device)].transpose(0, 1)
 
-    query, key = p.query, p.key
+    query = functools.cache(lambda: batched(p.query(slice(None))))
+    key = functools.cache(lambda: batched(p.key()))
     bias = torch.zeros(valid.shape).masked_fill(~valid, -torch.inf)
     return replace(
         p,
-        query=lambda rows: batched(query(slice(None)))[:, :, rows],
-        key=lambda: batched(key()),
+        query=lambda rows: query()[:, :, rows],
+        key=key,
         bias=bias,
         valid=valid,
         mean=None,
@@ -115,7 +117,7 @@ class GridEngine(PackedEngine):
         self, st: Any, packed: Tensor, layouts: list[GridLayout]
     ) -> tuple[FlatTokens, Tensor, Tensor]:
         device, sites = packed.device, self.grids
-        features = st.unpacked.reshape(-1, st.unpacked.shape[-1])
+        features = st.unpacked.reshape(-1, st.unpacked.shape[-1]).to(device)
         if not len(features) == len(packed) == sum(layout.length for layout in layouts):
             raise UnsupportedError(
                 f"{type(sites.source).__name__} got {len(features)} rows where the images have "
@@ -135,7 +137,11 @@ class GridEngine(PackedEngine):
             images.append(torch.stack([torch.full((start,), i), torch.arange(start)]))
         region, place = torch.cat(parts, 1).to(device)
         image, order = torch.cat(images, 1).to(device)
-        lift = self._lift(layouts, device)
+        ordered = sites.order(self.call) if sites.order is not None and sites.packed else None
+        if ordered is not None and sites.grouped:  # the source gets groups in the encoder's order
+            area = sites.fold**2
+            features = features[ordered[::area].to(device) // area]
+        lift = self._lift(layouts, ordered, device)
         every = torch.arange(len(packed), device=device)
         st.projections = self._own(st.projections, layouts)
         flat = FlatTokens(
@@ -159,20 +165,23 @@ class GridEngine(PackedEngine):
         if not self.grids.packed:
             return known
         lengths = [prod(grid) for layout in layouts for grid in layout.patches]
-        return {i: segmented(p, lengths) for i, p in known.items()}
+        own = {i: segmented(p, lengths) for i, p in known.items()}
+        if self.grids.whole is not None:
+            for i, p in own.items():
+                nearest = self.grids.whole(i)
+                p.whole = None if nearest == i else own[nearest]
+        return own
 
-    def _lift(self, layouts: list[GridLayout], device: torch.device) -> Any:
+    def _lift(self, layouts: list[GridLayout], ordered: Tensor | None, device: torch.device) -> Any:
         """From the encoder's patches, a row for each grid (B, T, ...), to the M tokens."""
         sites = self.grids
         shapes = [grid for layout in layouts for grid in layout.patches]
         known = {shape: groups(shape, sites.fold, sites.grouped) for shape in set(shapes)}
         row = torch.cat([torch.full((len(known[s]),), b) for b, s in enumerate(shapes)])
         index = torch.cat([known[s] for s in shapes])
-        if sites.order is not None and sites.packed:
-            ordered = sites.order(self.call)
-            if ordered is not None:  # a grid's patches stay together, in another order
-                starts = torch.tensor([0, *map(prod, shapes)]).cumsum(0)[:-1][row][:, None]
-                index = ordered.cpu()[index + starts] - starts
+        if ordered is not None:  # a grid's patches stay together, in another order
+            starts = torch.tensor([0, *map(prod, shapes)]).cumsum(0)[:-1][row][:, None]
+            index = ordered.cpu()[index + starts] - starts
         row, index = row.to(device), index.to(device)
 
         def lift(x: Tensor, how: How) -> Tensor:

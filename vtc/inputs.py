@@ -76,7 +76,8 @@ def compress_inputs(
     with compressing(model, Chain(methods)) as session:
         llm: Any = session.sites.decoder
         token_ids = llm.token_ids
-        features = model.get_image_features(**images).pooler_output
+        encoded = model.get_image_features(**images)
+    features = encoded.pooler_output
     alive_features = [~f[:, 0].isnan() for f in features]
 
     visual = torch.isin(ids, torch.tensor(token_ids, device=ids.device))
@@ -93,7 +94,13 @@ def compress_inputs(
     out["attention_mask"] = keep.to(mask.dtype)
     if methods[0].positions == "original":
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-        out["position_ids"] = positions.gather(1, index).where(keep, 0)
+        if llm.mrope:
+            axes = _axes(llm.base, ids, mask, inputs).gather(2, index.expand(3, -1, -1))
+            # In front, what tells packed sequences apart, which must have no gaps.
+            positions = torch.cat([(keep.long().cumsum(1) - 1).clamp(min=0)[None], axes])
+        else:
+            positions = positions.gather(1, index)
+        out["position_ids"] = positions.where(keep, 0)
     for name in ("token_type_ids", "mm_token_type_ids"):
         if out.get(name) is not None:
             out[name] = out[name].gather(1, index).where(keep, 0)
@@ -106,5 +113,22 @@ def compress_inputs(
                 "or vtc.wrap"
             )
         left = torch.stack(left)
-    out["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=left)}
+    image: Any = BaseModelOutputWithPooling(pooler_output=left)
+    if getattr(encoded, "deepstack_features", None) is not None:
+        image = type(encoded)(pooler_output=left)
+        image.deepstack_features = [
+            [f[a] for f, a in zip(rows, alive_features, strict=True)]
+            for rows in encoded.deepstack_features
+        ]
+    out["mm_encoder_outputs"] = {"image": image}
     return out
+
+
+def _axes(base: Any, ids: torch.Tensor, mask: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+    """(3, B, L) positions of time, height and width, as the model gives them to the full prompt."""
+    names = ("mm_token_type_ids", "image_grid_thw")
+    missing = [name for name in names if inputs.get(name) is None]
+    if missing:
+        raise ValueError(f"this model needs {missing[0]}, as its processor gives it")
+    given = {name: inputs[name] for name in names}
+    return base.get_rope_index(ids, attention_mask=mask, **given)[0]

@@ -227,16 +227,25 @@ def build_report(
         patches = (first - tower.prefix) * 3 * tower.patch**2 * tower.width
         return patches + encoder_flops(into, behind, tower.width, tower.mlp_width)
 
+    def grid_cost(patches: tuple[int, int]) -> float:
+        """An encoder that sees this grid by itself, or windows of it."""
+        sites_grids: Any = sites.decoder and sites.decoder.grids
+        n, depth = prod(patches) + tower.prefix, len(tower.blocks)
+        if sites_grids.attended is None:
+            return encoder_cost(n, [n] * depth, [n] * depth)
+        windows = [sites_grids.attended(patches, i) for i in range(depth)]
+        return encoder_cost(n, [], []) + sum(
+            encoder_flops(lengths, lengths, tower.width, tower.mlp_width) for lengths in windows
+        )
+
     encoder = encoder_full = 0.0
     if tower.blocks:
         encoder = encoder_cost(attended[0], attended, counts)
         encoder_full = encoder_cost(entered[0], entered, entered)
     layouts = record.layouts
     if joined:  # each grid is a sequence of its own
-        lengths = [p[0] * p[1] + tower.prefix for layout in joined for p in layout.patches]
-        sequences = [[n] * len(tower.blocks) for n in lengths]
-        encoder_full = sum(encoder_cost(n[0], n, n) for n in sequences) / len(joined)
-        encoder = encoder_full
+        shapes = [patches for layout in joined for patches in layout.patches]
+        encoder = encoder_full = sum(map(grid_cost, shapes)) / len(joined)
     reduction = vision.reduction if touched else None
     left = total if reduction is None else reduction.count  # of each image or crop
     # How many tokens of a crop are padding is not known inside the encoder.
@@ -322,7 +331,9 @@ def build_report(
             llm.head_dim,
             [n + n_text for n in attended],
         )
-        projector = projected * (tower.width * area * llm.hidden + llm.hidden**2)
+        weights = None if llm.grids is None else llm.grids.weights
+        weights = weights or tower.width * area * llm.hidden + llm.hidden**2
+        projector = projected * weights
         return decoder + images * cost + projector + llm.hidden * llm.vocab
 
     # What the encoder took for one image: on average, as rows are averaged too.

@@ -18,9 +18,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .cache import take_rows
 from .reduction import gather_tokens
 
 PREFIX = "vtc_"
+
+ROTATIONS = ("rotary_pos_emb", "multimodal_rotary_pos_emb")
 
 
 class Tap:
@@ -55,7 +58,7 @@ class Ahead:
 
     Attributes:
         attn: its attention module; x: (B, T, D) its normed input.
-        tables: cos and sin, (B or 1, T, d), for the T tokens.
+        tables: cos and sin, (B or 1, T, d) or (3, B or 1, T, d), for the T tokens.
         mask: what the layer will get; past: keys in its cache, (B, H_kv, P, d), or None.
     """
 
@@ -73,11 +76,12 @@ class Ahead:
     def attention(self, rows: Tensor) -> Tensor:
         """As `Tap.attention`."""
         rows = rows.to(self.x.device)
-        cos, sin = (t.to(self.x.device).expand(len(rows), -1, -1) for t in self.tables)
+        every = torch.arange(self.x.shape[1], device=rows.device).expand(len(rows), -1)
+        cos, sin = (take_rows(t.to(rows.device), every) for t in self.tables)
         key = self._project("k", self.x, cos, sin)
         if self.past is not None:
             key = torch.cat([self.past.to(key), key], 2)
-        picked = (gather_tokens(t, rows) for t in (self.x, cos, sin))
+        picked = (take_rows(t, rows) for t in (self.x, cos, sin))
         query = self._project("q", *picked)
         return attend(query, key, self.mask, rows, self.x.shape[1], self.attn.scaling)
 
@@ -86,8 +90,11 @@ class Ahead:
         y = getattr(self.attn, which + "_proj")(x).unflatten(2, (-1, self.attn.head_dim))
         norm = getattr(self.attn, which + "_norm", None)
         y = (y if norm is None else norm(y)).transpose(1, 2)
-        rotate = sys.modules[type(self.attn).__module__].apply_rotary_pos_emb
-        return rotate(y, y, cos, sin)[0]
+        module: Any = sys.modules[type(self.attn).__module__]
+        if cos.dim() == 4:  # Qwen2-VL and Qwen2.5-VL up to 5.12 join the axes here
+            section = self.attn.config.rope_parameters["mrope_section"]
+            return module.apply_multimodal_rotary_pos_emb(y, y, cos, sin, section)[0]
+        return module.apply_rotary_pos_emb(y, y, cos, sin)[0]
 
     @staticmethod
     def fits(layer: Any) -> bool:
@@ -97,7 +104,7 @@ class Ahead:
         return (
             hasattr(layer, "input_layernorm")
             and all(hasattr(attn, p) for p in parts)
-            and hasattr(sys.modules[type(attn).__module__], "apply_rotary_pos_emb")
+            and any(hasattr(sys.modules[type(attn).__module__], f"apply_{r}") for r in ROTATIONS)
         )
 
 

@@ -66,6 +66,7 @@ class Projections:
         later: the reduction applied to this block's tokens after its attention, or None.
         mean: gives (B, T, d) head-averaged keys where that is cheaper than averaging ``key()``.
         valid: (B, T) bool, False where rows are padded to the longest; None where none is.
+        whole: of the nearest block that sees whole images, where this one sees windows only.
     """
 
     query: Callable[[slice], Tensor]
@@ -75,6 +76,7 @@ class Projections:
     later: Reduction | None = None
     mean: Callable[[], Tensor] | None = None
     valid: Tensor | None = None
+    whole: Projections | None = None
 
     def key_mean(self) -> Tensor:
         """(B, T, d) keys averaged over heads."""
@@ -306,9 +308,14 @@ class FeaturesView:
     def attention_received(self, layer: int) -> Tensor:
         """(B, N) attention a patch receives in block ``layer``, mean over heads and query rows.
 
+        Where that block attends within windows (Qwen2.5-VL), in the nearest block that does not:
+        windows would all get the same.
+
         The published substitute for [CLS] attention on towers without one (VisionZip, VisPruner).
         """
         projections = self._layer(layer)
+        if projections.whole is not None:
+            projections = projections.whole
 
         def mean() -> Tensor:
             if projections.valid is None:

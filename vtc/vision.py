@@ -224,6 +224,8 @@ class VisionEngine:
         self.proportional = any(getattr(m, "proportional_attention", False) for _, m in inside)
         depth = len(sites.blocks)
         self.captured = {layer % depth for _, m in self.behind for layer in m.captures(depth)}
+        if grids is not None and grids.whole is not None:
+            self.captured |= set(map(grids.whole, self.captured))
         self.last_read = max([feature_block, *self.captured])
         acting = [m for _, m in inside + self.behind]
         self.refill = (
@@ -293,9 +295,11 @@ class VisionEngine:
             lambda c: c().stages <= stages and (cls or c.without_cls or "cls" not in c.needs)
         )
         own = ", ".join(f"{k}={v!r}" for k, v in m.outside_encoder.items())
+        own = own and f"give it {own}, with which it does not, or "
+        if self.resizing and self.grids is not None and self.grids.packed:
+            own = "give the processor a smaller max_pixels, or "
         raise UnsupportedError(
-            f"{m.name} takes tokens away before or inside the encoder, and {why}; "
-            + (f"give it {own}, with which it does not, or use " if own else "use ")
+            f"{m.name} takes tokens away before or inside the encoder, and {why}; {own}use "
             + f"methods that act behind the encoder: {usable}"
         )
 
