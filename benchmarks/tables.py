@@ -66,14 +66,14 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def failures(results: list[dict[str, Any]]) -> list[str]:
-    """A line for each method that did not run on a task, and why."""
-    lines = [
-        f"{r['method']} on {result['task']}: {r['error'].split(';')[0]}"
-        for result in results
-        for r in result["rows"][1:]
-        if r["error"]
-    ]
-    return list(dict.fromkeys(lines))
+    """A line for each method that did not run, on which tasks, and why."""
+    tasks: dict[tuple[str, str], dict[str, None]] = {}
+    for result in results:
+        for r in result["rows"][1:]:
+            if r["error"]:
+                why = r["method"], r["error"].split(";")[0]
+                tasks.setdefault(why, {})[result["task"]] = None
+    return [f"{method} on {', '.join(on)}: {why}" for (method, why), on in tasks.items()]
 
 
 def caption(result: dict[str, Any]) -> str:

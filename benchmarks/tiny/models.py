@@ -331,6 +331,7 @@ def load_llava_next(
         None, config=LlavaNextConfig.from_pretrained(folder), state_dict=state, dtype=dtype
     )
     model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.config._name_or_path = str(folder)
     return model.to(device).eval(), AutoProcessor.from_pretrained(folder)
 
 
