@@ -701,6 +701,7 @@ class DecoderEngine:
         else:
             # Rows differ: as long as the longest row without its padding, padding first to fill.
             needed = real & (~visual | kept)
+            needed[:, -1] |= ~visual[:, -1]  # generate() goes on from here, padding or not
             length = int(needed.sum(1).max())
             rank = (~needed).long() + (~needed & visual).long()
             index = rank.argsort(dim=1, stable=True)[:, :length].sort(dim=1).values
