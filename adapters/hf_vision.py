@@ -62,9 +62,12 @@ def _hidden(call: Call) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def _project(linear: nn.Module, heads: int, call: Call, rows: slice) -> Tensor:
-    """Queries or keys (B, H, R, d)."""
-    return _split(heads, linear(_hidden(call)[:, rows]))
+QUERY, KEY = ("q_proj", "query"), ("k_proj", "key")
+
+
+def _project(attn: Any, names: tuple[str, ...], heads: int, call: Call, rows: slice) -> Tensor:
+    """Queries or keys (B, H, R, d), from the layer that is there now: PEFT exchanges it."""
+    return _split(heads, _first(attn, *names)(_hidden(call)[:, rows]))
 
 
 def _split(heads: int, projected: Tensor, call: Call | None = None) -> Tensor:
@@ -92,7 +95,7 @@ def _takes_mask(attn: Any) -> bool:
 def _block(block: Any) -> BlockSites:
     attn = _first(block, "self_attn", "attention")
     attn = getattr(attn, "attention", attn)  # DINOv2 and ViT up to 5.17
-    query, key = _first(attn, "q_proj", "query"), _first(attn, "k_proj", "key")
+    query, key = _first(attn, *QUERY), _first(attn, *KEY)
     norm2 = _first(block, "layer_norm2", "norm2", "layernorm_after")
     mlp = _first(block, "mlp", "intermediate")
     if any(part is None for part in (attn, query, key, norm2, mlp)):
@@ -108,8 +111,8 @@ def _block(block: Any) -> BlockSites:
         mlp=mlp,
         heads=heads,
         scale=(query.out_features // heads) ** -0.5,
-        query=partial(_project, query, heads),
-        key=partial(_project, key, heads),
+        query=partial(_project, attn, QUERY, heads),
+        key=partial(_project, attn, KEY, heads),
         bias=_bias if _takes_mask(attn) else None,
         key_source=key,
         split=partial(_split, heads),

@@ -111,7 +111,9 @@ def masked(
             known = [n for n in getattr(alive, "cached", {}) if n <= past]
             if known:  # of the whole cache, earlier turns included
                 there, first = alive.cached[max(known)][i], 0  # type: ignore[attr-defined]
-            elif past > start and getattr(alive, "cached", {}):  # drafts were evicted from, then cut
+            elif past > start and getattr(
+                alive, "cached", {}
+            ):  # drafts were evicted from, then cut
                 there, first = alive.cached[min(alive.cached)][i][:, :past], 0  # type: ignore[attr-defined]
             there = there.repeat_interleave(batch // there.shape[0], 0)
             if past + q_len < first + there.shape[1]:

@@ -10,7 +10,6 @@ is not downloaded here. `test_own_decoding_loop` runs what such code does: a cal
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import mini_llava as mini
@@ -181,7 +180,9 @@ def test_own_decoding_loop(name: str) -> None:
             kwargs.pop(key, None)
         for step in range(4):
             inputs = model.prepare_inputs_for_generation(
-                input_ids if step == 0 else input_ids[:, -1:], is_first_iteration=step == 0, **kwargs
+                input_ids if step == 0 else input_ids[:, -1:],
+                is_first_iteration=step == 0,
+                **kwargs,
             )
             out = model(**inputs, output_hidden_states=True, return_dict=True)
             best = out.logits[:, -1].topk(2).indices
@@ -342,7 +343,7 @@ def test_quantized_cache(name: str, backend: str) -> None:
         return generated(model, given, past_key_values=cache)[1], cache
 
     if name in ("prefixkv", "vidkv", "chain"):
-        with pytest.raises(vtc.UnsupportedError, match="dequantize.*DynamicCache"):
+        with pytest.raises(vtc.UnsupportedError, match=r"dequantize.*DynamicCache"):
             run(inputs)
         return
     got, cache = run(inputs)

@@ -295,6 +295,18 @@ class DecoderEngine:
                         f"packed; chain {method.name} in front of {packing.name}"
                     )
 
+    def _check_recomputing(self) -> None:
+        """Refuse activation checkpointing of layers whose attention takes part of the tokens."""
+        around = [m for _, m, _ in self.on_bypass if m.bypass == "attention"]
+        if not (around and torch.is_grad_enabled() and self.sites.decoder.training):
+            return
+        if any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers):
+            raise UnsupportedError(
+                f"gradient checkpointing runs LLM layers again in the backward pass, when what "
+                f"{around[0].name} left out of their attention is gone; disable it, or use a "
+                "method that drops tokens between layers, such as fastv"
+            )
+
     # ---- lifetime --------------------------------------------------------------------------------
 
     def install(self) -> None:
@@ -382,6 +394,7 @@ class DecoderEngine:
         if visual is not None and embeds.shape[1] > 1 and bool(visual.any()):
             if self.methods:
                 kv.check_cache(cache, evicts=bool(self.on_cache))
+                self._check_recomputing()
             real = torch.ones_like(visual)
             if mask is not None and mask.dim() == 2:
                 real = mask[:, -embeds.shape[1] :].bool().to(visual.device)

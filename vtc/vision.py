@@ -260,6 +260,19 @@ class VisionEngine:
                 'model with attn_implementation="sdpa" (DINOv2 and ViT: transformers 5.18 or newer)'
             )
 
+    def _check_recomputing(self) -> None:
+        """Refuse activation checkpointing of blocks in which tokens leave."""
+        for module in self.sites.tower.modules():
+            on = getattr(module, "gradient_checkpointing", False) and module.training
+            if on or getattr(module, "grad_checkpointing", False):
+                names = " and ".join(m.name for _, m in self.inside)
+                raise UnsupportedError(
+                    f"gradient checkpointing runs a block of {self._tower} again in the backward "
+                    f"pass, and {names} has removed tokens inside it by then; enable it on the "
+                    "language model alone (model.get_decoder().gradient_checkpointing_enable()), "
+                    "or use a method that acts behind the encoder"
+                )
+
     @property
     def _tower(self) -> str:
         return type(self.sites.tower).__name__
@@ -311,6 +324,8 @@ class VisionEngine:
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Call | None:
         """Start a fresh state, whatever the last forward left; resize the image if asked to."""
         self.state = None
+        if self.inside and torch.is_grad_enabled():
+            self._check_recomputing()
         place = next((i for i, x in enumerate(args) if _is_image(x)), None)
         name = next((k for k, x in kwargs.items() if _is_image(x)), None)
         if place is None and name is None:
@@ -392,6 +407,8 @@ class VisionEngine:
     def _keys(self, i: int, module: nn.Module, args: tuple, output: Tensor) -> None:
         """Keep a reference to the keys that attention has projected."""
         st = self.state
+        if all(module is not child for child in self.sites.blocks[i].attn.children()):
+            return  # an adapter (PEFT) has been put around it since: its output is not all
         if st is not None and i in st.projections and isinstance(st.projections[i].key, _Keys):
             st.projections[i].key.output = output  # type: ignore[attr-defined]
 
