@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .adapters.base import BlockSites, Call, VisionSites
 from .errors import UnsupportedError
-from .method import Method, known_methods, split_answer
+from .method import Method, known_methods, refuse_graph, split_answer
 from .reduction import Reduction
 from .views import FeaturesView, Projections, VisionView
 
@@ -315,7 +315,7 @@ class VisionEngine:
         self.handles.clear()
 
     def _measured(self) -> AbstractContextManager[Any]:
-        if self.clock is None or torch.compiler.is_compiling():
+        if self.clock is None:
             return nullcontext()
         return self.clock.measure("method")
 
@@ -323,6 +323,7 @@ class VisionEngine:
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Call | None:
         """Start a fresh state, whatever the last forward left; resize the image if asked to."""
+        refuse_graph(self.methods)
         self.state = None
         if self.inside and torch.is_grad_enabled():
             self._check_recomputing()
@@ -459,6 +460,7 @@ class VisionEngine:
         self, st: VisionState, i: int, steps: list[Step], x: Tensor
     ) -> tuple[Tensor, Reduction | None, bool]:
         """Ask the methods, in order, and reduce x (B, T, C): (x, what was done to it, merged)."""
+        refuse_graph(self.methods)
         done, merged = None, False
         for j, m in steps:
             view = VisionView(
@@ -497,6 +499,7 @@ class VisionEngine:
 
     def _choose(self, st: VisionState, features: Tensor) -> tuple[Tensor, Reduction | None]:
         """The features stage on patch features (B, N, C): what is left, and what was done."""
+        refuse_graph(self.methods)
         _follow(st, features.device)
         if not st.past_blocks:
             st.notes = st.scratch

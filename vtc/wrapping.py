@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from .adapters.base import Sites
@@ -101,8 +103,13 @@ class Session:
         self.record.clock.stop("vision")
         if self.crops is not None:
             return  # the features stage is still to come
-        if self.decoder is not None and self.vision is not None and self.vision.state:
-            notes = self.vision.state.scratch
+        if self.decoder is None:
+            return
+        self.decoder.encoded, self.decoder.left = len(output), None
+        if self.vision is not None and self.vision.state:
+            state = self.vision.state
+            self.decoder.left = None if state.reduction is None else state.reduction.count
+            notes = state.scratch
             self.decoder.carried = (output, notes) if any(notes) else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
@@ -176,6 +183,18 @@ def _inside(model: Any) -> nn.Module:
     return model if base is None else base()
 
 
+def _forget_graphs(model: nn.Module) -> None:
+    """Make code that was compiled from the model be compiled anew: Dynamo does not see hooks come
+    and go."""
+    if "torch._dynamo" not in sys.modules:
+        return
+    for module in model.modules():
+        compiled = "_is_torch_compile" in module.__dict__ or "_orig_mod" in module._modules
+        if compiled or getattr(module, "_compiled_call_impl", None) is not None:
+            torch.compiler.reset()
+            return
+
+
 def _install(model: Any, methods: tuple[Method, ...]) -> Session:
     model = _inside(model)
     if ATTRIBUTE in model.__dict__:
@@ -190,6 +209,7 @@ def _install(model: Any, methods: tuple[Method, ...]) -> Session:
         session.remove()
         raise
     model.__dict__[ATTRIBUTE] = session
+    _forget_graphs(model)
     return session
 
 
@@ -225,6 +245,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     if session is None:
         raise ValueError("the model is not wrapped")
     session.remove()
+    _forget_graphs(session.model)
     return model
 
 
