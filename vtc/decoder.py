@@ -618,7 +618,7 @@ class DecoderEngine:
             alive = ~gather_tokens(dropped, view.visual_index)
             if view.valid is not None:
                 alive &= view.valid
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() and st.count is not None:
                 left = self._even_features(st, view, alive)
             else:
                 self._check_features(st, view, alive)
@@ -661,7 +661,7 @@ class DecoderEngine:
         Images are recognised by their first surviving feature, which arrives here unchanged, so the
         order of encoding, beams and features encoded long before need no bookkeeping.
         """
-        if torch.compiler.is_compiling():  # encoded in this graph, in the order of placeholders
+        if torch.compiler.is_compiling() and st.count is not None:  # encoded in placeholder order
             batch = hidden.shape[0]
             for index, note in enumerate(notes):
                 st.scratch[index] = {n: x.reshape(batch, -1, *x.shape[2:]) for n, x in note.items()}
