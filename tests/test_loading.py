@@ -174,7 +174,7 @@ def test_other_wrappers() -> None:
         vtc.wrap(nn.DataParallel(model), "fastv")
     assert snapshot(model) == before
     vtc.wrap(model, "fastv")
-    replica = model.model.vision_tower._replicate_for_data_parallel()
+    replica = model.vtc.sites.vision.tower._replicate_for_data_parallel()
     with pytest.raises(vtc.UnsupportedError, match="DistributedDataParallel"):
         replica(pixel_values=torch.zeros(1, 3, mini.SIZE, mini.SIZE))
 
@@ -202,7 +202,7 @@ def test_gradients_reach_the_tower(name: str) -> None:
     for key, g in grads.items():
         assert torch.isfinite(g).all(), key
         torch.testing.assert_close(g, want[key], atol=1e-5, rtol=1e-4, msg=key)
-    for part in ("vision_tower.embeddings.patch", "multi_modal_projector.linear_1", "layers.0"):
+    for part in ("embeddings.patch", "multi_modal_projector.linear_1", "layers.0"):
         assert any(g.abs().max() > 1e-6 for key, g in grads.items() if part in key), part
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for _ in range(3):
@@ -224,6 +224,10 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
         model.gradient_checkpointing_disable()
         part = model.get_decoder()
     part.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+    if type(model.get_decoder().layers[0]).__call__ is not nn.Module.__call__:
+        with pytest.raises(vtc.UnsupportedError, match=r"newer transformers"):
+            training(model)  # 5.5 runs the hooks again
+        return
     assert all(layer.gradient_checkpointing for layer in model.get_decoder().layers)
     got, again = training(model)
     assert got == pytest.approx(loss, abs=1e-6)
@@ -236,7 +240,7 @@ def test_checkpointing_around_attention_is_refused() -> None:
     model = vtc.wrap(mini.build(), ZipVL()).train()
     training(model)
     model.gradient_checkpointing_enable()
-    with pytest.raises(vtc.UnsupportedError, match=r"backward pass.*fastv"):
+    with pytest.raises(vtc.UnsupportedError, match=r"backward pass"):
         training(model)
     with torch.no_grad():
         model(**mini.prompt(1))

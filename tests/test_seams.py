@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from mini_anyres import build as build_anyres
+from torch import nn
 
 import vtc.tap
 
@@ -181,4 +182,7 @@ def test_checkpointing_wraps_forward() -> None:
     layer.register_forward_pre_hook(lambda *_: ran.append(1))
     with torch.enable_grad():
         model(**mini.prompt(1)).logits.sum().backward()
-    need(len(ran) == 1, "hooks outside the recomputed part of a layer", "vtc/decoder.py")
+    if type(layer).__call__ is nn.Module.__call__:
+        need(len(ran) == 1, "hooks outside the recomputed part of a layer", "vtc/decoder.py")
+    else:  # vtc refuses it there
+        need(len(ran) == 2, "GradientCheckpointingLayer.__call__", "_check_recomputing")

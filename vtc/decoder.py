@@ -332,11 +332,19 @@ class DecoderEngine:
                     )
 
     def _check_recomputing(self) -> None:
-        """Refuse activation checkpointing of layers whose attention takes part of the tokens."""
-        around = [m for _, m, _ in self.on_bypass if m.bypass == "attention"]
-        if not (around and torch.is_grad_enabled() and self.sites.decoder.training):
+        """Refuse activation checkpointing where hooks would run again in the backward pass."""
+        if not (torch.is_grad_enabled() and self.sites.decoder.training):
             return
-        if any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers):
+        if not any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers):
+            return
+        if type(self.layers[0]).__call__ is not nn.Module.__call__:
+            raise UnsupportedError(
+                "gradient checkpointing of this transformers runs the hooks of LLM layers again in "
+                "the backward pass, when dropped tokens are gone; disable it, or use a newer "
+                "transformers (5.23 does not)"
+            )
+        around = [m for _, m, _ in self.on_bypass if m.bypass == "attention"]
+        if around:
             raise UnsupportedError(
                 f"gradient checkpointing runs LLM layers again in the backward pass, when what "
                 f"{around[0].name} left out of their attention is gone; disable it, or use a "
@@ -507,7 +515,7 @@ class DecoderEngine:
         self.record.clock.stop("prefill")
         if st is None:
             return None
-        held = (0, 0), []  # not counted inside a graph
+        held: tuple[tuple[int, int], list[Tensor]] = (0, 0), []  # not counted inside a graph
         if not torch.compiler.is_compiling():
             held = kv.cache_bytes(cache), kv.visual_slots(cache)
         self.record.end(st.visual, st.image, st.position, *held)
