@@ -33,7 +33,6 @@ class Gap:
 
 
 REFUSED = vtc.UnsupportedError
-NO_MASK = r"(?=.*(dinov2|vit))"
 GAPS = [
     Gap(
         (5, 18),
@@ -45,10 +44,10 @@ GAPS = [
     ),
     Gap(
         (5, 18),
-        NO_MASK + r".*(test_encoders.py::test_(views_show|full_budget|tokens_asked|results_do_not)"
-        r"|test_llava.py::test_(dropped_is|keeping_all|batch_mates)"
-        r"|test_mustdrop.py::test_ragged_images"
-        r"|test_vision_engine.py::test_(merged_token|ragged_images|half_precision))",
+        r"(test_encoders|test_llava).py::\w+\[(pitome|tome|True)-(hf-)?(dinov2|vit)"
+        r"|test_mustdrop.py::test_ragged_images\w*\[(hf-)?(dinov2|vit)"
+        r"|test_vision_engine.py::test_(ragged_images|half_precision)\w+\[hf-(dinov2|vit)"
+        r"|test_vision_engine.py::test_merged_token\w+\[True-hf-(dinov2|vit)",
         REFUSED,
         "attention of HF DINOv2 and ViT takes no mask: proportional attention is refused",
     ),
