@@ -1,14 +1,16 @@
 # make run    benchmark of the embedded model: table, plots and pictures in results/
 # make test   the whole test suite
+# make test-oldest   the same with the oldest supported transformers, in .venv-oldest
 # make lint   ruff and mypy
 # PYTHON=python3.12 make ...   another interpreter (3.10 or newer)
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := 5.5
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast lint format clean
+.PHONY: help run test test-fast test-oldest lint format clean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
@@ -38,6 +40,16 @@ test: $(VENV)/.dev
 test-fast: $(VENV)/.dev
 	@$(BIN)/python -m pytest -m "not slow"
 
+$(VENV)-oldest/.dev: pyproject.toml
+	@$(PYTHON) -m venv $(VENV)-oldest
+	@echo "Installing the oldest supported transformers, $(OLDEST) ..."
+	@$(VENV)-oldest/bin/python -m pip install -qq --disable-pip-version-check -e '.[all,dev]' \
+		'transformers==$(OLDEST).*'
+	@touch $@
+
+test-oldest: $(VENV)-oldest/.dev
+	@$(VENV)-oldest/bin/python -m pytest
+
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -48,4 +60,4 @@ format: $(VENV)/.dev
 	@$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-oldest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -68,11 +68,14 @@ def _hidden(call: Call) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
+QUERY, KEY = ("q_proj", "query"), ("k_proj", "key")
+
+
 def _project(
-    linear: nn.Module, norm: nn.Module | None, heads: int, call: Call, rows: slice
+    attn: Any, names: tuple[str, ...], norm: nn.Module | None, heads: int, call: Call, rows: slice
 ) -> Tensor:
-    """Queries or keys (B, H, R, d)."""
-    y = linear(_hidden(call)[:, rows])
+    """Queries or keys (B, H, R, d), from the layer that is there now: PEFT exchanges it."""
+    y = _first(attn, *names)(_hidden(call)[:, rows])
     return _split(heads, y if norm is None else norm(y))
 
 
@@ -112,7 +115,7 @@ def _takes_mask(attn: Any) -> bool:
 def _block(block: Any) -> BlockSites:
     attn = _first(block, "self_attn", "attention")
     attn = getattr(attn, "attention", attn)  # DINOv2 and ViT up to 5.17
-    query, key = _first(attn, "q_proj", "query"), _first(attn, "k_proj", "key")
+    query, key = _first(attn, *QUERY), _first(attn, *KEY)
     norm2 = _first(block, "layer_norm2", "norm2", "layernorm_after")
     mlp = _first(block, "mlp", "intermediate")
     if any(part is None for part in (attn, query, key, norm2, mlp)):
@@ -128,8 +131,8 @@ def _block(block: Any) -> BlockSites:
         mlp=mlp,
         heads=heads,
         scale=(query.out_features // heads) ** -0.5,
-        query=partial(_project, query, _first(attn, "q_norm"), heads),
-        key=partial(_project, key, _first(attn, "k_norm"), heads),
+        query=partial(_project, attn, QUERY, _first(attn, "q_norm"), heads),
+        key=partial(_project, attn, KEY, _first(attn, "k_norm"), heads),
         bias=_bias if _takes_mask(attn) else None,
         key_source=_first(attn, "k_norm") or key,
         split=partial(_split, heads),

@@ -107,14 +107,18 @@ def masked(
             cache = kwargs.get("past_key_values")
             past = cache.layers[i].get_seq_length() if cache and i < len(cache.layers) else 0
             dead = torch.zeros(batch, past + q_len, dtype=torch.bool)
-            there = alive[i]
+            there, first = alive[i], start
             known = [n for n in getattr(alive, "cached", {}) if n <= past]
-            if known:
-                there = alive.cached[max(known)][i]  # type: ignore[attr-defined]
+            if known:  # of the whole cache, earlier turns included
+                there, first = alive.cached[max(known)][i], 0  # type: ignore[attr-defined]
+            elif past > start and getattr(
+                alive, "cached", {}
+            ):  # drafts were evicted from, then cut
+                there, first = alive.cached[min(alive.cached)][i][:, :past], 0  # type: ignore[attr-defined]
             there = there.repeat_interleave(batch // there.shape[0], 0)
-            if past + q_len < start + there.shape[1]:
+            if past + q_len < first + there.shape[1]:
                 return (hidden, *args[1:]), kwargs
-            dead[:, start : start + there.shape[1]] = ~there
+            dead[:, first : first + there.shape[1]] = ~there
             dead = dead[:, None, None, :]
             mask = kwargs.get("attention_mask")
             if mask is None:

@@ -193,6 +193,10 @@ class PrunedMixin:
         self.trimmed = 0
 
 
+class PrunedDynamicLayer(PrunedMixin, DynamicLayer):
+    """The usual case, which torch.compile must find by name."""
+
+
 @cache
 def _pruned_class(base: Any) -> Any:
     return type("Pruned" + base.__name__, (PrunedMixin, base), {"__module__": __name__})
@@ -207,7 +211,8 @@ def pruned_layer(cache: Cache, i: int, batch: int, device: torch.device) -> Prun
         return layer
     if not isinstance(layer, PrunedMixin):
         base: Any = type(layer)
-        new: Any = object.__new__(_pruned_class(base))
+        kind = PrunedDynamicLayer if base is DynamicLayer else _pruned_class(base)
+        new: Any = object.__new__(kind)
         new.__dict__.update(layer.__dict__)  # `layer.__class__ = ...` raises on differing layouts
         cache.layers[i] = layer = new
     n = layer.physical_length()

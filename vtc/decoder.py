@@ -26,7 +26,7 @@ from . import tap
 from .adapters.base import DecoderSites
 from .errors import UnsupportedError
 from .kernels.compact_tokens import compact
-from .method import Method, split_answer
+from .method import Method, refuse_graph, split_answer
 from .quantized import Packing, pack_layer
 from .reduction import Reduction, gather_tokens
 from .report import Record
@@ -66,6 +66,7 @@ class _Forward:
     image: Tensor  # (B, T) ordinal of the image in its row
     position: Tensor  # (B, T) patch index inside that image
     images: list[list[int]]  # visual tokens of each image of each row
+    count: int | None  # visual tokens there now where all rows have as many
     separator: Tensor | None = None  # (B, T) newlines between rows of patches, which always stay
     # (B, L) bool and for each of the first layers the rows (M, D) that DeepStack adds behind it
     deepstack: tuple[Tensor, Sequence[Tensor]] | None = None
@@ -84,6 +85,8 @@ class _Forward:
 
     def once(self, name: str, source: Any, device: torch.device, compute: Any) -> Any:
         """What Hugging Face hands to all layers alike is gathered once between reductions."""
+        if torch.compiler.is_compiling():
+            return compute()
         known = self.memo.get(name)
         if (
             known is None
@@ -144,6 +147,36 @@ def split_images(
         return images, run.where(visual, -1), index
     order = (visual.long().cumsum(1) - 1).where(visual, -1)
     return images, order.div(tokens_per_image, rounding_mode="floor"), index % tokens_per_image
+
+
+Layout = tuple[list[list[int]], Tensor, Tensor]
+"""What `split_images` says of a batch of prompts."""
+
+
+def even_images(visual: Tensor, images: int, tokens_per_image: int) -> Layout:
+    """`split_images` where every row has as many images, known without reading a tensor.
+
+    Args:
+        images: in the whole batch.
+
+    Raises:
+        UnsupportedError: they cannot be shared evenly.
+    """
+    batch = visual.shape[0]
+    if images % batch:
+        raise UnsupportedError(
+            f"{images} images for {batch} prompts: torch.compile needs as many in each, so that "
+            "lengths are known beforehand; run prompts with different numbers of images one by "
+            "one, or compile without fullgraph=True"
+        )
+    each = images // batch
+    torch._assert_async(
+        (visual.sum(1) == each * tokens_per_image).all(),
+        "torch.compile: prompts with different numbers of images; run them one by one",
+    )
+    order = (visual.long().cumsum(1) - 1).where(visual, -1)
+    image = order.div(tokens_per_image, rounding_mode="floor")
+    return [[tokens_per_image] * each] * batch, image, order % tokens_per_image
 
 
 def split_packed(
@@ -252,9 +285,12 @@ class DecoderEngine:
         self.noting = [s for s in self.on_cache if type(s[1]).note_cache is not Method.note_cache]
         self.steadily = any(m.while_decoding for _, m in self.on_cache)
         self.compact = any(m.positions == "compact" for m in methods)
-        self.pending: tuple[Tensor, Tensor | None] | None = None
+        self.pending: tuple[Tensor, Tensor | None, Layout | None] | None = None
         # For each image its projected features (N, D) and each method's notes on them (K, ...).
         self.carried: tuple[Sequence[Tensor], list[dict[str, Any]]] | None = None
+        # Images of this forward where the projector ran in it; features left of each, None: all.
+        self.encoded: int | None = None
+        self.left: int | None = None
         # Rows of each packed image of this forward, in the order of its placeholders.
         self.lengths: list[int] | None = None
         # Whether only those lengths tell which placeholders are one image.
@@ -350,6 +386,26 @@ class DecoderEngine:
                         f"packed; chain {method.name} in front of {packing.name}"
                     )
 
+    def _check_recomputing(self) -> None:
+        """Refuse activation checkpointing where hooks would run again in the backward pass."""
+        if not (torch.is_grad_enabled() and self.sites.decoder.training):
+            return
+        if not any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers):
+            return
+        if type(self.layers[0]).__call__ is not nn.Module.__call__:
+            raise UnsupportedError(
+                "gradient checkpointing of this transformers runs the hooks of LLM layers again in "
+                "the backward pass, when dropped tokens are gone; disable it, or use a newer "
+                "transformers (5.23 does not)"
+            )
+        around = [m for _, m, _ in self.on_bypass if m.bypass == "attention"]
+        if around:
+            raise UnsupportedError(
+                f"gradient checkpointing runs LLM layers again in the backward pass, when what "
+                f"{around[0].name} left out of their attention is gone; disable it, or use a "
+                "method that drops tokens between layers, such as fastv"
+            )
+
     # ---- lifetime --------------------------------------------------------------------------------
 
     def install(self) -> None:
@@ -392,7 +448,18 @@ class DecoderEngine:
 
     # ---- the base model: which tokens are visual -------------------------------------------------
 
+    def _refuse_graph(self) -> None:
+        refuse_graph(self.methods)
+        packed = self.sites.crops is not None or self.sites.grids is not None
+        if packed and torch.compiler.is_compiling() and self.methods:
+            raise UnsupportedError(
+                "images in crops, tiles or of any size differ in their number of tokens, so "
+                "torch.compile has no one graph for a wrapped model; compile without "
+                "fullgraph=True, or compile the stock model and call it on vtc.compress_inputs(...)"
+            )
+
     def _base_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._refuse_graph()
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is not None:
             visual = torch.zeros_like(ids, dtype=torch.bool)
@@ -419,7 +486,13 @@ class DecoderEngine:
             self.lengths = None if image is None else [len(f) for f in image.pooler_output]
         mask = kwargs.get("attention_mask")
         self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        self.pending = (visual, self.mask)
+        self.encoded, layout = None, None
+        if torch.compiler.is_compiling():
+            given = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+            self.encoded = None if given is None else len(given.pooler_output)
+        elif not self.by_length and visual.shape[1] > 1 and bool(visual.any()):
+            layout = self._layout(visual)
+        self.pending = (visual, self.mask, layout)
 
     def _base_post(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.pending = self.forward = self.mask = self.last_mask = None
@@ -429,14 +502,19 @@ class DecoderEngine:
     # ---- the language model: phase, checks, aligned output -------------------------------------
 
     def _lm_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        self._refuse_graph()
         embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
-        visual, mask = self.pending if self.pending else (None, kwargs.get("attention_mask"))
+        visual, mask, layout = self.pending or (None, kwargs.get("attention_mask"), None)
         self.pending = self.forward = self.last_mask = None
         if self.by_length and self.lengths is None:
             visual = None  # placeholders without features
-        if visual is not None and embeds.shape[1] > 1 and bool(visual.any()):
+        if visual is not None and layout is None and torch.compiler.is_compiling():
+            layout = self._even_layout(visual)  # the base model is compiled, too
+            visual = None if layout is None else visual
+        if visual is not None and embeds.shape[1] > 1 and (layout or bool(visual.any())):
             if self.methods:
                 kv.check_cache(cache, evicts=bool(self.on_cache))
+                self._check_recomputing()
             real = torch.ones_like(visual)
             if mask is not None and mask.dim() == 2:
                 real = mask[:, -embeds.shape[1] :].bool().to(visual.device)
@@ -449,7 +527,7 @@ class DecoderEngine:
                 )
             separator = None
             if not self.by_length:
-                images, image, position = split_images(visual, self.sites.tokens_per_image)
+                images, image, position = layout or self._layout(visual)
             elif self.sites.crops is None:
                 assert self.lengths is not None
                 images, image, position = split_lengths(visual, self.lengths)
@@ -461,8 +539,15 @@ class DecoderEngine:
                 images, image, position = split_packed(visual, separator, self.lengths, thumbnail)
                 visual = visual & ~separator
             base = int(cache.get_seq_length()) if cache is not None else 0
+            totals = {sum(row) for row in images}
+            count = totals.pop() if len(totals) == 1 else None
+            if count is None and torch.compiler.is_compiling():
+                raise UnsupportedError(
+                    "torch.compile needs as many visual tokens in every prompt, so that lengths "
+                    "are known beforehand; run these one by one, or without fullgraph=True"
+                )
             self.forward = _Forward(
-                base, embeds.shape[1], real, visual, image, position, images, separator
+                base, embeds.shape[1], real, visual, image, position, images, count, separator
             )
             self.record.begin(visual, real, images, separator)
             self.record.clock.start("prefill")
@@ -478,6 +563,22 @@ class DecoderEngine:
             self.record.clock.start("decode")
         return None
 
+    def _layout(self, visual: Tensor) -> Layout:
+        return split_images(visual, self.sites.tokens_per_image)
+
+    def _even_layout(self, visual: Tensor) -> Layout | None:
+        """Under torch.compile, the layout that shapes tell; None without images."""
+        if self.encoded is None or visual.shape[1] == 1:
+            return None
+        each = self.sites.tokens_per_image
+        if each is None:
+            raise UnsupportedError(
+                "torch.compile of the whole model needs images of one size, whose number of tokens "
+                "is known beforehand; compile the language model alone "
+                "(model.get_decoder().compile()), or the stock model on vtc.compress_inputs"
+            )
+        return even_images(visual, self.encoded, each)
+
     def _lm_post(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         st = self.forward
         named = isinstance(output, ModelOutput)
@@ -492,9 +593,10 @@ class DecoderEngine:
         for layer in getattr(cache, "layers", []):
             if isinstance(layer, kv.PrunedMixin) and not hasattr(layer, "packed_bytes"):
                 layer.trim()
-        self.record.end(
-            st.visual, st.image, st.position, kv.cache_bytes(cache), kv.visual_slots(cache)
-        )
+        held: tuple[tuple[int, int], list[Tensor | None]] = (0, 0), []
+        if not torch.compiler.is_compiling():  # not counted inside a graph
+            held = kv.cache_bytes(cache), kv.visual_slots(cache)
+        self.record.end(st.visual, st.image, st.position, *held)
         if st.local is None:
             return None
         # Callers index logits by the positions of the prompt they passed, so the output is laid out
@@ -513,6 +615,7 @@ class DecoderEngine:
     # ---- decoder layers ------------------------------------------------------------------------
 
     def _layer_pre(self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        self._refuse_graph()
         st, cache = self.forward, kwargs.get("past_key_values")
         if i == 0 and st is not None and cache is not None:
             kv.widen(cache)
@@ -617,8 +720,11 @@ class DecoderEngine:
             alive = ~gather_tokens(dropped, view.visual_index)
             if view.valid is not None:
                 alive &= view.valid
-            self._check_features(st, view, alive)
-            left = Reduction.from_mask(alive)
+            if torch.compiler.is_compiling() and st.count is not None:
+                left = self._even_features(st, view, alive)
+            else:
+                self._check_features(st, view, alive)
+                left = Reduction.from_mask(alive)
             if left.valid is not None or view.valid is not None or left.count < view.count:
                 hidden = self._apply(st, hidden, view, left)
         if i == 0 and self.carried is not None:
@@ -634,6 +740,17 @@ class DecoderEngine:
                 hidden = self._apply(st, hidden, view, reduction, tokens)
         return hidden
 
+    def _even_features(self, st: _Forward, view: DecoderView, alive: Tensor) -> Reduction:
+        """Under torch.compile, the features left: as many of every image as its encoder said."""
+        k = view.count if self.left is None else self.left * len(st.images[0])
+        torch._assert_async(
+            (alive.sum(1) == k).all(),
+            "torch.compile: images kept different numbers of tokens, or their features are not a "
+            "number",
+        )
+        keep = alive.long().argsort(dim=1, descending=True, stable=True)[:, :k]
+        return Reduction.from_keep(keep, view.count)
+
     def _carry(
         self,
         st: _Forward,
@@ -646,6 +763,11 @@ class DecoderEngine:
         Images are recognised by their first surviving feature, which arrives here unchanged, so the
         order of encoding, beams and features encoded long before need no bookkeeping.
         """
+        if torch.compiler.is_compiling() and st.count is not None:  # encoded in placeholder order
+            batch = hidden.shape[0]
+            for index, note in enumerate(notes):
+                st.scratch[index] = {n: x.reshape(batch, -1, *x.shape[2:]) for n, x in note.items()}
+            return
         view = self._view(-1, st, hidden, {}, {})
         alive = [~features[:, 0].isnan() for features in projected]
         firsts = [f[a.long().argmax()] for f, a in zip(projected, alive, strict=True)]
@@ -727,11 +849,14 @@ class DecoderEngine:
     ) -> DecoderView:
         visual = st.visual.to(hidden.device)
         if st.places is None:  # the same until something is dropped again
-            counts = visual.sum(1)
-            n = int(counts.max())
-            index = visual.long().argsort(dim=1, descending=True, stable=True)[:, :n]
-            valid = torch.arange(n, device=hidden.device) < counts[:, None]
-            st.places = index, None if bool(valid.all()) else valid
+            order = visual.long().argsort(dim=1, descending=True, stable=True)
+            if st.count is not None:
+                st.places = order[:, : st.count], None
+            else:
+                counts = visual.sum(1)
+                n = int(counts.max())
+                valid = torch.arange(n, device=hidden.device) < counts[:, None]
+                st.places = order[:, :n], None if bool(valid.all()) else valid
         separator = None if st.separator is None else st.separator.to(hidden.device)
         other = visual if separator is None else visual | separator
         index = st.places[0].to(hidden.device)
@@ -791,9 +916,12 @@ class DecoderEngine:
             length = hidden.shape[1] - reduction.source_count + reduction.count
             order = keep.long().argsort(dim=1, descending=True, stable=True)
             index, filler = order[:, :length], None
+            st.count = reduction.count
         else:
+            st.count = None
             # Rows differ: as long as the longest row without its padding, padding first to fill.
             needed = real & (~visual | kept)
+            needed[:, -1] |= ~visual[:, -1]  # generate() goes on from here, padding or not
             length = int(needed.sum(1).max())
             rank = (~needed).long() + (~needed & visual).long()
             index = rank.argsort(dim=1, stable=True)[:, :length].sort(dim=1).values
@@ -885,6 +1013,8 @@ class DecoderEngine:
 
     def _as_before(self, mask: Any, layer: Any, hidden: Tensor, compute: Any) -> Tensor | None:
         """While decoding: the mask of the last layer, where this one holds the same tokens."""
+        if torch.compiler.is_compiling():
+            return compute()
         lengths = layer.physical_length(), layer.dropped, hidden.shape[1], hidden.device
         source = (mask, layer.kept, layer.filler, *lengths)
         known = self.last_mask

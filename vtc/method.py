@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
+import torch
 from torch import Tensor
 
 from .checks import check_choice, check_count, check_range
@@ -156,6 +157,12 @@ class Method:
     @property
     def has_budget(self) -> bool:
         """False when hyper-parameters of the method decide the final count, not a budget."""
+        return True
+
+    @property
+    def compiles(self) -> bool:
+        """False when the data decides how many tokens are left or which way a hook goes: then
+        `torch.compile` has no one graph (``fullgraph=True``)."""
         return True
 
     @property
@@ -325,6 +332,23 @@ def resolve(method: str | Method | Chain, **kwargs: Any) -> tuple[Method, ...]:
     if isinstance(method, Method):
         return (method,)
     raise ValueError(f"expected a method name, a Method or vtc.chain(...), got {method!r}")
+
+
+def refuse_graph(methods: Iterable[Method]) -> None:
+    """Under `torch.compile`, leave the graph or, with ``fullgraph=True``, fail with the reason.
+
+    Raises:
+        UnsupportedError: a method is adaptive.
+    """
+    if not torch.compiler.is_compiling():
+        return
+    for m in methods:
+        if not m.compiles:
+            raise UnsupportedError(
+                f"{m.name} lets the data decide how many tokens stay, so torch.compile has no one "
+                "graph for it; compile without fullgraph=True, which runs it outside the graph, or "
+                "use a method with a fixed budget, such as visionzip, divprune or fastv"
+            )
 
 
 def split_answer(answer: Answer) -> tuple[Reduction | None, Tensor | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -52,8 +52,11 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - self.started.pop(name)
             self.calls[name] = self.calls.get(name, 0) + 1
 
+    def measure(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if torch.compiler.is_compiling() else self._measure(name)
+
     @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
+    def _measure(self, name: str) -> Iterator[None]:
         start = self.now()
         try:
             yield

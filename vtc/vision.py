@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .adapters.base import BlockSites, Call, GridSites, VisionSites
 from .errors import UnsupportedError
-from .method import Method, known_methods, split_answer
+from .method import Method, known_methods, refuse_graph, split_answer
 from .reading import Readers
 from .reduction import Reduction
 from .views import FeaturesView, Projections, VisionView
@@ -271,6 +271,19 @@ class VisionEngine:
                 'model with attn_implementation="sdpa" (DINOv2 and ViT: transformers 5.18 or newer)'
             )
 
+    def _check_recomputing(self) -> None:
+        """Refuse activation checkpointing of blocks in which tokens leave."""
+        for module in self.sites.tower.modules():
+            on = getattr(module, "gradient_checkpointing", False) and module.training
+            if on or getattr(module, "grad_checkpointing", False):
+                names = " and ".join(m.name for _, m in self.inside)
+                raise UnsupportedError(
+                    f"gradient checkpointing runs a block of {self._tower} again in the backward "
+                    f"pass, and {names} has removed tokens inside it by then; enable it on the "
+                    "language model alone (model.get_decoder().gradient_checkpointing_enable()), "
+                    "or use a method that acts behind the encoder"
+                )
+
     @property
     def _closed(self) -> str:
         """Why no token may leave before or inside the encoder; empty where they may."""
@@ -351,7 +364,7 @@ class VisionEngine:
         self.handles.clear()
 
     def _measured(self) -> AbstractContextManager[Any]:
-        if self.clock is None or torch.compiler.is_compiling():
+        if self.clock is None:
             return nullcontext()
         return self.clock.measure("method")
 
@@ -359,11 +372,14 @@ class VisionEngine:
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Call | None:
         """Start a fresh state, whatever the last forward left; resize the image if asked to."""
+        refuse_graph(self.methods)
         self.state = None
         if self.grids is not None:
             images = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
             self.state = self._joined_state(images[0]) if images else None
             return None
+        if self.inside and torch.is_grad_enabled():
+            self._check_recomputing()
         place = next((i for i, x in enumerate(args) if _is_image(x)), None)
         name = next((k for k, x in kwargs.items() if _is_image(x)), None)
         if place is None and name is None:
@@ -459,6 +475,8 @@ class VisionEngine:
     def _keys(self, i: int, module: nn.Module, args: tuple, output: Tensor) -> None:
         """Keep a reference to the keys that attention has projected."""
         st = self.state
+        if all(module is not child for child in self.sites.blocks[i].attn.children()):
+            return  # an adapter (PEFT) has been put around it since: its output is not all
         if st is not None and i in st.projections and isinstance(st.projections[i].key, _Keys):
             st.projections[i].key.output = output  # type: ignore[attr-defined]
 
@@ -509,6 +527,7 @@ class VisionEngine:
         self, st: VisionState, i: int, steps: list[Step], x: Tensor
     ) -> tuple[Tensor, Reduction | None, bool]:
         """Ask the methods, in order, and reduce x (B, T, C): (x, what was done to it, merged)."""
+        refuse_graph(self.methods)
         done, merged = None, False
         for j, m in steps:
             view = VisionView(
@@ -547,6 +566,7 @@ class VisionEngine:
 
     def _choose(self, st: VisionState, features: Tensor) -> tuple[Tensor, Reduction | None]:
         """The features stage on patch features (B, N, C): what is left, and what was done."""
+        refuse_graph(self.methods)
         _follow(st, features.device)
         if not st.past_blocks:
             st.notes = st.scratch

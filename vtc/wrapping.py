@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from .adapters.base import Sites
@@ -86,36 +89,57 @@ class Session:
 
     def install(self) -> None:
         """Register all hooks."""
-        clock, sites = self.record.clock, self.sites
-
-        def encode(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            pixels: Any = args[0] if args else kwargs.get("pixel_values", kwargs.get("x"))
-            patch = sites.vision.patch
-            if sites.decoder is None or sites.decoder.grids is None:
-                known = patch and pixels is not None and pixels.dim() > 3
-                edges = pixels.shape[-2:] if known else (0, 0)  # of encoders that no adapter knows
-                self.record.grid = (edges[0] // max(patch, 1), edges[1] // max(patch, 1))
-            clock.reset("vision", "method")
-            clock.start("vision")
-
-        def encoded(module: nn.Module, args: tuple, output: Any) -> None:
-            clock.stop("vision")
-            if self.packed is not None:
-                return  # the features stage is still to come
-            if self.decoder is not None and self.vision is not None and self.vision.state:
-                notes = self.vision.state.scratch
-                self.decoder.carried = (output, notes) if any(notes) else None
-
-        tower = sites.vision.tower
-        self.handles.append(tower.register_forward_pre_hook(encode, with_kwargs=True))
+        sites, tower = self.sites, self.sites.vision.tower
+        self.handles.append(tower.register_forward_pre_hook(self._encode, with_kwargs=True))
         end = tower if sites.decoder is None else sites.decoder.projector
         if self.vision is not None:
             self.vision.install()
-        self.handles.append(end.register_forward_hook(encoded))
+        self.handles.append(end.register_forward_hook(self._encoded))
         if self.packed is not None:
             self.packed.install()
         if self.decoder is not None:
             self.decoder.install()
+
+    def _encode(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if getattr(module, "_is_replica", False):
+            raise UnsupportedError(
+                "torch.nn.DataParallel runs copies of the model in threads, which would share one "
+                "state; use one process for each device (DistributedDataParallel), or spread the "
+                'layers (device_map="auto")'
+            )
+        pixels: Any = args[0] if args else kwargs.get("pixel_values", kwargs.get("x"))
+        sites, patch = self.sites, self.sites.vision.patch
+        if sites.decoder is None or sites.decoder.grids is None:
+            known = patch and pixels is not None and pixels.dim() > 3
+            edges = pixels.shape[-2:] if known else (0, 0)  # of encoders that no adapter knows
+            self.record.grid = (edges[0] // max(patch, 1), edges[1] // max(patch, 1))
+        self.record.clock.reset("vision", "method")
+        self.record.clock.start("vision")
+
+    def _encoded(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.record.clock.stop("vision")
+        if self.packed is not None:
+            return  # the features stage is still to come
+        if self.decoder is None:
+            return
+        self.decoder.encoded, self.decoder.left = len(output), None
+        if self.vision is not None and self.vision.state:
+            state = self.vision.state
+            self.decoder.left = None if state.reduction is None else state.reduction.count
+            notes = state.scratch
+            self.decoder.carried = (output, notes) if any(notes) else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        """Copied with the whole model only: hooks on a part would work on a copy of everything."""
+        if id(self.model) not in memo:
+            raise UnsupportedError(
+                "a part of a wrapped model was copied, and its hooks cannot be (PEFT's "
+                "modules_to_save does this): change the model first and wrap the result, "
+                "vtc.wrap(get_peft_model(model, ...), method)"
+            )
+        new = memo[id(self)] = object.__new__(type(self))
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
 
     def remove(self) -> None:
         """Remove all hooks; the model is exactly what it was."""
@@ -148,9 +172,48 @@ def _stages(cls: type[Method]) -> frozenset[str]:
     return cls().stages
 
 
-def _install(model: nn.Module, methods: tuple[Method, ...]) -> Session:
+def _inside(model: Any) -> nn.Module:
+    """The model that hooks go to: the one inside a PEFT model.
+
+    Raises:
+        ValueError: not a module.
+        UnsupportedError: a wrapper that must come after `wrap`.
+    """
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    kind = type(model).__name__
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise UnsupportedError(
+            "the model is compiled already, and hooks added now would be ignored: wrap first, then "
+            "compile; vtc.wrap(model._orig_mod, method), then torch.compile again"
+        )
+    if kind in ("DataParallel", "DistributedDataParallel"):
+        raise UnsupportedError(
+            f"{kind} only passes calls on: wrap what is inside, vtc.wrap(model.module, method)"
+            + (
+                ", on one device; its threads would share one state"
+                if kind == "DataParallel"
+                else ""
+            )
+        )
+    base = getattr(model, "get_base_model", None)
+    return model if base is None else base()
+
+
+def _forget_graphs(model: nn.Module) -> None:
+    """Make code that was compiled from the model be compiled anew: Dynamo does not see hooks come
+    and go."""
+    if "torch._dynamo" not in sys.modules:
+        return
+    for module in model.modules():
+        compiled = "_is_torch_compile" in module.__dict__ or "_orig_mod" in module._modules
+        if compiled or getattr(module, "_compiled_call_impl", None) is not None:
+            torch.compiler.reset()
+            return
+
+
+def _install(model: Any, methods: tuple[Method, ...]) -> Session:
+    model = _inside(model)
     if ATTRIBUTE in model.__dict__:
         raise ValueError(
             f"the model is already wrapped ({model.vtc!r}); call vtc.unwrap(model) first, or "
@@ -163,6 +226,7 @@ def _install(model: nn.Module, methods: tuple[Method, ...]) -> Session:
         session.remove()
         raise
     model.__dict__[ATTRIBUTE] = session
+    _forget_graphs(model)
     return session
 
 
@@ -170,7 +234,7 @@ def wrap(model: nn.Module, method: str | Method | Chain, **parameters: Any) -> n
     """Compress the visual tokens of a stock model, in place.
 
     Args:
-        model: a supported Hugging Face, timm or open_clip model.
+        model: a supported Hugging Face, timm or open_clip model, or a PEFT model of one.
         method: a registered name, a `Method`, or `vtc.chain(...)`.
         parameters: hyper-parameters of a method given by name, such as ``keep_ratio=0.25``.
 
@@ -191,10 +255,14 @@ def unwrap(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model is not wrapped.
     """
-    session = model.__dict__.pop(ATTRIBUTE, None) if isinstance(model, nn.Module) else None
+    inside = getattr(model, "_orig_mod", model)  # what was compiled after `wrap`
+    session = None
+    if isinstance(inside, nn.Module):
+        session = _inside(inside).__dict__.pop(ATTRIBUTE, None)
     if session is None:
         raise ValueError("the model is not wrapped")
     session.remove()
+    _forget_graphs(session.model)
     return model
 
 

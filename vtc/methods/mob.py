@@ -86,6 +86,10 @@ class MoB(Method):
         check_count(self, "prompt_tokens", "a count", least=1, optional=True)
         check_count(self, "neighbours", "a count", least=1, optional=True)
 
+    @property
+    def compiles(self) -> bool:
+        return False
+
     def decoder_layers(self, depth: int) -> tuple[int, ...]:
         return (self.layer - 1,)
 

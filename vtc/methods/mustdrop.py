@@ -131,6 +131,10 @@ class MustDrop(Method):
             waive(self, "cls")
 
     @property
+    def compiles(self) -> bool:
+        return False
+
+    @property
     def has_budget(self) -> bool:
         return self.budget_given or self.theta_global is None
 

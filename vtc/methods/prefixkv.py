@@ -113,6 +113,10 @@ class PrefixKV(Method):
         return self.scope == "all"
 
     @property
+    def compiles(self) -> bool:
+        return False
+
+    @property
     def has_budget(self) -> bool:
         return self.ratios is None and self.scope == "visual"
 

@@ -80,6 +80,10 @@ class PruMerge(Method):
         check_count(self, "neighbours", "a count of patches", least=0)
 
     @property
+    def compiles(self) -> bool:
+        return self.budget_given
+
+    @property
     def has_budget(self) -> bool:
         return self.budget_given
 

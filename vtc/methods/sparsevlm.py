@@ -88,6 +88,10 @@ class SparseVLM(Staged):
             )
 
     @property
+    def compiles(self) -> bool:
+        return False
+
+    @property
     def has_budget(self) -> bool:
         return not self.adaptive
 

@@ -119,6 +119,10 @@ class ToDRE(Method):
         return 0.0 if self.budget_given else PUBLISHED_TAU
 
     @property
+    def compiles(self) -> bool:
+        return self.has_budget
+
+    @property
     def has_budget(self) -> bool:
         return self.threshold == 0.0
 

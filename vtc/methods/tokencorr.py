@@ -90,6 +90,10 @@ class TokenCorr(Method):
         check_range(self, "similarity", "a cosine", low=-1)
 
     @property
+    def compiles(self) -> bool:
+        return self.budget_given
+
+    @property
     def has_budget(self) -> bool:
         return self.budget_given
 

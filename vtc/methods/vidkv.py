@@ -87,6 +87,10 @@ class VidKV(Method):
         return True
 
     @property
+    def compiles(self) -> bool:
+        return False
+
+    @property
     def has_budget(self) -> bool:
         return False
 

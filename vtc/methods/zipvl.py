@@ -128,6 +128,10 @@ class ZipVL(Method):
         return self.kv == "mixed"
 
     @property
+    def compiles(self) -> bool:
+        return self.budget_given and self.kv == "drop"
+
+    @property
     def has_budget(self) -> bool:
         return self.budget_given
 
