@@ -7,6 +7,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# One process for each core, at most eight: each loads torch.
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 OLDEST := 5.5
 
 .DEFAULT_GOAL := help
@@ -35,10 +37,10 @@ run: $(VENV)/.run
 	@$(BIN)/vtc bench
 
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: $(VENV)/.dev
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 $(VENV)-oldest/.dev: pyproject.toml
 	@$(PYTHON) -m venv $(VENV)-oldest
@@ -48,7 +50,7 @@ $(VENV)-oldest/.dev: pyproject.toml
 	@touch $@
 
 test-oldest: $(VENV)-oldest/.dev
-	@$(VENV)-oldest/bin/python -m pytest
+	@$(VENV)-oldest/bin/python -m pytest $(PARALLEL)
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .
