@@ -134,7 +134,7 @@ def test_a_sliding_window_is_a_warning(tmp_path: Path) -> None:
     config = hf.LlavaConfig(text_config=hf.MistralConfig(sliding_window=512))
     found = vtc.inspect(saved(config, tmp_path))
     assert len(found.warnings) == 1 and "sliding window of 512" in found.warnings[0]
-    assert found.working == []
+    assert "fastv" in found.working
 
 
 def test_a_crossing_model_is_refused(tmp_path: Path) -> None:

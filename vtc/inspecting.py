@@ -13,6 +13,7 @@ from torch import nn
 
 from .adapters import locate as adapters
 from .adapters.base import Sites
+from .decoder import sliding_window
 from .errors import UnsupportedError
 from .method import Method, known_methods
 from .wrapping import _install, unwrap
@@ -31,7 +32,7 @@ class Inspection:
         language: projector, decoder, layers, heads, KV heads, widths, placeholder ids and tokens of
             an image (None where images differ) of a multimodal LLM; None for an encoder alone.
         notes: what to know of how the model was understood.
-        warnings: what keeps every method from working.
+        warnings: what keeps every method from working, or limits them all.
         methods: by name, None where `wrap` takes it at half the tokens, else the reason it gives.
         instead: by name, parameters with which a refused method works.
     """
@@ -118,6 +119,19 @@ def from_config(name: str) -> nn.Module:
         return cls._from_config(config).eval()
 
 
+def _warnings(sites: Sites, blocker: str | None) -> list[str]:
+    """What keeps every method from working, or limits them all."""
+    found = [] if blocker is None else [blocker]
+    if blocker is None and sites.decoder is not None:
+        window = sliding_window(sites.decoder.decoder.config)
+        if window is not None:
+            found.append(
+                f"the language model has layers with a sliding window of {window} tokens: needs "
+                'attn_implementation="sdpa" or "eager", and vtc.compress_inputs takes no longer prompt'
+            )
+    return found
+
+
 def inspect(model: str | nn.Module) -> Inspection:
     """How vtc sees a model, and which methods work on it, without running it.
 
@@ -157,7 +171,7 @@ def inspect(model: str | nn.Module) -> Inspection:
         encoder=_encoder(sites),
         language=None if sites.decoder is None else _language(sites),
         notes=list(sites.notes),
-        warnings=[] if blocker is None else [blocker],
+        warnings=_warnings(sites, blocker),
         methods=methods,
         instead=instead,
     )
