@@ -126,8 +126,8 @@ def _warnings(sites: Sites, blocker: str | None) -> list[str]:
         window = sliding_window(sites.decoder.decoder.config)
         if window is not None:
             found.append(
-                f"the language model has layers with a sliding window of {window} tokens: needs "
-                'attn_implementation="sdpa" or "eager", and vtc.compress_inputs takes no longer prompt'
+                f"the language model has layers with a sliding window of {window} tokens: it needs "
+                'attn_implementation="sdpa" or "eager"; vtc.compress_inputs takes no longer prompt'
             )
     return found
 
