@@ -259,7 +259,8 @@ def compare_compiled(
 ) -> list[dict[str, Any]]:
     """Whole calls with an encoder, or the language model of a LLaVA, compiled.
 
-    ``torch.compile(mode="reduce-overhead")`` replays a CUDA graph and spares the launches. Hooks that come after a compiled call are not seen, so each method has a model of its own.
+    ``torch.compile(mode="reduce-overhead")`` replays a CUDA graph and spares the launches. Hooks
+    that come after a compiled call are not seen, so each method has a model of its own.
     """
     forwards: list[tuple[Any, Forward]] = []
     rows: list[dict[str, Any]] = []
