@@ -52,13 +52,15 @@ def compress_inputs(
             f"{type(model).__name__} of this transformers cannot take encoded images "
             "(mm_encoder_outputs, 5.18 and newer); use vtc.wrap"
         )
+    if inputs.get("pixel_values_videos") is not None:
+        raise UnsupportedError(
+            "compress_inputs takes images only; use vtc.wrap, which compresses videos as well"
+        )
     if "input_ids" not in inputs or inputs.get("pixel_values") is None:
         raise ValueError(
             "compress_inputs needs input_ids and pixel_values, as the processor gives them"
         )
     out = dict(inputs)
-    if inputs.get("pixel_values_videos") is not None:
-        raise UnsupportedError("videos are not supported yet, only images")
     ids = out.pop("input_ids")
     # The outer model may hand some arguments through without naming them.
     owners = (model, getattr(model, "model", model))

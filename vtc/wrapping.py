@@ -50,6 +50,7 @@ class Session:
 
             self.decoder = DecoderEngine(llm, methods, sentinel=on_vision, record=self.record)
         self.packed: Any = None
+        self.videos: Any = None
         if llm is not None and llm.crops is not None:
             from .crops import CropEngine
 
@@ -58,6 +59,10 @@ class Session:
             from .grids import GridEngine
 
             self.packed = GridEngine(self.sites, self.vision, self.decoder, self.record)
+        if llm is not None and llm.videos is not None:
+            from .grids import VideoEngine
+
+            self.videos = VideoEngine(self.sites, self.vision, self.decoder, self.record)
 
     def _check(self) -> None:
         """Refuse what cannot work, before anything is computed."""
@@ -104,7 +109,7 @@ class Session:
                 return  # the features stage is still to come
             if self.decoder is not None and self.vision is not None and self.vision.state:
                 notes = self.vision.state.scratch
-                self.decoder.carried = (output, notes) if any(notes) else None
+                self.decoder.carried = {"image": (output, notes)} if any(notes) else {}
 
         tower = sites.vision.tower
         self.handles.append(tower.register_forward_pre_hook(encode, with_kwargs=True))
@@ -112,14 +117,15 @@ class Session:
         if self.vision is not None:
             self.vision.install()
         self.handles.append(end.register_forward_hook(encoded))
-        if self.packed is not None:
-            self.packed.install()
+        for packed in (self.packed, self.videos):
+            if packed is not None:
+                packed.install()
         if self.decoder is not None:
             self.decoder.install()
 
     def remove(self) -> None:
         """Remove all hooks; the model is exactly what it was."""
-        for engine in (self.decoder, self.packed, self.vision):
+        for engine in (self.decoder, self.videos, self.packed, self.vision):
             if engine is not None:
                 engine.remove()
         for handle in self.handles:
