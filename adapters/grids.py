@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where calls of ``get_image_features`` and ``get_video_features`` say how large the grids of patches are."""
+"""Where calls of ``get_image_features`` and its like for videos say how large the grids are."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sized_grids(patch: int) -> Grids:
 
 
 def frame_grids(patch: int) -> Grids:
-    """`GridSites.images` for videos (videos, frames, 3, H, W), whatever their argument is called."""
+    """`GridSites.images` for videos (videos, frames, 3, H, W), whatever the argument's name."""
 
     def images(call: dict[str, Any]) -> list[list[tuple[int, int]]]:
         pixels = next(x for x in call.values() if isinstance(x, Tensor) and x.dim() == 5)

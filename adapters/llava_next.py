@@ -18,7 +18,6 @@ from .base import CropSites, GridSites, Sites
 from .grids import frame_grids
 from .llava import decoder_sites
 
-
 FAMILIES = {
     "LlavaNextForConditionalGeneration": "LLaVA-NeXT",
     "LlavaNextVideoForConditionalGeneration": "LLaVA-NeXT-Video",
@@ -71,7 +70,5 @@ def locate(model: Any) -> Sites | None:
             project=projector.forward,
             fold=model.config.spatial_pool_stride,
         )
-        sites = replace(
-            sites, video=True, videos=videos, video_ids=(model.config.video_token_id,)
-        )
+        sites = replace(sites, video=True, videos=videos, video_ids=(model.config.video_token_id,))
     return Sites(family, vision, sites)

@@ -245,9 +245,7 @@ def in_prompt_order(
         units = []
         for kind, (own, numbers, _) in parts.items():
             here = numbers[r].cpu()
-            units += [
-                (int((here == j).nonzero()[0, 0]), kind, j, n) for j, n in enumerate(own[r])
-            ]
+            units += [(int((here == j).nonzero()[0, 0]), kind, j, n) for j, n in enumerate(own[r])]
         units.sort()
         for new, (_, kind, j, _) in enumerate(units):
             mine = parts[kind][1][r] == j

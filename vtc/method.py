@@ -70,9 +70,10 @@ class Method:
     """What is needed beyond the stages.
 
     Of the model: "cls", a class token in the encoder; "ahead", LLM layers whose queries and keys
-    can be computed before they run; "frames", that it takes videos; "ran", that all tokens entered the layer whose attention or
-    keys are read; "sublayers", the same for inputs and outputs of its attention and MLP. Of the
-    caller: "text", the question in a space that patches can be compared in.
+    can be computed before they run; "frames", that it takes videos; "ran", that all tokens entered
+    the layer whose attention or keys are read; "sublayers", the same for inputs and outputs of its
+    attention and MLP. Of the caller: "text", the question in a space that patches can be compared
+    in.
     """
     without_cls: ClassVar[dict[str, Any]] = {}
     """Parameters with which the method does without the class token it needs, if there are any."""

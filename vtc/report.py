@@ -261,7 +261,8 @@ def build_report(
     # What encoder and projector took for each image and video, where each grid is a sequence.
     units: list[tuple[float, int]] = []
     for layout in [*(joined or []), *(videos or [])]:
-        early = layout.video and sites.decoder and sites.decoder.videos.shrink
+        how: Any = sites.decoder and sites.decoder.videos
+        early = layout.video and how.shrink is not None  # projected in front of the pooling
         projected_here = layout.encoded if early else layout.tokens
         units.append((sum(map(grid_cost, layout.patches)), projected_here))
     if videos:

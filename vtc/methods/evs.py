@@ -10,12 +10,12 @@ arXiv 2510.14624. With x_{t,p} the feature of patch p in frame t, in the space o
 so the first frame stays whole, and every other one shares what is left by how much it changed.
 A video is one budget; no number of tokens is promised to any frame but the first.
 
-Departures: exactly as many tokens stay as asked, where a quantile of d leaves more at a tie (ties to
-the earlier token), and a budget below the first frame is refused, where the paper keeps that frame
-and so more than was asked. Positions stay those of the full video, as everywhere here. Behind a
-method that removes patches, a token is compared with the last one there was at its place, and the
-first one at a place counts as new. Images have no frames and are refused. Written from the paper's
-idea; its code was not read.
+Departures: exactly as many tokens stay as asked, where a quantile of d leaves more at a tie (here
+the earlier token goes first), and a budget below the first frame is refused, where the paper keeps
+that frame and so more than was asked. Positions stay those of the full video, as everywhere here.
+Behind a method that removes patches, a token is compared with the last one there was at its place,
+and the first one at a place counts as new. Images have no frames and are refused. Written from the
+paper's idea; its code was not read.
 """
 
 from __future__ import annotations

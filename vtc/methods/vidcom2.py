@@ -13,10 +13,10 @@ g the mean of all tokens of the video and g_t that of frame t:
 
 Departures: exactly as many tokens stay as asked, r_t n_t made whole by largest remainder, and what
 a full frame cannot take goes to the others. tau is 0.01 unless given, with which frames whose u
-differ by a hundredth differ in sigma by a factor of e; that it is the paper's value was not checked.
-Features are the encoder's, as they go into the projector (behind the pooling of frames). An image
-is a video of one frame, each crop of it a frame where the model cuts it up. Written from the
-formulas above; similarities are cosines throughout, whatever the published code computes.
+differ by a hundredth differ in sigma by a factor of e; whether it is the paper's value was not
+checked. Features are the encoder's, as they go into the projector (behind the pooling of frames).
+An image is a video of one frame, each crop of it a frame where the model cuts it up. Written from
+the formulas above; similarities are cosines throughout, whatever the published code computes.
 """
 
 from __future__ import annotations
