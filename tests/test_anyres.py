@@ -70,7 +70,9 @@ def needs_cls(method: str) -> bool:
     return "cls" in seeded(method, None, 0).needs
 
 
-METHODS = [m for m in sorted(vtc.methods()) if takes_budget(m)]
+VIDEO = {m for m, cls in vtc.methods().items() if "frames" in cls.needs}
+"""See test_video.py."""
+METHODS = [m for m in sorted(vtc.methods()) if takes_budget(m) and m not in VIDEO]
 
 
 def cases(methods: list[str]) -> list:

@@ -66,7 +66,11 @@ def jumps(method: str) -> bool:
     return "bypass" in made(method).stages
 
 
-METHODS = [m for m in sorted(vtc.methods()) if takes_budget(m) and not refused(m)]
+VIDEO = {m for m, cls in vtc.methods().items() if "frames" in cls.needs}
+"""See test_video.py."""
+METHODS = [
+    m for m in sorted(vtc.methods()) if takes_budget(m) and not refused(m) and m not in VIDEO
+]
 
 
 def cases(methods: list[str]) -> list:

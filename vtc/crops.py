@@ -461,7 +461,9 @@ class PackedEngine:
     def _pack(self, packed: Tensor, layouts: list[Any]) -> Tensor:
         """The packed rows of all images with NaN in place of dropped tokens."""
         self._describe(layouts)
-        self.decoder.lengths[self.modality] = [layout.length for layout in layouts]
+        lengths = [layout.length for layout in layouts]
+        self.decoder.lengths[self.modality] = lengths
+        self.decoder.made |= {(self.modality, n) for n in lengths}
         self.decoder.carried.pop(self.modality, None)
         st = None if self.vision is None else self.vision.state
         if st is None or st.unpacked is None:

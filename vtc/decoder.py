@@ -292,6 +292,7 @@ class DecoderEngine:
         # By modality, rows of each packed image of this forward in the order of its placeholders.
         self.lengths: dict[str, list[int]] = {}
         self.encoding = ""  # the modality whose features are being made
+        self.made: set[tuple[str, int]] = set()  # by modality, rows of whole images
         # Whether only those lengths tell which placeholders are one image.
         self.by_length = sites.crops is not None or (
             sites.grids is not None and sites.tokens_per_image is None
@@ -482,6 +483,7 @@ class DecoderEngine:
             if not self.by_length:
                 parts[kind] = split_images(mask, sites.tokens_per_image)
             elif kind == "video" or sites.crops is None:
+                self._check_whole(kind, mask, lengths)
                 parts[kind] = split_lengths(mask, lengths)
                 grids: Any = sites.videos if kind == "video" else sites.grids
                 if grids.newlines:
@@ -500,6 +502,16 @@ class DecoderEngine:
                 separators.append(ends)
         separator = torch.stack(separators).any(0) if separators else None
         return *in_prompt_order(parts), separator
+
+    def _check_whole(self, kind: str, mask: Tensor, lengths: list[int]) -> None:
+        """Refuse features that a chunked prefill has cut up: at an end, and of no length made."""
+        known = {n for made, n in self.made if made == kind}
+        if known and not known.issuperset(lengths) and bool(mask[:, [0, -1]].any()):
+            raise UnsupportedError(
+                f"found features of {kind}s of {min(set(lengths) - known)} rows at an end of the "
+                f"prompt, where whole ones have {sorted(known)}: part of one in one forward "
+                "(chunked prefill) cannot be compressed; prefill in one piece"
+            )
 
     def _base_post(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.pending = self.forward = self.mask = self.last_mask = None

@@ -92,5 +92,6 @@ class VidCom2(Method):
         there = sizes > 0
         mean = video.new_zeros(frames).index_add(0, frame, video) / sizes.clamp(min=1)
         scales = mean.new_zeros(frames)
-        scales[there] = frame_ratios(mean[there], ratio, self.temperature)
+        # Corrupt frames are no concern of this method.
+        scales[there] = frame_ratios(mean[there].nan_to_num(), ratio, self.temperature)
         return apportion(k, (scales * sizes).tolist(), sizes.tolist())
