@@ -12,7 +12,7 @@ import mini_llava
 import mini_qwen
 import torch
 from mini_anyres import POINTS
-from mini_llava import GRID, IMAGE, PAD, SIZE, padded
+from mini_llava import IMAGE, PAD, SIZE, padded
 from transformers import LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
 
 VIDEO = 4
@@ -175,8 +175,3 @@ def part(
             if not wanted:
                 out["image_sizes"] = inputs["image_sizes"][mine]
     return out
-
-
-def grid_edge() -> int:
-    """LLM tokens along the edge of a frame of LLaVA-OneVision and LLaVA-NeXT-Video."""
-    return GRID // 2

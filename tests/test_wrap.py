@@ -119,7 +119,8 @@ def test_report_before_any_image() -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [m for m in sorted(vtc.methods()) if m not in ("mod", "evs")]  # routers, videos
+    "method",
+    [m for m in sorted(vtc.methods()) if m not in ("mod", "evs")],  # routers, videos
 )
 @torch.no_grad()
 def test_corrupt_image(method: str) -> None:
