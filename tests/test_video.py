@@ -269,21 +269,23 @@ def test_refused_before_compute(family: str) -> None:
             model(**still)
         model.generate(**video, max_new_tokens=2)  # nothing is left over from what was refused
     ran.clear()
-    with vtc.compressing(model, EVS(keep_tokens=3)):
-        with pytest.raises(vtc.UnsupportedError, match="4 tokens of 12.*keep_tokens=4 or more"):
-            model(**video)
-    for method in ("tome", "downsample"):
+    few = r"4 tokens of 12.*keep_tokens=4 or more"
+    with vtc.compressing(model, EVS(keep_tokens=3)), pytest.raises(vtc.UnsupportedError, match=few):
+        model(**video)
+    for method in ("tome", "downsample", "mustdrop"):
         if mini.qwen(family):
-            with pytest.raises(vtc.UnsupportedError, match="joins 2 x 2 patches"):
+            with pytest.raises(vtc.UnsupportedError, match=r"joins 2 x 2 patches|\[CLS\]"):
                 vtc.wrap(model, method)
             continue
-        with vtc.compressing(model, method, keep_ratio=0.5):
-            match = f"{method} takes tokens.*pools the patches of each frame.*vidcom2"
+        own = vtc.methods()[method].without_cls if family == "onevision" else {}
+        with vtc.compressing(model, method, keep_ratio=0.5, **own):
+            way = "give it merge_threshold=None" if method == "mustdrop" else "use methods"
+            match = f"{method} takes tokens.*pools the patches of each frame.*{way}.*vidcom2"
             for call in (model, model.generate):
                 with pytest.raises(vtc.UnsupportedError, match=match):
                     call(**video)
     assert not ran
-    with pytest.raises(vtc.UnsupportedError, match="takes images only.*vtc.wrap"):
+    with pytest.raises(vtc.UnsupportedError, match=r"takes images only.*vtc\.wrap"):
         vtc.compress_inputs(model, video, "divprune")
 
 
@@ -291,7 +293,7 @@ def test_refused_before_compute(family: str) -> None:
 def test_evs_needs_a_model_with_videos(tower: str) -> None:
     model = mini_llava.build(tower)
     for part in (model, model.model.vision_tower):
-        with pytest.raises(vtc.UnsupportedError, match="finds none in .*; methods for images: vid"):
+        with pytest.raises(vtc.UnsupportedError, match=r"no videos of this model.*: vidcom2"):
             vtc.wrap(part, "evs")
 
 
@@ -444,6 +446,7 @@ def test_frames_of_qwen_are_what_images_would_be(family: str) -> None:
             torch.testing.assert_close(frame[name], still[name], atol=1e-5, rtol=1e-5)
     joint = looked(model, inputs, LookJoint)
     assert [view["frames"] for view in joint] == [4, 3]
+    assert joint[1]["frame"].tolist() == [t for t in range(3) for _ in range(4)]
     want = torch.cat([view["features"] for view in seen[:4]])
     torch.testing.assert_close(joint[0]["features"], want)
 

@@ -247,8 +247,11 @@ class VideoEngine(GridEngine):
         super()._check(layouts)
         acting = [] if self.vision is None else self.vision.resizing + self.vision.inside
         if acting:
+            m = acting[0][1]
+            own = ", ".join(f"{k}={v!r}" for k, v in m.outside_encoder.items())
+            own = own and f"give it {own}, with which it does not, or "
             raise UnsupportedError(
-                f"{acting[0][1].name} takes tokens away before or inside the encoder, and the "
-                "model pools the patches of each frame of a video behind it, which needs all of "
-                f"them; use methods that act behind the encoder: {self.vision.behind_encoder}"
+                f"{m.name} takes tokens away before or inside the encoder, and the model pools the "
+                f"patches of each frame of a video behind it, which needs all of them; {own}use "
+                f"methods that act behind the encoder: {self.vision.behind_encoder}"
             )

@@ -66,7 +66,7 @@ class EVS(Method):
     def check(self, sites: Sites) -> None:
         if sites.decoder is None or sites.decoder.videos is None:
             raise UnsupportedError(
-                f"evs compares the frames of a video, and vtc finds none in {sites.family}; "
+                "evs compares the frames of a video, and vtc knows of no videos of this model; "
                 f"methods for images: {OTHERS}"
             )
 
