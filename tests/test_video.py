@@ -382,7 +382,7 @@ def test_frames_are_pooled_as_the_model_does(family: str, edge: int) -> None:
     prefix = int(family == "next-video")
     features = hidden[layer][:, prefix:]
     packed = model.get_video_features(pixels)
-    packed = getattr(packed, "pooler_output", packed)[0]
+    packed = getattr(packed, "pooler_output", packed)[0].flatten(0, -2)
 
     attn = [m for m in tower.modules() if type(m).__name__.endswith("Attention")][1]
     x = [m for m in tower.modules() if hasattr(m, "layer_norm1")][1].layer_norm1(hidden[1])
@@ -465,6 +465,24 @@ def test_deepstack_of_merged_frames_is_their_mean() -> None:
         rows, full = (x if isinstance(x, Tensor) else torch.cat(list(x)) for x in (rows, full))
         want = full.reshape(3, 4, -1).mean(1)
         torch.testing.assert_close(rows[left], want, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_merged_frames() -> None:
+    """The mean of the rows where the projector has run before pooling, else of what it takes."""
+    for family in ("onevision", "next-video"):
+        model, inputs = mini.build(family), mini.prompt([[SHORT]], family)
+        seen = looked(model, inputs, Look)
+        projector = model.model.multi_modal_projector
+        with vtc.compressing(model, "pool", keep_tokens=3):
+            got = model.get_video_features(inputs["pixel_values_videos"])
+        got = getattr(got, "pooler_output", got)[0].flatten(0, -2)[:12]
+        got = got[~got[:, 0].isnan()]
+        if family == "onevision":
+            want = torch.stack([view["projected"].mean(0) for view in seen])
+        else:
+            want = projector(torch.stack([view["features"].mean(0) for view in seen]))
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 def test_prompt_order() -> None:

@@ -434,13 +434,16 @@ class PackedEngine:
     def _replaced(self, packed: Any, layouts: list[Any]) -> Any:
         """The packed features, in the container they came in, with NaN for dropped tokens."""
         together = not isinstance(packed, Tensor)
-        rows = torch.cat(list(packed)) if together else packed.reshape(-1, packed.shape[-1])
+        # Up to 5.12 LLaVA-NeXT-Video has the frames of a video apart, (T, N, D).
+        parts = [part.reshape(-1, part.shape[-1]) for part in packed] if together else []
+        rows = torch.cat(parts) if together else packed.reshape(-1, packed.shape[-1])
         out = self._pack(rows, layouts)
         if out is rows:
             return packed
         if not together:
             return out.reshape(packed.shape)
-        return type(packed)(out.split([len(part) for part in packed]))
+        split = zip(out.split([len(part) for part in parts]), packed, strict=True)
+        return type(packed)(part.reshape(stock.shape) for part, stock in split)
 
     def _merge_deepstack(self, output: Any) -> None:
         """Features for the first LLM layers: a merged token gets the mean of its group.

@@ -447,7 +447,7 @@ class DecoderEngine:
         if self.by_length:
             # None until the features are made, within this forward.
             self.lengths = {
-                kind: [len(f) for f in output.pooler_output]
+                kind: [prod(f.shape[:-1]) for f in output.pooler_output]
                 for kind, output in encoded.items()
                 if kind in visual and output is not None
             }

@@ -40,6 +40,10 @@ def compress_inputs(
         ValueError: inputs without ids or images.
     """
     methods = resolve(method, **parameters)
+    if inputs.get("pixel_values_videos") is not None:
+        raise UnsupportedError(
+            "compress_inputs takes images only; use vtc.wrap, which compresses videos as well"
+        )
     for m in methods:
         inside = m.stages & {"decoder", "cache"}
         if inside:
@@ -51,10 +55,6 @@ def compress_inputs(
         raise UnsupportedError(
             f"{type(model).__name__} of this transformers cannot take encoded images "
             "(mm_encoder_outputs, 5.18 and newer); use vtc.wrap"
-        )
-    if inputs.get("pixel_values_videos") is not None:
-        raise UnsupportedError(
-            "compress_inputs takes images only; use vtc.wrap, which compresses videos as well"
         )
     if "input_ids" not in inputs or inputs.get("pixel_values") is None:
         raise ValueError(
