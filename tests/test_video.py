@@ -252,6 +252,36 @@ def test_long_and_short_videos(family: str) -> None:
         assert (report.grids is None and report.layouts is None) is video
 
 
+@pytest.mark.parametrize("method", ["pool", "vidcom2"])
+@pytest.mark.parametrize("family", mini.FAMILIES)
+def test_gradients_reach_the_tower(family: str, method: str) -> None:
+    """Through pooling, projector and DeepStack, from an image and a video."""
+    model, inputs = mini.build(family), mini.prompt([[image(family), SHORT]], family)
+    vtc.wrap(model, made(method))
+    loss = model(**inputs, labels=inputs["input_ids"].masked_fill(is_visual(inputs), -100)).loss
+    loss.backward()
+    tower = model.model.visual if mini.qwen(family) else model.model.vision_tower
+    first = next(tower.parameters())
+    assert torch.isfinite(loss) and torch.isfinite(first.grad).all()
+    assert first.grad.abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("family", ["onevision", "next-video"])
+@torch.no_grad()
+def test_prompts_as_embeddings(family: str) -> None:
+    """Placeholders of both kinds are found in `inputs_embeds`, and in bfloat16."""
+    model, inputs = mini.build(family).bfloat16(), mini.prompt([[image(family), SHORT]], family)
+    inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs.items()}
+    vtc.wrap(model, made("visionzip"))
+    want = model(**inputs).logits
+    kept = [k.tolist() for k in model.vtc.report().kept]
+    inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+    assert torch.equal(model(**inputs).logits, want)
+    assert [k.tolist() for k in model.vtc.report().kept] == kept
+    counts = mini.tokens(image(family), family), SHORT.tokens
+    assert [len(k) for k in kept] == [made("visionzip").budget(n) for n in counts]
+
+
 # ---- what cannot work ---------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ the formulas above; similarities are cosines throughout, whatever the published 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
+from math import inf, prod
 
 import torch
 import torch.nn.functional as F
@@ -73,14 +73,14 @@ class VidCom2(Method):
         k = v.budget(self)
         if k >= v.count:
             return None
-        frame = v.frame
-        if frame is None and v.crops is not None:
+        video = unlike(v.features, torch.zeros_like(v.index), 1)
+        frame, frames = v.frame, v.frames
+        if v.crops is not None:
             frame = v.crops.crop.to(v.index.device)[v.index]
-        if frame is None:
-            frame = torch.zeros_like(v.index)
+            frames = 1 + prod(v.crops.crops)
+        if frame is None or frames is None:
+            return Reduction.from_scores(video, k)  # one frame, whose mean is that of the video
         frame = frame.to(v.features.device)
-        frames = int(frame.max()) + 1
-        video = unlike(v.features, torch.zeros_like(frame), 1)
         score = video + unlike(v.features, frame, frames)
         quota = [self.quota(*row, k / v.total, k, frames) for row in zip(video, frame, strict=True)]
         chosen = best_of_each(score, frame, torch.tensor(quota, device=frame.device))
