@@ -131,7 +131,7 @@ class GridSites:
 
     Tokens of the prompt between the grids of an image, such as row breaks and tile names, need no
     mention: only placeholders count, and all else is text. "call" is the named arguments of
-    ``base.get_image_features``.
+    ``base.get_image_features``, for videos of ``base.get_video_features``.
 
     Attributes:
         images: call -> for each image, in the order of its placeholders, the (rows, columns) of
@@ -148,7 +148,10 @@ class GridSites:
             (T, C), each attending to itself alone, rather than each as a row of a batch (B, T, C).
         order: call -> (T,) where in the encoder's sequence each patch lies, for encoders that sort
             them otherwise (windows); None: grid after grid. Only where ``packed``.
-        modality: the encoder outputs this describes in ``mm_encoder_outputs``.
+        newlines: rows behind those of each image or video in the packed features, which no method
+            chooses among.
+        shrink: edge of a grid of patches -> edge of its grid of LLM tokens, where the model resizes
+            the projected patches bilinearly; ``source`` then takes one row for each patch.
         whole: block -> the block nearest to it whose attention sees whole grids, mostly itself, for
             encoders with windows: attention within windows says nothing of one against another.
         attended: (grid of encoder patches, block) -> lengths of the sequences that attend each
@@ -164,7 +167,8 @@ class GridSites:
     grouped: bool = False
     packed: bool = False
     order: Callable[[dict[str, Any]], Tensor | None] | None = None
-    modality: str = "image"
+    newlines: int = 0
+    shrink: Callable[[int], int] | None = None
     whole: Callable[[int], int] | None = None
     attended: Callable[[tuple[int, int], int], list[int]] | None = None
     weights: int | None = None
@@ -185,7 +189,10 @@ class DecoderSites:
         hidden, mlp_width, heads, kv_heads, head_dim, vocab: for the cost model.
         crops: how images of any resolution are packed; None where an image is one grid of patches.
         grids: how encoder patches are joined to LLM tokens; None where each of them is one.
-        video: whether the model takes videos as well, which vtc does not compress yet.
+        video: whether the model takes videos as well; refused where there are no ``videos``.
+        videos: how frames of a video are joined to LLM tokens; a video is what has a budget, and
+            its grids are the frames. The features come from ``base.get_video_features``.
+        video_ids: ids of the video placeholders, where there are ``videos``.
         mrope: positions have axes of time, height and width, so they cannot be renumbered.
         delimited: other tokens stand in front of and behind every image, so that one that starts
             or ends with the prompt is a part of an image.
@@ -206,6 +213,8 @@ class DecoderSites:
     crops: CropSites | None = None
     grids: GridSites | None = None
     video: bool = False
+    videos: GridSites | None = None
+    video_ids: tuple[int, ...] = ()
     mrope: bool = False
     delimited: bool = False
 

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where calls of ``get_image_features`` say how large the grids of patches are."""
+"""Where calls of ``get_image_features`` and its like for videos say how large the grids are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+
+from torch import Tensor
 
 Grids = Callable[[dict[str, Any]], list[list[tuple[int, int]]]]
 """What `GridSites.images` is."""
@@ -27,5 +29,16 @@ def sized_grids(patch: int) -> Grids:
         if call.get("image_sizes") is None:
             raise ValueError("this model needs image_sizes, as its processor gives them")
         return [[(int(h) // patch, int(w) // patch)] for h, w in call["image_sizes"]]
+
+    return images
+
+
+def frame_grids(patch: int) -> Grids:
+    """`GridSites.images` for videos (videos, frames, 3, H, W), whatever the argument's name."""
+
+    def images(call: dict[str, Any]) -> list[list[tuple[int, int]]]:
+        pixels = next(x for x in call.values() if isinstance(x, Tensor) and x.dim() == 5)
+        videos, frames, _, height, width = pixels.shape
+        return [[(height // patch, width // patch)] * frames] * videos
 
     return images

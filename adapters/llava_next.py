@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-NeXT (1.6): `LlavaNextForConditionalGeneration`, a thumbnail and a grid of crops."""
+"""LLaVA-NeXT (1.6) and LLaVA-NeXT-Video: a thumbnail and a grid of crops, or frames.
+
+The patches of a frame are pooled in front of the projector. Its pooling may be learned or take the
+maximum: what methods see of the encoder's attention and keys is the sum and the mean over the
+patches that go into a token.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,14 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import CropSites, Sites
+from .base import CropSites, GridSites, Sites
+from .grids import frame_grids
 from .llava import decoder_sites
+
+FAMILIES = {
+    "LlavaNextForConditionalGeneration": "LLaVA-NeXT",
+    "LlavaNextVideoForConditionalGeneration": "LLaVA-NeXT-Video",
+}
 
 
 def crop_sites(base: Any) -> CropSites:
@@ -40,8 +51,9 @@ def crop_sites(base: Any) -> CropSites:
 
 
 def locate(model: Any) -> Sites | None:
-    """Sites of a LLaVA-NeXT model, None for any other."""
-    if type(model).__name__ != "LlavaNextForConditionalGeneration":
+    """Sites of a LLaVA-NeXT or LLaVA-NeXT-Video model, None for any other."""
+    family = FAMILIES.get(type(model).__name__)
+    if family is None:
         return None
     from .locate import locate_vision
 
@@ -50,4 +62,13 @@ def locate(model: Any) -> Sites | None:
     sites = replace(
         decoder_sites(model, base, vision), tokens_per_image=None, crops=crop_sites(base)
     )
-    return Sites("LLaVA-NeXT", vision, sites)
+    if hasattr(base, "vision_resampler"):
+        projector = base.multi_modal_projector
+        videos = GridSites(
+            images=frame_grids(vision.patch),
+            source=projector,
+            project=projector.forward,
+            fold=model.config.spatial_pool_stride,
+        )
+        sites = replace(sites, video=True, videos=videos, video_ids=(model.config.video_token_id,))
+    return Sites(family, vision, sites)

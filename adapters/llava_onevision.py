@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-OneVision images: `LlavaOnevisionForConditionalGeneration`, crops without [CLS].
+"""LLaVA-OneVision: `LlavaOnevisionForConditionalGeneration`, crops without [CLS], and videos.
 
-Packed like LLaVA-NeXT, except that a canvas of too many patches is resampled bilinearly, and that
-an image beside others in one sample may come without crops.
+Images are packed like LLaVA-NeXT's, except that a canvas of too many patches is resampled
+bilinearly, and that an image beside others in one sample may come without crops. Each frame of a
+video shrinks to half its edges bilinearly behind the projector; a newline ends the video.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import CropSites, Sites
+from .base import CropSites, GridSites, Sites
+from .grids import frame_grids
 from .llava import decoder_sites
 from .llava_next import crop_sites
 
@@ -50,5 +52,20 @@ def locate(model: Any) -> Sites | None:
     base = model.model
     vision = locate_vision(base.vision_tower)
     sites = decoder_sites(model, base, vision)
-    sites = replace(sites, tokens_per_image=None, crops=onevision_crops(base), video=True)
+    projector = base.multi_modal_projector
+    videos = GridSites(
+        images=frame_grids(vision.patch),
+        source=projector,
+        project=projector.forward,
+        newlines=1,
+        shrink=lambda edge: (edge + 1) // 2,
+    )
+    sites = replace(
+        sites,
+        tokens_per_image=None,
+        crops=onevision_crops(base),
+        video=True,
+        videos=videos,
+        video_ids=(model.config.video_token_id,),
+    )
     return Sites("LLaVA-OneVision", vision, sites)

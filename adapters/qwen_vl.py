@@ -4,7 +4,9 @@
 The tower takes the patches of all images in one sequence without a batch, ordered so that the four
 patches of an LLM token follow each other; Qwen2.5-VL puts the tokens of a window together on top
 of that, and back in order behind the merger. An LLM token is one square of the image, so the LLM
-sees an image of h x w patches as a grid of h/2 x w/2 tokens in raster order.
+sees an image of h x w patches as a grid of h/2 x w/2 tokens in raster order. A video is as many
+grids as it has pairs of frames, each attending to itself alone; Qwen3-VL's prompts put time stamps
+between them.
 """
 
 from __future__ import annotations
@@ -75,12 +77,17 @@ def _window_order(side: int, fold: int, grids: list[tuple[int, int]]) -> Tensor:
     return (torch.cat(order)[:, None] * area + torch.arange(area)).flatten()
 
 
-def _grids(call: dict[str, Any]) -> list[list[tuple[int, int]]]:
-    return [[(h, w)] * t for t, h, w in call["image_grid_thw"].tolist()]
+def _grids(name: str, call: dict[str, Any]) -> list[list[tuple[int, int]]]:
+    """A grid for each frame; two frames of a video share one, as the tower embeds them together."""
+    return [[(h, w)] * t for t, h, w in call[name].tolist()]
 
 
-def grid_sites(tower: Any) -> GridSites:
-    """Sites of the merger: `PatchMerger` with an ``mlp``, or with its layers spelled out."""
+def grid_sites(tower: Any, name: str) -> GridSites:
+    """Sites of the merger: `PatchMerger` with an ``mlp``, or with its layers spelled out.
+
+    Args:
+        name: of the argument that holds times, rows and columns of patches.
+    """
     merger: Any = tower.merger
     fold, depth = tower.spatial_merge_size, len(tower.blocks)
     full = list(getattr(tower, "fullatt_block_indexes", range(depth)))
@@ -95,7 +102,7 @@ def grid_sites(tower: Any) -> GridSites:
         return merger.linear_fc2(merger.act_fn(merger.linear_fc1.forward(x)))
 
     def order(call: dict[str, Any]) -> Tensor:
-        return _window_order(side, fold, [grid for image in _grids(call) for grid in image])
+        return _window_order(side, fold, [grid for image in _grids(name, call) for grid in image])
 
     def attended(grid: tuple[int, int], block: int) -> list[int]:
         if block in full:
@@ -104,7 +111,7 @@ def grid_sites(tower: Any) -> GridSites:
         return [(y.stop - y.start) * (x.stop - x.start) * fold**2 for y in rows for x in columns]
 
     return GridSites(
-        images=_grids,
+        images=partial(_grids, name),
         source=merger.mlp if hasattr(merger, "mlp") else merger.linear_fc1,
         project=project,
         fold=fold,
@@ -152,8 +159,15 @@ def locate(model: Any) -> Sites | None:
         len(vision.blocks) - 1,
         tokens_per_image=None,
     )
-    grids = grid_sites(tower)
-    sites = replace(sites, grids=grids, video=True, mrope=True, delimited=True)
+    sites = replace(
+        sites,
+        grids=grid_sites(tower, "image_grid_thw"),
+        video=True,
+        videos=grid_sites(tower, "video_grid_thw"),
+        video_ids=(config.video_token_id,),
+        mrope=True,
+        delimited=True,
+    )
     if hasattr(text, "num_experts_per_tok"):
         sites = replace(sites, mlp_width=text.moe_intermediate_size * text.num_experts_per_tok)
     return Sites(family, vision, sites)

@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import UnsupportedError
 from ..method import known_methods
 from ..wrapping import compressing
-from .mini import mini_crops, mini_qwen
+from .mini import mini_crops, mini_qwen, mini_video
 from .mini_families import FAMILIES as JOINED
 from .mini_families import mini_joined
 
@@ -121,11 +121,17 @@ FAMILIES: dict[str, Any] = {
     "LLaVA, SigLIP": lambda: _llava("siglip"),
     "LLaVA, DINOv2": lambda: _llava("dinov2"),
     "LLaVA-NeXT": lambda: mini_crops("next"),
+    "LLaVA-NeXT-Video": lambda: mini_crops("next-video"),
     "LLaVA-OneVision": lambda: mini_crops("onevision"),
     "Qwen2-VL": lambda: mini_qwen("Qwen2VL"),
     "Qwen2.5-VL": lambda: mini_qwen("Qwen2_5_VL"),
     "Qwen3-VL": lambda: mini_qwen("Qwen3VL"),
     **{name: partial(mini_joined, name) for name in JOINED},
+    "LLaVA-NeXT-Video, video": lambda: mini_video("next-video"),
+    "LLaVA-OneVision, video": lambda: mini_video("onevision"),
+    "Qwen2-VL, video": lambda: mini_video("Qwen2VL"),
+    "Qwen2.5-VL, video": lambda: mini_video("Qwen2_5_VL"),
+    "Qwen3-VL, video": lambda: mini_video("Qwen3VL"),
     "HF CLIP": lambda: _encoder("clip"),
     "HF SigLIP": lambda: _encoder("siglip"),
     "HF DINOv2": lambda: _encoder("dinov2"),

@@ -68,14 +68,15 @@ def mini_llava(
 
 
 def mini_crops(family: str = "next", seed: int = 0) -> tuple[Any, dict[str, torch.Tensor]]:
-    """A random LLaVA-NeXT ("next") or LLaVA-OneVision ("onevision"), and a prompt with an image.
+    """A random LLaVA-NeXT ("next"), its "next-video" or "onevision", and a prompt with an image.
 
     The image is cut into a thumbnail and two crops side by side: 16 + 4 rows of 8 + 1 tokens.
     """
     import transformers
 
-    plain = mini_llava("clip" if family == "next" else "siglip", seed=seed).config
-    prefix = "LlavaNext" if family == "next" else "LlavaOnevision"
+    plain = mini_llava("siglip" if family == "onevision" else "clip", seed=seed).config
+    prefixes = {"next": "LlavaNext", "next-video": "LlavaNextVideo", "onevision": "LlavaOnevision"}
+    prefix = prefixes[family]
     config = getattr(transformers, prefix + "Config")(
         vision_config=plain.vision_config,
         text_config=plain.text_config,
@@ -156,6 +157,30 @@ def mini_qwen(family: str = "Qwen2_5_VL", seed: int = 0) -> tuple[Any, dict[str,
         "mm_token_type_ids": (ids == 3).long(),
         "pixel_values": torch.randn(4 * 24, 3 * 2 * 8 * 8, generator=g),
         "image_grid_thw": torch.tensor([[1, 12, 8]]),
+    }
+
+
+def mini_video(family: str) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A random model of `mini_crops` or `mini_qwen` and a prompt with a video of 4 x 2 x 2 tokens.
+
+    Qwen3-VL has a time stamp in front of each of the four frames.
+    """
+    g = torch.Generator().manual_seed(0)
+    if not family.startswith("Qwen"):
+        model, _ = mini_crops(family)
+        newline = family == "onevision"
+        return model, {
+            "input_ids": torch.tensor([[1, *[4] * (16 + newline), 5, 6, 7]]),
+            "pixel_values_videos": torch.randn(1, 4, 3, 56, 56, generator=g),
+        }
+    model, _ = mini_qwen(family)
+    frames = [9, 5, *[4] * 4, 6] * 4 if family == "Qwen3VL" else [5, *[4] * 16, 6]
+    ids = torch.tensor([[1, *frames, 7, 8, 9]])
+    return model, {
+        "input_ids": ids,
+        "mm_token_type_ids": 2 * (ids == 4).long(),
+        "pixel_values_videos": torch.randn(4 * 16, 3 * 2 * 8 * 8, generator=g),
+        "video_grid_thw": torch.tensor([[4, 4, 4]]),
     }
 
 

@@ -190,10 +190,6 @@ FAMILIES = (
         tokens=4,
     ),
     Family(
-        "LlavaNextVideoForConditionalGeneration",
-        lambda: hf.LlavaNextVideoConfig(**clip_llama(vision_feature_layer=-2)),
-    ),
-    Family(
         "Ovis2ForConditionalGeneration",
         lambda: hf.Ovis2Config(
             vision_config=dict(

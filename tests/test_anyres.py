@@ -70,7 +70,9 @@ def needs_cls(method: str) -> bool:
     return "cls" in seeded(method, None, 0).needs
 
 
-METHODS = [m for m in sorted(vtc.methods()) if takes_budget(m)]
+VIDEO = {m for m, cls in vtc.methods().items() if "frames" in cls.needs}
+"""See test_video.py."""
+METHODS = [m for m in sorted(vtc.methods()) if takes_budget(m) and m not in VIDEO]
 
 
 def cases(methods: list[str]) -> list:
@@ -953,12 +955,6 @@ def test_other_refusals(method: str) -> None:
         model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=16)
     with pytest.raises(ValueError, match="image_sizes"):
         model(**{k: v for k, v in inputs.items() if k != "image_sizes"})
-    video = torch.randn(1, 2, 3, mini.SIZE, mini.SIZE)
-    frames = torch.tensor([[7, *[mini.VIDEO] * (2 * 4 + 1), 8]])
-    with pytest.raises(vtc.UnsupportedError, match="videos are not supported"):
-        model(input_ids=frames, pixel_values_videos=video)
-    with pytest.raises(vtc.UnsupportedError, match="videos are not supported"):
-        model.generate(input_ids=frames, pixel_values_videos=video, max_new_tokens=2)
     # Text alone, and placeholders that got no image, are left alone.
     stock = mini.build("onevision")
     for ids in (torch.tensor([[7, 8, 9]]), torch.tensor([[7, mini.IMAGE, 9]])):

@@ -291,6 +291,8 @@ LLM_METHODS = sorted(vtc.methods().keys() - set(METHODS))
 def unsupported(name: str, method: Method) -> str | None:
     """Why the pair cannot work."""
     mini = ENCODERS[name]
+    if "frames" in method.needs:
+        return "frames of a video"
     if "cls" in method.needs and not mini.has_cls:
         return r"\[CLS\]"
     if "pixels" in method.stages and not mini.resizes:

@@ -63,6 +63,8 @@ def refused(method: str, family: str) -> str | None:
     chosen = made(method, family)
     if method == "mod":
         return "routers"
+    if "frames" in chosen.needs:
+        return "frames of a video"
     if "cls" in chosen.needs and not FAMILIES[family].has_cls:
         return r"\[CLS\]"
     if FAMILIES[family].joins and chosen.stages & {"pixels", "vision"}:

@@ -23,7 +23,9 @@ def takes_budget(method: str) -> bool:
         return False
 
 
-METHODS = [m for m in sorted(vtc.methods()) if takes_budget(m)]
+VIDEO = {m for m, cls in vtc.methods().items() if "frames" in cls.needs}
+"""See test_video.py."""
+METHODS = [m for m in sorted(vtc.methods()) if takes_budget(m) and m not in VIDEO]
 """Those without a budget (VidKV) are in test_cache_methods.py."""
 CHOOSING = {"pixels", "vision", "features", "decoder"}
 MODELS = [(t, d) for t in mini.TOWERS for d in mini.DECODERS]

@@ -7,6 +7,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import mini_anyres
 import mini_llava as mini
 import pytest
 import torch
@@ -162,6 +163,21 @@ def test_part_of_a_wrapped_model_is_not_copied() -> None:
     same(generated(twin, inputs), want)
     vtc.unwrap(twin)
     same(generated(twin, inputs), generated(model, inputs))
+
+
+def test_a_copy_of_a_model_with_crops_stands_alone() -> None:
+    model = mini_anyres.build("next")
+    inputs = mini_anyres.prompt([[mini_anyres.WIDE]], "next")
+    vtc.wrap(model, "globalcom2", keep_ratio=0.5)
+    with torch.no_grad():
+        want = model(**inputs).logits
+        twin = copy.deepcopy(model)
+        vtc.unwrap(model)
+        same(twin(**inputs).logits, want)
+        assert twin.vtc.report().final_tokens < twin.vtc.report().visual_tokens
+        vtc.unwrap(twin)
+        assert "get_image_features" not in vars(twin.model)
+        same(twin(**inputs).logits, model(**inputs).logits)
 
 
 def test_other_wrappers() -> None:

@@ -66,7 +66,11 @@ def jumps(method: str) -> bool:
     return "bypass" in made(method).stages
 
 
-METHODS = [m for m in sorted(vtc.methods()) if takes_budget(m) and not refused(m)]
+VIDEO = {m for m, cls in vtc.methods().items() if "frames" in cls.needs}
+"""See test_video.py."""
+METHODS = [
+    m for m in sorted(vtc.methods()) if takes_budget(m) and not refused(m) and m not in VIDEO
+]
 
 
 def cases(methods: list[str]) -> list:
@@ -577,15 +581,6 @@ def test_refused_before_compute(family: str) -> None:
     if ENCODED_BEFORE:  # else Hugging Face does not get that far
         with pytest.raises(vtc.UnsupportedError, match="chunked"):
             model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=8)
-    video = {
-        "input_ids": inputs["input_ids"].where(inputs["input_ids"] != mini.IMAGE, mini.VIDEO),
-        "mm_token_type_ids": inputs["mm_token_type_ids"] * 2,
-        "pixel_values_videos": inputs["pixel_values"],
-        "video_grid_thw": inputs["image_grid_thw"],
-    }
-    for call in (model, lambda **kwargs: model.generate(**kwargs, max_new_tokens=2)):
-        with pytest.raises(vtc.UnsupportedError, match="videos are not supported yet"):
-            call(**video)
 
 
 @torch.no_grad()

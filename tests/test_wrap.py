@@ -118,7 +118,10 @@ def test_report_before_any_image() -> None:
         model.vtc.report()
 
 
-@pytest.mark.parametrize("method", [m for m in sorted(vtc.methods()) if m != "mod"])
+@pytest.mark.parametrize(
+    "method",
+    [m for m in sorted(vtc.methods()) if m not in ("mod", "evs")],  # routers, videos
+)
 @torch.no_grad()
 def test_corrupt_image(method: str) -> None:
     """Not-a-number pixels are an error that says so, or do what they do to the stock model."""

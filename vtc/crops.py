@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -80,6 +81,11 @@ class CropLayout:
     def thumbnail(self) -> int:
         """Patches of the thumbnail, which come first."""
         return prod(self.side)
+
+    @property
+    def frames(self) -> list[int] | None:
+        """Tokens of each frame; None as this is no video."""
+        return None
 
     @property
     def resampled(self) -> bool:
@@ -205,6 +211,7 @@ class FlatTokens:
             (M,) in its grid. The same of whole images: image, order.
         totals: patches of each image in the prompt.
         layouts: of each image, where images have crops.
+        frames: whether the images are videos, and the regions of each its frames in order.
         common: arguments that all views share.
     """
 
@@ -221,6 +228,7 @@ class FlatTokens:
     common: dict[str, Any]
     projected: Tensor | None = None
     layouts: list[CropLayout] | None = None
+    frames: bool = False
     reduction: Reduction | None = None  # (1, M)
     reprojected: int = 0
     memo: dict[Any, Tensor] = field(default_factory=dict)
@@ -243,9 +251,13 @@ class FlatTokens:
 
         return arrange
 
+    def _joint(self, m: Method) -> bool:
+        """Whether the method sees an image as a whole, where it has several regions."""
+        return m.joint and (self.layouts is not None or self.frames)
+
     def _groups(self, m: Method) -> Iterator[tuple[Tensor, Region, int]]:
         """Views for a method: index (B, N) of the K tokens, one of their regions, their budget."""
-        joint = m.joint and self.layouts is not None
+        joint = self._joint(m)
         of = (self.image if joint else self.region)[self.keep]
         units = len(self.totals) if joint else len(self.regions)
         counts = torch.bincount(of, minlength=units).tolist()
@@ -278,17 +290,23 @@ class FlatTokens:
             new["projected"] = self.projected.clone()
         written: dict[str, Tensor] = {}
         for index, region, share in self._groups(m):
-            joint = m.joint and self.layouts is not None
+            joint = self._joint(m)
             place = (self.order if joint else self.place)[keep]
             layout = self.layouts[region.image] if joint and self.layouts is not None else None
+            frame, frames = None, None
+            if joint and self.frames:
+                mine = [r for r, reg in enumerate(self.regions) if reg.image == region.image]
+                frame, frames = self.region[keep][index] - mine[0], len(mine)
             view = FeaturesView(
                 features=self.features[index],
                 size=self.size[index],
                 index=place[index],
-                total=prod(region.grid) if layout is None else len(layout.rows),
+                total=self.totals[region.image] if joint else prod(region.grid),
                 grid=region.grid,
                 scratch={name: x[index] for name, x in note.items()},
                 crops=layout,
+                frame=frame,
+                frames=frames,
                 image=self.image[keep][index[:, 0]],
                 images=len(self.totals),
                 share=share,
@@ -334,7 +352,7 @@ class FlatTokens:
 
 
 class PackedEngine:
-    """The features stage on the rows that go to the LLM: wraps ``get_image_features``.
+    """The features stage on the rows that go to the LLM: wraps ``base.get_image_features``.
 
     Subclasses say how the rows are laid out (`_layouts`, before anything is computed) and which
     token is which row (`_flatten`). A layout has the ``length`` of its image in rows.
@@ -346,6 +364,8 @@ class PackedEngine:
         record: what the report reads.
     """
 
+    modality = "image"
+
     def __init__(self, sites: Sites, vision: Any, decoder: Any, record: Record) -> None:
         self.sites, self.vision, self.decoder, self.record = sites, vision, decoder, record
         llm: Any = sites.decoder
@@ -354,26 +374,49 @@ class PackedEngine:
 
     def install(self) -> None:
         """Shadow the method with an instance attribute."""
-        stock = self.base.get_image_features
-        signature = inspect.signature(stock)
+        shadow: Any = functools.partial(self._get_features)  # copied with its model, no closure is
+        stock = getattr(self.base, self._name)
+        functools.update_wrapper(shadow, stock)
+        shadow.__signature__ = inspect.signature(stock)  # generate() reads it
+        setattr(self.base, self._name, shadow)
 
-        @functools.wraps(stock)  # generate() reads its signature
-        def get_image_features(*args: Any, **kwargs: Any) -> Any:
-            call = dict(signature.bind(*args, **kwargs).arguments)
-            extra = call.pop("kwargs", {})
-            named = extra.pop("return_dict", None) is not False
-            layouts = self._layouts(call)
-            output = stock(**call, **extra, return_dict=True)
-            self.merged = None
-            output.pooler_output = self._replaced(output.pooler_output, layouts)
-            self._merge_deepstack(output)
-            return output if named else output.to_tuple()
-
-        self.base.get_image_features = get_image_features
+    def _get_features(self, *args: Any, **kwargs: Any) -> Any:
+        stock = getattr(type(self.base), self._name).__get__(self.base)
+        if self.decoder.encoding:  # Qwen3-VL: videos are encoded by the method for images
+            return stock(*args, **kwargs)
+        call = dict(inspect.signature(stock).bind(*args, **kwargs).arguments)
+        extra = call.pop("kwargs", {})
+        named = extra.pop("return_dict", None) is not False
+        layouts = self._layouts(call)
+        self._check(layouts)
+        self.decoder.encoding = self.modality
+        try:
+            with self._telling():
+                output = stock(**call, **extra, return_dict=True)
+        finally:
+            self.decoder.encoding = ""
+        self.merged = None
+        output.pooler_output = self._replaced(output.pooler_output, layouts)
+        self._merge_deepstack(output)
+        return output if named else output.to_tuple()
 
     def remove(self) -> None:
         """The model's own method again."""
-        self.base.__dict__.pop("get_image_features", None)
+        self.base.__dict__.pop(self._name, None)
+
+    @property
+    def _name(self) -> str:
+        return f"get_{self.modality}_features"
+
+    def _telling(self) -> AbstractContextManager[Any]:
+        """Around the encoder's run, for what the engine of the encoder side must know."""
+        return nullcontext()
+
+    def _check(self, layouts: list[Any]) -> None:
+        """Refuse, before anything is computed, what a method cannot do with these images."""
+        for layout in layouts:
+            for m in self.decoder.methods:
+                m.check_frames(layout.frames)
 
     def _layouts(self, call: dict[str, Any]) -> list[Any]:
         """Layouts of the images of a call, before anything is computed."""
@@ -392,13 +435,16 @@ class PackedEngine:
     def _replaced(self, packed: Any, layouts: list[Any]) -> Any:
         """The packed features, in the container they came in, with NaN for dropped tokens."""
         together = not isinstance(packed, Tensor)
-        rows = torch.cat(list(packed)) if together else packed.reshape(-1, packed.shape[-1])
+        # Up to 5.12 LLaVA-NeXT-Video has the frames of a video apart, (T, N, D).
+        parts = [part.reshape(-1, part.shape[-1]) for part in packed] if together else []
+        rows = torch.cat(parts) if together else packed.reshape(-1, packed.shape[-1])
         out = self._pack(rows, layouts)
         if out is rows:
             return packed
         if not together:
             return out.reshape(packed.shape)
-        return type(packed)(out.split([len(part) for part in packed]))
+        split = zip(out.split([len(part) for part in parts]), packed, strict=True)
+        return type(packed)(part.reshape(stock.shape) for part, stock in split)
 
     def _merge_deepstack(self, output: Any) -> None:
         """Features for the first LLM layers: a merged token gets the mean of its group.
@@ -419,8 +465,10 @@ class PackedEngine:
     def _pack(self, packed: Tensor, layouts: list[Any]) -> Tensor:
         """The packed rows of all images with NaN in place of dropped tokens."""
         self._describe(layouts)
-        self.decoder.lengths = [layout.length for layout in layouts]
-        self.decoder.carried = None
+        lengths = [layout.length for layout in layouts]
+        self.decoder.lengths[self.modality] = lengths
+        self.decoder.made |= {(self.modality, n) for n in lengths}
+        self.decoder.carried.pop(self.modality, None)
         st = None if self.vision is None else self.vision.state
         if st is None or st.unpacked is None:
             return packed
@@ -438,7 +486,7 @@ class PackedEngine:
                 notes = [
                     {name: list(x.split(counts)) for name, x in note.items()} for note in flat.notes
                 ]
-                self.decoder.carried = list(projected.split(counts)), notes
+                self.decoder.carried[self.modality] = list(projected.split(counts)), notes
             if flat.reduction is None:
                 return packed
             if any(m.merges for _, m in self.vision.behind):

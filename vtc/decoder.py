@@ -66,6 +66,7 @@ class _Forward:
     image: Tensor  # (B, T) ordinal of the image in its row
     position: Tensor  # (B, T) patch index inside that image
     images: list[list[int]]  # visual tokens of each image of each row
+    kinds: list[list[str]]  # of each of them, "image" or "video"
     count: int | None  # visual tokens there now where all rows have as many
     separator: Tensor | None = None  # (B, T) newlines between rows of patches, which always stay
     # (B, L) bool and for each of the first layers the rows (M, D) that DeepStack adds behind it
@@ -256,6 +257,38 @@ def split_lengths(visual: Tensor, lengths: list[int]) -> tuple[list[list[int]], 
     return images, image, position
 
 
+def in_prompt_order(
+    parts: dict[str, tuple[list[list[int]], Tensor, Tensor]],
+) -> tuple[list[list[int]], Tensor, Tensor, list[list[str]]]:
+    """Images and videos as they follow each other in each row.
+
+    Args:
+        parts: by modality what `split_images` gives for its placeholders.
+
+    Returns:
+        The same for all of them, and for each row the modality of each.
+    """
+    if len(parts) == 1:
+        kind, (images, image, position) = next(iter(parts.items()))
+        return images, image, position, [[kind] * len(row) for row in images]
+    first = next(iter(parts.values()))
+    image, position = torch.full_like(first[1], -1), torch.zeros_like(first[2])
+    images, kinds = [], []
+    for r in range(len(first[0])):
+        units = []
+        for kind, (own, numbers, _) in parts.items():
+            here = numbers[r].cpu()
+            units += [(int((here == j).nonzero()[0, 0]), kind, j, n) for j, n in enumerate(own[r])]
+        units.sort()
+        for new, (_, kind, j, _) in enumerate(units):
+            mine = parts[kind][1][r] == j
+            image[r, mine] = new
+            position[r, mine] = parts[kind][2][r, mine]
+        images.append([n for *_, n in units])
+        kinds.append([kind for _, kind, _, _ in units])
+    return images, image, position, kinds
+
+
 class DecoderEngine:
     """Installs the hooks on a language model and runs the methods' decoder and cache stages."""
 
@@ -285,14 +318,17 @@ class DecoderEngine:
         self.noting = [s for s in self.on_cache if type(s[1]).note_cache is not Method.note_cache]
         self.steadily = any(m.while_decoding for _, m in self.on_cache)
         self.compact = any(m.positions == "compact" for m in methods)
-        self.pending: tuple[Tensor, Tensor | None, Layout | None] | None = None
-        # For each image its projected features (N, D) and each method's notes on them (K, ...).
-        self.carried: tuple[Sequence[Tensor], list[dict[str, Any]]] | None = None
+        self.pending: tuple[dict[str, Tensor], Tensor | None, Layout | None] | None = None
+        # By modality, for each image its projected features (N, D) and each method's notes on them
+        # (K, ...).
+        self.carried: dict[str, tuple[Sequence[Tensor], list[dict[str, Any]]]] = {}
         # Images of this forward where the projector ran in it; features left of each, None: all.
         self.encoded: int | None = None
         self.left: int | None = None
-        # Rows of each packed image of this forward, in the order of its placeholders.
-        self.lengths: list[int] | None = None
+        # By modality, rows of each packed image of this forward in the order of its placeholders.
+        self.lengths: dict[str, list[int]] = {}
+        self.encoding = ""  # the modality whose features are being made
+        self.made: set[tuple[str, int]] = set()  # by modality, rows of whole images
         # Whether only those lengths tell which placeholders are one image.
         self.by_length = sites.crops is not None or (
             sites.grids is not None and sites.tokens_per_image is None
@@ -444,7 +480,8 @@ class DecoderEngine:
         if self.stock is not None:
             tap.remove(self.sites.decoder, [layer.self_attn for layer in self.layers], self.stock)
         self.stock, self.taps = None, []
-        self.forward = self.pending = self.carried = None
+        self.forward = self.pending = None
+        self.carried = {}
 
     # ---- the base model: which tokens are visual -------------------------------------------------
 
@@ -461,38 +498,93 @@ class DecoderEngine:
     def _base_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._refuse_graph()
         ids = args[0] if args else kwargs.get("input_ids")
-        if ids is not None:
-            visual = torch.zeros_like(ids, dtype=torch.bool)
-            for token in self.sites.token_ids:
-                visual |= ids == token
-        else:
-            embeds = kwargs["inputs_embeds"]
-            table = self.sites.base.get_input_embeddings()
-            visual = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-            for token in self.sites.token_ids:
-                row = table(torch.tensor(token, device=embeds.device)).to(embeds.dtype)
-                visual |= (embeds == row).all(-1)
+        encoded = kwargs.get("mm_encoder_outputs") or {}
+        if (
+            self.sites.video
+            and self.sites.videos is None
+            and (encoded.get("video") is not None or kwargs.get("pixel_values_videos") is not None)
+        ):
+            raise UnsupportedError(
+                f"{type(module).__name__}: videos of this model are not supported, only images; "
+                "call vtc.unwrap(model) for this prompt"
+            )
+        visual = {"image": self._placeholders(ids, kwargs, self.sites.token_ids)}
+        if self.sites.videos is not None:
+            visual["video"] = self._placeholders(ids, kwargs, self.sites.video_ids)
         if self.by_length:
-            encoded = kwargs.get("mm_encoder_outputs") or {}
-            if self.sites.video and (
-                encoded.get("video") is not None or kwargs.get("pixel_values_videos") is not None
-            ):
-                raise UnsupportedError(
-                    f"{type(module).__name__}: videos are not supported yet, only images; call "
-                    "vtc.unwrap(model) for this prompt"
-                )
-            image = encoded.get("image")
             # None until the features are made, within this forward.
-            self.lengths = None if image is None else [len(f) for f in image.pooler_output]
+            self.lengths = {
+                kind: [prod(f.shape[:-1]) for f in output.pooler_output]
+                for kind, output in encoded.items()
+                if kind in visual and output is not None
+            }
         mask = kwargs.get("attention_mask")
         self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self.encoded, layout = None, None
         if torch.compiler.is_compiling():
             given = (kwargs.get("mm_encoder_outputs") or {}).get("image")
             self.encoded = None if given is None else len(given.pooler_output)
-        elif not self.by_length and visual.shape[1] > 1 and bool(visual.any()):
-            layout = self._layout(visual)
+        elif not self.by_length and len(visual) == 1 and _has_images(visual["image"]):
+            layout = self._layout(visual["image"])
         self.pending = (visual, self.mask, layout)
+
+    def _placeholders(
+        self, ids: Tensor | None, kwargs: dict[str, Any], tokens: tuple[int, ...]
+    ) -> Tensor:
+        """(B, L) bool, where these tokens stand in the prompt."""
+        if ids is not None:
+            visual = torch.zeros_like(ids, dtype=torch.bool)
+            for token in tokens:
+                visual |= ids == token
+            return visual
+        embeds = kwargs["inputs_embeds"]
+        table = self.sites.base.get_input_embeddings()
+        visual = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        for token in tokens:
+            row = table(torch.tensor(token, device=embeds.device)).to(embeds.dtype)
+            visual |= (embeds == row).all(-1)
+        return visual
+
+    def _split(
+        self, masks: dict[str, Tensor], embeds: Tensor
+    ) -> tuple[list[list[int]], Tensor, Tensor, list[list[str]], Tensor | None]:
+        """Which placeholder is which token of which image, and (B, L) those that are newlines."""
+        sites, parts = self.sites, {}
+        separators: list[Tensor] = []
+        for kind, mask in masks.items():
+            lengths = self.lengths.get(kind, [])
+            if not self.by_length:
+                parts[kind] = split_images(mask, sites.tokens_per_image)
+            elif kind == "video" or sites.crops is None:
+                self._check_whole(kind, mask, lengths)
+                parts[kind] = split_lengths(mask, lengths)
+                grids: Any = sites.videos if kind == "video" else sites.grids
+                if grids.newlines:
+                    images, image, position = parts[kind]
+                    table = torch.tensor([n for row in images for n in row], device=mask.device)
+                    every = torch.zeros_like(position)
+                    every[mask] = table.repeat_interleave(table)
+                    ends = mask & (position >= every - grids.newlines)
+                    images = [[n - grids.newlines for n in row] for row in images]
+                    parts[kind] = images, image.where(~ends, -1), position.where(~ends, 0)
+                    separators.append(ends)
+            else:
+                newline = sites.crops.newline().to(embeds)
+                ends = mask & (embeds == newline).all(-1).to(mask.device)
+                parts[kind] = split_packed(mask, ends, lengths, prod(sites.crops.side))
+                separators.append(ends)
+        separator = torch.stack(separators).any(0) if separators else None
+        return *in_prompt_order(parts), separator
+
+    def _check_whole(self, kind: str, mask: Tensor, lengths: list[int]) -> None:
+        """Refuse features that a chunked prefill has cut up: at an end, and of no length made."""
+        known = {n for made, n in self.made if made == kind}
+        if known and not known.issuperset(lengths) and bool(mask[:, [0, -1]].any()):
+            raise UnsupportedError(
+                f"found features of {kind}s of {min(set(lengths) - known)} rows at an end of the "
+                f"prompt, where whole ones have {sorted(known)}: part of one in one forward "
+                "(chunked prefill) cannot be compressed; prefill in one piece"
+            )
 
     def _base_post(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.pending = self.forward = self.mask = self.last_mask = None
@@ -504,10 +596,11 @@ class DecoderEngine:
     def _lm_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         self._refuse_graph()
         embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
-        visual, mask, layout = self.pending or (None, kwargs.get("attention_mask"), None)
+        masks, mask, layout = self.pending or ({}, kwargs.get("attention_mask"), None)
         self.pending = self.forward = self.last_mask = None
-        if self.by_length and self.lengths is None:
-            visual = None  # placeholders without features
+        if self.by_length:  # not placeholders without features
+            masks = {kind: m for kind, m in masks.items() if kind in self.lengths}
+        visual = torch.stack(list(masks.values())).any(0) if masks else None
         if visual is not None and layout is None and torch.compiler.is_compiling():
             layout = self._even_layout(visual)  # the base model is compiled, too
             visual = None if layout is None else visual
@@ -525,18 +618,12 @@ class DecoderEngine:
                     "prefill) cannot be compressed; prefill in one piece, or use "
                     "vtc.compress_inputs"
                 )
-            separator = None
-            if not self.by_length:
-                images, image, position = layout or self._layout(visual)
-            elif self.sites.crops is None:
-                assert self.lengths is not None
-                images, image, position = split_lengths(visual, self.lengths)
+            if layout is None:
+                images, image, position, kinds, separator = self._split(masks, embeds)
             else:
-                newline = self.sites.crops.newline().to(embeds)
-                separator = visual & (embeds == newline).all(-1).to(visual.device)
-                thumbnail = prod(self.sites.crops.side)
-                assert self.lengths is not None
-                images, image, position = split_packed(visual, separator, self.lengths, thumbnail)
+                (images, image, position), separator = layout, None
+                kinds = [["image"] * len(row) for row in images]
+            if separator is not None:
                 visual = visual & ~separator
             base = int(cache.get_seq_length()) if cache is not None else 0
             totals = {sum(row) for row in images}
@@ -547,9 +634,18 @@ class DecoderEngine:
                     "are known beforehand; run these one by one, or without fullgraph=True"
                 )
             self.forward = _Forward(
-                base, embeds.shape[1], real, visual, image, position, images, count, separator
+                base,
+                embeds.shape[1],
+                real,
+                visual,
+                image,
+                position,
+                images,
+                kinds,
+                count,
+                separator,
             )
-            self.record.begin(visual, real, images, separator)
+            self.record.begin(visual, real, images, kinds, separator)
             self.record.clock.start("prefill")
             if self.methods and kwargs.get("deepstack_visual_embeds") is not None:
                 # The model would add them by a mask at full size; `_layer_pre` does it instead.
@@ -727,8 +823,11 @@ class DecoderEngine:
                 left = Reduction.from_mask(alive)
             if left.valid is not None or view.valid is not None or left.count < view.count:
                 hidden = self._apply(st, hidden, view, left)
-        if i == 0 and self.carried is not None:
-            self._carry(st, hidden, *self.carried)
+        if i == 0:
+            present = {kind for row in st.kinds for kind in row}
+            carried = {kind: x for kind, x in self.carried.items() if kind in present}
+            if carried:
+                self._carry(st, hidden, carried)
         for index, method, layers in self.on_decoder:
             if i - 1 not in layers:
                 continue
@@ -755,8 +854,7 @@ class DecoderEngine:
         self,
         st: _Forward,
         hidden: Tensor,
-        projected: Sequence[Tensor],
-        notes: list[dict[str, Any]],
+        carried: dict[str, tuple[Sequence[Tensor], list[dict[str, Any]]]],
     ) -> None:
         """Bring what methods noted on image features to the rows those features went to.
 
@@ -765,25 +863,32 @@ class DecoderEngine:
         """
         if torch.compiler.is_compiling() and st.count is not None:  # encoded in placeholder order
             batch = hidden.shape[0]
-            for index, note in enumerate(notes):
+            for index, note in enumerate(carried["image"][1]):
                 st.scratch[index] = {n: x.reshape(batch, -1, *x.shape[2:]) for n, x in note.items()}
             return
         view = self._view(-1, st, hidden, {}, {})
-        alive = [~features[:, 0].isnan() for features in projected]
-        firsts = [f[a.long().argmax()] for f, a in zip(projected, alive, strict=True)]
-        first = torch.stack(firsts).to(hidden)
-        for index, note in enumerate(notes):
-            st.scratch[index] = {
-                name: x[0].new_zeros(*view.visual_index.shape, *x[0].shape[1:]).to(hidden.device)
-                for name, x in note.items()
-            }
+        firsts: dict[str, Tensor] = {}
+        for kind, (projected, notes) in carried.items():
+            alive = [~features[:, 0].isnan() for features in projected]
+            rows = [f[a.long().argmax()] for f, a in zip(projected, alive, strict=True)]
+            firsts[kind] = torch.stack(rows).to(hidden)
+            for index, note in enumerate(notes):
+                known = st.scratch.setdefault(index, {})
+                for name, x in note.items():
+                    if name not in known:
+                        shape = *view.visual_index.shape, *x[0].shape[1:]
+                        known[name] = x[0].new_zeros(shape).to(hidden.device)
         for r, images in enumerate(st.images):
             for j in range(len(images)):
+                kind = st.kinds[r][j]
+                if kind not in carried:
+                    continue
+                notes = carried[kind][1]
                 here = view.image[r] == j
                 if view.valid is not None:
                     here &= view.valid[r]
                 slots = here.nonzero()[:, 0]
-                match = (first == view.tokens[r, slots[0]]).all(1).nonzero()[:, 0]
+                match = (firsts[kind] == view.tokens[r, slots[0]]).all(1).nonzero()[:, 0]
                 if not len(match):
                     raise UnsupportedError(
                         "image features of an earlier encoder call reached the language model, and "
@@ -1202,6 +1307,11 @@ def sliding_window(config: Any) -> int | None:
     types = getattr(config, "layer_types", None)
     slides = types is None or any("sliding" in t for t in types)
     return getattr(config, "sliding_window", None) if slides else None
+
+
+def _has_images(visual: Tensor) -> bool:
+    """Whether a prompt, not a decoded token, holds placeholders."""
+    return visual.shape[1] > 1 and bool(visual.any())
 
 
 def _arange(hidden: Tensor) -> Tensor:

@@ -11,11 +11,13 @@ features, which the LLM engine drops, as everywhere.
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .adapters.base import GridSites, Sites
@@ -32,15 +34,29 @@ class GridLayout:
     Attributes:
         patches: (rows, columns) of encoder patches of each grid.
         grids: (rows, columns) of LLM tokens of each grid.
+        newlines: rows behind those of the tokens.
+        video: whether the grids are frames of a video.
     """
 
     patches: tuple[tuple[int, int], ...]
     grids: tuple[tuple[int, int], ...]
+    newlines: int = 0
+    video: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the image."""
+        return sum(map(prod, self.grids))
 
     @property
     def length(self) -> int:
-        """Tokens of the image."""
-        return sum(map(prod, self.grids))
+        """Packed rows of the image, newlines included."""
+        return self.tokens + self.newlines
+
+    @property
+    def frames(self) -> list[int] | None:
+        """Tokens of each frame of a video; None for an image."""
+        return list(map(prod, self.grids)) if self.video else None
 
     @property
     def encoded(self) -> int:
@@ -93,20 +109,30 @@ def segmented(p: Projections, lengths: list[int]) -> Projections:
     )
 
 
+def shrunk(grid: tuple[int, int], to: tuple[int, int], x: Tensor, how: How) -> Tensor:
+    """x (B, rows * columns, ...) of B grids, resized bilinearly as (B * rows' * columns', ...)."""
+    square = x.reshape(len(x), *grid, -1).permute(0, 3, 1, 2)
+    small = F.interpolate(square, to, mode="bilinear").permute(0, 2, 3, 1)
+    small = small.reshape(-1, *x.shape[2:])
+    return small * (prod(grid) / prod(to)) if how == "sum" else small
+
+
 class GridEngine(PackedEngine):
     """The features stage on a model that joins patches to tokens (`GridSites`)."""
 
     def __init__(self, sites: Sites, vision: Any, decoder: Any, record: Record) -> None:
         super().__init__(sites, vision, decoder, record)
         llm: Any = sites.decoder
-        self.grids: GridSites = llm.grids
+        self.grids: GridSites = llm.videos if self.modality == "video" else llm.grids
         self.call: dict[str, Any] = {}
 
     def _layouts(self, call: dict[str, Any]) -> list[GridLayout]:
-        self.call, fold, layouts = call, self.grids.fold, []
+        self.call, layouts = call, []
+        shrink = self.grids.shrink or (lambda edge: edge // self.grids.fold)
         for image in self.grids.images(call):
-            tokens = tuple((rows // fold, columns // fold) for rows, columns in image)
-            layouts.append(GridLayout(tuple(image), tokens))
+            tokens = tuple((shrink(rows), shrink(columns)) for rows, columns in image)
+            newlines, video = self.grids.newlines, self.modality == "video"
+            layouts.append(GridLayout(tuple(image), tokens, newlines, video))
         return layouts
 
     def _describe(self, layouts: list[GridLayout]) -> None:
@@ -117,11 +143,19 @@ class GridEngine(PackedEngine):
         self, st: Any, packed: Tensor, layouts: list[GridLayout]
     ) -> tuple[FlatTokens, Tensor, Tensor]:
         device, sites = packed.device, self.grids
-        features = st.unpacked.reshape(-1, st.unpacked.shape[-1]).to(device)
-        if not len(features) == len(packed) == sum(layout.length for layout in layouts):
+        ordered = sites.order(self.call) if sites.order is not None and sites.packed else None
+        lift = self._lift(layouts, ordered, device)
+        features = st.unpacked
+        if sites.shrink is not None:
+            features = lift(features, "mean")
+        features = features.reshape(-1, features.shape[-1]).to(device)
+        tokens = sum(layout.tokens for layout in layouts)
+        # Up to 5.12 the newline behind a video comes later.
+        newlines = sites.newlines if len(packed) > tokens else 0
+        if not len(features) == tokens == len(packed) - newlines * len(layouts):
             raise UnsupportedError(
                 f"{type(sites.source).__name__} got {len(features)} rows where the images have "
-                f"{sum(layout.length for layout in layouts)} tokens and {len(packed)} go to the "
+                f"{tokens} tokens and {len(packed)} rows go to the "
                 "LLM: features of several encoder layers, or tokens that are joined otherwise, "
                 "are not supported"
             )
@@ -132,21 +166,19 @@ class GridEngine(PackedEngine):
             for grid in layout.grids:
                 index = torch.arange(start, start + prod(grid))
                 parts.append(torch.stack([torch.full_like(index, len(regions)), index - start]))
-                regions.append(Region(i, grid, index))
+                regions.append(Region(i, grid, index, sites.shrink is not None))
                 start += prod(grid)
             images.append(torch.stack([torch.full((start,), i), torch.arange(start)]))
         region, place = torch.cat(parts, 1).to(device)
         image, order = torch.cat(images, 1).to(device)
-        ordered = sites.order(self.call) if sites.order is not None and sites.packed else None
         if ordered is not None and sites.grouped:  # the source gets groups in the encoder's order
             area = sites.fold**2
             features = features[ordered[::area].to(device) // area]
-        lift = self._lift(layouts, ordered, device)
-        every = torch.arange(len(packed), device=device)
+        every = torch.arange(tokens, device=device) + image * newlines
         st.projections = self._own(st.projections, layouts)
         flat = FlatTokens(
             features=features,
-            size=torch.ones(len(packed), device=device),
+            size=torch.ones(tokens, device=device),
             notes=[{} for _ in self.vision.methods],
             lift=lift,
             regions=regions,
@@ -154,9 +186,10 @@ class GridEngine(PackedEngine):
             place=place,
             image=image,
             order=order,
-            totals=[layout.length for layout in layouts],
+            totals=[layout.tokens for layout in layouts],
             common=self.vision.view_arguments(st),
-            projected=packed,
+            projected=packed[every],
+            frames=self.modality == "video",
         )
         return flat, every, every
 
@@ -176,6 +209,8 @@ class GridEngine(PackedEngine):
         """From the encoder's patches, a row for each grid (B, T, ...), to the M tokens."""
         sites = self.grids
         shapes = [grid for layout in layouts for grid in layout.patches]
+        if sites.shrink is not None:
+            return functools.partial(shrunk, shapes[0], layouts[0].grids[0])
         known = {shape: groups(shape, sites.fold, sites.grouped) for shape in set(shapes)}
         row = torch.cat([torch.full((len(known[s]),), b) for b, s in enumerate(shapes)])
         index = torch.cat([known[s] for s in shapes])
@@ -191,3 +226,32 @@ class GridEngine(PackedEngine):
             return joined.sum(1) if how == "sum" else joined.mean(1)
 
         return lift
+
+
+class VideoEngine(GridEngine):
+    """The features stage on the frames of videos: wraps ``base.get_video_features``."""
+
+    modality = "video"
+
+    def _describe(self, layouts: list[GridLayout]) -> None:
+        self.record.videos = layouts
+        llm: Any = self.sites.decoder
+        if llm.grids is not None and layouts:
+            self.record.grid = layouts[0].grids[0]
+
+    def _telling(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.vision is None else self.vision.taking(self.grids)
+
+    def _check(self, layouts: list[GridLayout]) -> None:
+        """Refuse methods that take tokens away before the frames' patches are joined."""
+        super()._check(layouts)
+        acting = [] if self.vision is None else self.vision.resizing + self.vision.inside
+        if acting:
+            m = acting[0][1]
+            own = ", ".join(f"{k}={v!r}" for k, v in m.outside_encoder.items())
+            own = own and f"give it {own}, with which it does not, or "
+            raise UnsupportedError(
+                f"{m.name} takes tokens away before or inside the encoder, and the model pools the "
+                f"patches of each frame of a video behind it, which needs all of them; {own}use "
+                f"methods that act behind the encoder: {self.vision.behind_encoder}"
+            )

@@ -40,6 +40,10 @@ def compress_inputs(
         ValueError: inputs without ids or images.
     """
     methods = resolve(method, **parameters)
+    if inputs.get("pixel_values_videos") is not None:
+        raise UnsupportedError(
+            "compress_inputs takes images only; use vtc.wrap, which compresses videos as well"
+        )
     for m in methods:
         inside = m.stages & {"decoder", "cache"}
         if inside:
@@ -57,8 +61,6 @@ def compress_inputs(
             "compress_inputs needs input_ids and pixel_values, as the processor gives them"
         )
     out = dict(inputs)
-    if inputs.get("pixel_values_videos") is not None:
-        raise UnsupportedError("videos are not supported yet, only images")
     ids = out.pop("input_ids")
     # The outer model may hand some arguments through without naming them.
     owners = (model, getattr(model, "model", model))

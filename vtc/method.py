@@ -71,9 +71,10 @@ class Method:
     """What is needed beyond the stages.
 
     Of the model: "cls", a class token in the encoder; "ahead", LLM layers whose queries and keys
-    can be computed before they run; "ran", that all tokens entered the layer whose attention or
-    keys are read; "sublayers", the same for inputs and outputs of its attention and MLP. Of the
-    caller: "text", the question in a space that patches can be compared in.
+    can be computed before they run; "frames", that it takes videos; "ran", that all tokens entered
+    the layer whose attention or keys are read; "sublayers", the same for inputs and outputs of its
+    attention and MLP. Of the caller: "text", the question in a space that patches can be compared
+    in.
     """
     without_cls: ClassVar[dict[str, Any]] = {}
     """Parameters with which the method does without the class token it needs, if there are any."""
@@ -94,7 +95,8 @@ class Method:
     packs: ClassVar[bool] = False
     """`on_cache` packs slots rather than evicting them."""
     joint: ClassVar[bool] = False
-    """`on_features` gets all crops of an image in one view instead of a view for each."""
+    """`on_features` gets all crops of an image, or all frames of a video, in one view instead of a
+    view for each."""
     presets: ClassVar[dict[tuple[str, int], dict[str, Any]]] = {}
     """Published settings: (model, tokens) -> hyper-parameters."""
 
@@ -185,6 +187,16 @@ class Method:
         return cls(**cls.presets[model, tokens])
 
     # ---- facts the engine reads ----------------------------------------------------------------
+
+    def check_frames(self, frames: list[int] | None) -> None:
+        """Refuse an image or video, before it is encoded; only where a model takes both.
+
+        Args:
+            frames: tokens of each frame of a video, None for an image.
+
+        Raises:
+            UnsupportedError: the method cannot do with it; the message says what works.
+        """
 
     def check(self, sites: Sites) -> None:
         """Refuse a model, at wrap, before anything is computed.

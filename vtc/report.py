@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +76,8 @@ class Record:
         self.images: list[list[int]] = []  # visual tokens of each image of each row
         self.layouts: list[CropLayout] | None = None  # of the last images, where they have crops
         self.grids: list[GridLayout] | None = None  # the same where patches are joined to tokens
+        self.videos: list[GridLayout] | None = None  # the same of the last videos
+        self.kinds: list[list[str]] = []  # "image" or "video", as images
         self.text = torch.empty(0)  # (B,) other tokens that are not padding
         self.separators: Tensor | None = None  # (B,) newlines between rows of patches, among those
         self.visual: dict[int, Tensor] = {}  # layer -> (B, T) bool, visual tokens it processed
@@ -89,8 +91,15 @@ class Record:
         visual: Tensor,
         real: Tensor,
         images: list[list[int]],
+        kinds: list[list[str]],
         separator: Tensor | None = None,
     ) -> None:
+        present = {kind for row in kinds for kind in row}
+        if "video" not in present:
+            self.videos = None
+        if "image" not in present:
+            self.layouts = self.grids = None
+        self.kinds = kinds
         self.separators = None if separator is None else separator.sum(1)
         self.images, self.text, self.final = images, (real & ~visual).sum(1), None
         self.visual = {0: visual}
@@ -131,8 +140,10 @@ class Report:
         vision_ms, method_ms, prefill_ms, decode_ms: wall time of encoder and projector, of choosing
             and moving tokens (part of the others), of the LLM prefill, and per decoded token. None
             where nothing was measured.
-        kept: for each image, the patch indices of the full grid that are left at the end; of an
-            image in crops, indices into its `CropLayout`.
+        kept: for each image or video, in the order of the prompt, the patch indices of the full
+            grid that are left at the end; of an image in crops, indices into its `CropLayout`; of a
+            video, the tokens of its frames counted through.
+        kinds: "image" or "video" for each of them.
         reduction: patches to the tokens that left the encoder side, (images, N); None if untouched,
             and on models with crops.
         grid: rows and columns of patches (of one crop; of LLM tokens where patches are joined to
@@ -141,6 +152,7 @@ class Report:
             visual tokens, and count in ``flops_all``.
         layouts: where patches lie, for each image of a model with crops; else None.
         grids: of each image of a model that joins patches to tokens; else None.
+        videos: of each video, its frames; None where the prompt has none.
     """
 
     method: str
@@ -167,10 +179,12 @@ class Report:
     separators: float = 0.0
     layouts: list[CropLayout] | None = None
     grids: list[GridLayout] | None = None
+    videos: list[GridLayout] | None = None
+    kinds: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the tensors, ready for JSON; kept patches as lists."""
-        skip = ("kept", "reduction", "layouts", "grids")
+        skip = ("kept", "reduction", "layouts", "grids", "videos")
         out = {k: v for k, v in asdict(self).items() if k not in skip}
         out["kept"] = [k.tolist() for k in self.kept]
         return out
@@ -220,8 +234,10 @@ def build_report(
         raise RuntimeError("nothing to report: run the model on an image first")
     clock, tower = record.clock, sites.vision
     total = grid[0] * grid[1]
-    joined = record.grids
-    touched = vision is not None and joined is None  # tokens may have left inside the encoder
+    joined, videos = record.grids, record.videos
+    llm_grids: Any = sites.decoder and sites.decoder.grids
+    # Tokens may have left inside the encoder.
+    touched = vision is not None and llm_grids is None and videos is None
     entered = [total + tower.prefix] * len(tower.blocks)
     counts = list(vision.counts) if touched else entered
     attended = [vision.entered, *counts[:-1]] if touched else entered
@@ -232,11 +248,10 @@ def build_report(
 
     def grid_cost(patches: tuple[int, int]) -> float:
         """An encoder that sees this grid by itself, or windows of it."""
-        sites_grids: Any = sites.decoder and sites.decoder.grids
         n, depth = prod(patches) + tower.prefix, len(tower.blocks)
-        if sites_grids.attended is None:
+        if llm_grids is None or llm_grids.attended is None:
             return encoder_cost(n, [n] * depth, [n] * depth)
-        windows = [sites_grids.attended(patches, i) for i in range(depth)]
+        windows = [llm_grids.attended(patches, i) for i in range(depth)]
         return encoder_cost(n, [], []) + sum(
             encoder_flops(lengths, lengths, tower.width, tower.mlp_width) for lengths in windows
         )
@@ -246,9 +261,18 @@ def build_report(
         encoder = encoder_cost(attended[0], attended, counts)
         encoder_full = encoder_cost(entered[0], entered, entered)
     layouts = record.layouts
-    if joined:  # each grid is a sequence of its own
-        shapes = [patches for layout in joined for patches in layout.patches]
-        encoder = encoder_full = sum(map(grid_cost, shapes)) / len(joined)
+    # What encoder and projector took for each image and video, where each grid is a sequence.
+    units: list[tuple[float, int]] = []
+    for layout in [*(joined or []), *(videos or [])]:
+        how: Any = sites.decoder and sites.decoder.videos
+        early = layout.video and how.shrink is not None  # projected in front of the pooling
+        projected_here = layout.encoded if early else layout.tokens
+        units.append((sum(map(grid_cost, layout.patches)), projected_here))
+    if videos:
+        amounts = [1 + prod(layout.crops) for layout in layouts or []]
+        units += [(n * encoder_full, n * total) for n in amounts]
+    if units:
+        encoder = encoder_full = sum(cost for cost, _ in units) / len(units)
     reduction = vision.reduction if touched else None
     left = total if reduction is None else reduction.count  # of each image or crop
     # How many tokens of a crop are padding is not known inside the encoder.
@@ -266,6 +290,8 @@ def build_report(
         "grid": grid if "features" not in sites.missing else (0, 0),
         "layouts": layouts,
         "grids": joined,
+        "videos": videos,
+        "kinds": [kind for row in record.kinds for kind in row],
     }
     if sites.decoder is None:
         final = total if reduction is None else reduction.counts.float().mean().item()
@@ -341,14 +367,14 @@ def build_report(
 
     # What the encoder took for one image: on average, as rows are averaged too.
     crops, again = 1.0, 0.0
-    if layouts is not None:
+    if layouts is not None and not units:
         crops = mean(1 + prod(layout.crops) for layout in layouts)
         again = 0 if vision is None else vision.reprojected / len(layouts)
     area = 1 if llm.grids is None else llm.grids.fold**2  # patches behind one projected token
     before, behind = crops * total, crops * left
-    if joined:
-        before = behind = mean(layout.length for layout in joined)
-        again = 0 if vision is None else vision.reprojected / len(joined)
+    if units:
+        before = behind = mean(n for _, n in units)
+        again = 0 if vision is None else vision.reprojected / len(units)
     images = [len(record.images[r]) for r in rows]
     flat = [[full] * depth for full in full_rows]
     projected = [behind + again] * len(rows)

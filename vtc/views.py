@@ -212,7 +212,9 @@ class FeaturesView:
     an image into crops, the thumbnail and the part of each crop that is not padding are images here
     and share the budget of the image by their patches; ``grid``, ``index`` and ``total`` are of
     that part. A method with ``joint = True`` gets all patches of one image instead (B = 1), in the
-    order in which the model packs them, and `crops` says where they lie.
+    order in which the model packs them, and `crops` says where they lie. The frames of a video are
+    images here too, and share the video's budget by their tokens; a method with ``joint = True``
+    gets all of them, and `frame` says which each token lies in.
 
     Attributes:
         features: (B, N, C) encoder features, no prefix tokens.
@@ -220,6 +222,8 @@ class FeaturesView:
         total: patches of the full grid; grid: (rows, columns).
         scratch: this method's named tensors (B, N, ...).
         crops: layout of the image in a joint view of a model with crops, else None.
+        frame: (B, N) frame that each token lies in, in a joint view of a video, else None.
+        frames: how many frames the video of a joint view has, else None.
         image: (B,) which of the forward's images each row is of; None where row i is image i.
         images: how many images there are in all views of the forward; None where image is None.
     """
@@ -236,6 +240,8 @@ class FeaturesView:
     depth: int
     scratch: dict[str, Tensor] = field(default_factory=dict)
     crops: CropLayout | None = None
+    frame: Tensor | None = None
+    frames: int | None = None
     image: Tensor | None = None
     images: int | None = None
     share: int | None = None  # of the image's budget, where the engine has divided it

@@ -12,7 +12,8 @@ all other rows hold NaN, and the LLM engine drops those; so nothing between the 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -206,7 +207,7 @@ class VisionEngine:
         grids: GridSites | None = None,
     ) -> None:
         self.sites = sites
-        self.grids = grids
+        self.grids = self.joining = grids
         self.packs = packs
         self.methods = methods
         self.feature_block = feature_block
@@ -301,20 +302,33 @@ class VisionEngine:
         if not acting or not why:
             return
         m = acting[0][1]
-        stages = {"features", "decoder", "bypass", "cache"}
-        stages = stages if self.projector is not None else {"features"}
-        cls = self.sites.has_cls
-        usable = _names(
-            lambda c: c().stages <= stages and (cls or c.without_cls or "cls" not in c.needs)
-        )
         own = ", ".join(f"{k}={v!r}" for k, v in m.outside_encoder.items())
         own = own and f"give it {own}, with which it does not, or "
         if self.resizing and self.grids is not None and self.grids.packed:
             own = "give the processor a smaller max_pixels, or "
         raise UnsupportedError(
             f"{m.name} takes tokens away before or inside the encoder, and {why}; {own}use "
-            + f"methods that act behind the encoder: {usable}"
+            + f"methods that act behind the encoder: {self.behind_encoder}"
         )
+
+    @property
+    def behind_encoder(self) -> str:
+        """Names of the methods that leave the tokens inside this encoder alone."""
+        stages = {"features", "decoder", "bypass", "cache"}
+        stages = stages if self.projector is not None else {"features"}
+        cls = self.sites.has_cls
+        return _names(
+            lambda c: c().stages <= stages and (cls or c.without_cls or "cls" not in c.needs)
+        )
+
+    @contextmanager
+    def taking(self, grids: GridSites) -> Iterator[None]:
+        """While the frames of a video are encoded, which the model joins as ``grids`` says."""
+        self.joining = grids
+        try:
+            yield
+        finally:
+            self.joining = self.grids
 
     @property
     def _tower(self) -> str:
@@ -680,7 +694,7 @@ class VisionEngine:
         st = self.state
         if st is None:
             return None
-        if self.grids is not None:
+        if self.joining is not None:
             st.unpacked = args[0]
             return None
         left = st.sizes.shape[1] - st.prefix

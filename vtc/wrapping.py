@@ -53,6 +53,7 @@ class Session:
 
             self.decoder = DecoderEngine(llm, methods, sentinel=on_vision, record=self.record)
         self.packed: Any = None
+        self.videos: Any = None
         if llm is not None and llm.crops is not None:
             from .crops import CropEngine
 
@@ -61,6 +62,10 @@ class Session:
             from .grids import GridEngine
 
             self.packed = GridEngine(self.sites, self.vision, self.decoder, self.record)
+        if llm is not None and llm.videos is not None:
+            from .grids import VideoEngine
+
+            self.videos = VideoEngine(self.sites, self.vision, self.decoder, self.record)
 
     def _check(self) -> None:
         """Refuse what cannot work, before anything is computed."""
@@ -95,8 +100,9 @@ class Session:
         if self.vision is not None:
             self.vision.install()
         self.handles.append(end.register_forward_hook(self._encoded))
-        if self.packed is not None:
-            self.packed.install()
+        for packed in (self.packed, self.videos):
+            if packed is not None:
+                packed.install()
         if self.decoder is not None:
             self.decoder.install()
 
@@ -127,7 +133,7 @@ class Session:
             state = self.vision.state
             self.decoder.left = None if state.reduction is None else state.reduction.count
             notes = state.scratch
-            self.decoder.carried = (output, notes) if any(notes) else None
+            self.decoder.carried = {"image": (output, notes)} if any(notes) else {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         """Copied with the whole model only: hooks on a part would work on a copy of everything."""
@@ -143,7 +149,7 @@ class Session:
 
     def remove(self) -> None:
         """Remove all hooks; the model is exactly what it was."""
-        for engine in (self.decoder, self.packed, self.vision):
+        for engine in (self.decoder, self.videos, self.packed, self.vision):
             if engine is not None:
                 engine.remove()
         for handle in self.handles:

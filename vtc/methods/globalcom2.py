@@ -23,7 +23,8 @@ falling score; newline tokens of padding rows are cut off with the padding, as L
 thumbnails without crops are compressed too, by s^G; every image of a prompt is treated on its own.
 Behind a method that removes patches, those missing in the thumbnail count with the mean score of
 the others. A canvas that OneVision resamples is scored after the same resampling, by the nearest
-crop. The variant for video is not offered.
+crop. Frames of a video are images without crops here and share its budget by their tokens; the
+paper's variant for video is not offered, `vidcom2` is the one by its authors that is.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from ..crops import CropLayout, apportion
 from ..method import Method, register
 from ..reduction import Reduction, top_k
 from ..views import FeaturesView
-from ._common import check_saliency, unit
+from ._common import best_of_each, check_saliency, unit
 
 LAYER = -1
 
@@ -163,6 +164,13 @@ class GlobalCom2(Method):
         else:
             ratio = k / v.total
         layout = v.crops
+        if v.frame is not None:
+            sizes = torch.bincount(v.frame[0], minlength=v.frames or 0).tolist()
+            quota = apportion(k, sizes, sizes)
+            if self.rounding == "published":
+                quota = [int(n * ratio) for n in sizes]
+            counts = torch.tensor([quota], device=v.frame.device)
+            return Reduction.from_mask(best_of_each(self.scores(v, v.frame), v.frame, counts))
         if layout is None:
             every = torch.zeros_like(v.index)
             size = int(v.total * ratio) if self.rounding == "published" else k

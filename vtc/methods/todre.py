@@ -26,10 +26,11 @@ Departures: T is the text behind the last image, for which the share in the othe
 alpha_{v->t}, is 0 under a causal mask (counted with the system prompt, it would be dominated by the
 attention sink), so the test is one on alpha_{t->v}; every image is a pool of its own, all crops of
 it together with a pivot from the thumbnail, as in the paper, which leaves newline tokens open (they
-are no part of the pool here); survivors keep their RoPE positions. ``pivot="random"`` is the
-paper's substitute for encoders without [CLS], drawn by a hash of the patch index and the seed, so
-it depends neither on the batch nor on the global random state. Version 1 of the paper has k-centre
-(max-min) instead of stage 1; this is version 2. No code was published.
+are no part of the pool here), and all frames of a video with a pivot from any of them; survivors
+keep their RoPE positions. ``pivot="random"`` is the paper's substitute for encoders without [CLS],
+drawn by a hash of the patch index and the seed, so it depends neither on the batch nor on the
+global random state. Version 1 of the paper has k-centre (max-min) instead of stage 1; this is
+version 2. No code was published.
 """
 
 from __future__ import annotations
