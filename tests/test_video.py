@@ -24,6 +24,7 @@ from vtc.cost import decoder_flops
 from vtc.decoder import in_prompt_order, split_lengths
 from vtc.methods.evs import EVS, change
 from vtc.methods.vidcom2 import VidCom2, frame_ratios
+from vtc.views import FeaturesView
 
 HALF, STEPS = Fraction(1, 2), 3
 CHOOSING = {"features", "decoder"}
@@ -606,6 +607,29 @@ def test_vidcom2_by_hand() -> None:
             model(**inputs)
             assert session.report().kept[0].tolist() == want
     assert counts in ([1, 1, 1, 2], [2, 1, 1, 1], [1, 2, 1, 1], [1, 1, 2, 1])  # tau = 10: even
+
+
+def test_vidcom2_ranks_by_video_and_frame() -> None:
+    """Two frames: what is unlike its frame outranks what is a little less like the video."""
+    x = torch.randn(1, 12, 3, generator=torch.Generator().manual_seed(2))
+    x[:, :6] += torch.tensor([2.0, 0, 0])
+    x[:, 6:] += torch.tensor([0, 2.0, 0])
+    frame = torch.tensor([[0] * 6 + [1] * 6])
+    place = torch.arange(12)[None]
+    sizes: Any = dict(size=torch.ones(1, 12), index=place, total=12, grid=(2, 3), depth=1)
+    view = FeaturesView(
+        features=x, prefix=0, has_cls=False, projector=torch.nn.Identity(), layers={},
+        frame=frame, frames=2, **sizes,
+    )  # fmt: skip
+    kept = VidCom2(keep_tokens=6, temperature=1e6).on_features(view).keep[0].tolist()
+    unlike = [-F.cosine_similarity(x[0], x[0].mean(0), dim=-1)]
+    unlike += [-F.cosine_similarity(x[0], x[0].reshape(2, 6, 3).mean(1)[frame[0]], dim=-1)]
+
+    def best(score: Tensor) -> list[int]:
+        return sorted(t * 6 + int(p) for t in range(2) for p in score[6 * t :][:6].topk(3).indices)
+
+    assert kept == best(unlike[0] + unlike[1])
+    assert kept not in (best(unlike[0]), best(unlike[1])), "no teeth"
 
 
 @torch.no_grad()
