@@ -31,9 +31,9 @@ CLOSE: dict[str, float] = dict(atol=1e-6, rtol=1e-6)
 
 
 FIXED = [
-    n for n in sorted(set(vtc.methods()) - {"mod", "vidkv"}) if seeded(n, budget(n), 0).compiles
+    n for n in sorted(set(vtc.methods()) - {"mod", "vidkv", "evs"}) if seeded(n, budget(n), 0).compiles
 ]
-ADAPTIVE = [n for n in sorted(set(vtc.methods()) - {"mod", "vidkv"}) if n not in FIXED]
+ADAPTIVE = [n for n in sorted(set(vtc.methods()) - {"mod", "vidkv", "evs"}) if n not in FIXED]
 FAST = {"pitome", "zipvl"}
 """Beside the chain: notes from layer to layer of the tower, tokens around an LLM layer."""
 CHAIN = vtc.chain(PiToMe(keep_tokens=12), VisionZip(keep_tokens=8), FastV(keep_tokens=5))
