@@ -13,7 +13,7 @@ import mini_llava
 import pytest
 import torch
 from mini_anyres import LARGE, SLIVER, SQUARE, TALL, TINY, WIDE
-from oracle import compare
+from vtc.benchmarks.oracle import compare
 from snapshot import snapshot
 
 import vtc

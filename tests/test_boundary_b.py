@@ -12,7 +12,7 @@ import mini_anyres
 import mini_llava as mini
 import pytest
 import torch
-from oracle import compare
+from vtc.benchmarks.oracle import compare
 from torch import Tensor
 
 import vtc

@@ -10,7 +10,7 @@ from typing import Any
 import mini_llava as mini
 import pytest
 import torch
-from oracle import masked
+from vtc.benchmarks.oracle import masked
 from torch import Tensor
 from transformers import DynamicCache
 

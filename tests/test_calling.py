@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import mini_llava as mini
 import pytest
 import torch
-from oracle import compare, masked, recording
+from vtc.benchmarks.oracle import compare, masked, recording
 from snapshot import snapshot
 from transformers import DynamicCache, QuantizedCache, StaticCache
 

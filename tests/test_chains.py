@@ -10,7 +10,7 @@ import mini_anyres
 import mini_llava
 import pytest
 import torch
-from oracle import compare, logits_and_steps
+from vtc.benchmarks.oracle import compare, logits_and_steps
 from snapshot import snapshot
 
 import vtc

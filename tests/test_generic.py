@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers as hf
 from mini_generic import FAMILIES, IDS, IMAGE, TEXT, VISION, Family, clip_llama, text, vision
-from oracle import compare, logits_and_steps
+from vtc.benchmarks.oracle import compare, logits_and_steps
 from snapshot import snapshot
 from torch import Tensor
 

@@ -9,7 +9,7 @@ from fractions import Fraction
 import mini_llava as mini
 import pytest
 import torch
-from oracle import compare, logits_and_steps
+from vtc.benchmarks.oracle import compare, logits_and_steps
 from snapshot import snapshot
 
 import vtc

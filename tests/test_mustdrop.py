@@ -22,7 +22,7 @@ from vtc.views import CacheView
 sys.path.insert(0, str(Path(__file__).parent))
 
 import mini_llava as mini
-from oracle import compare
+from vtc.benchmarks.oracle import compare
 from test_golden import cases, load
 
 OFF = dict(merge_threshold=None)

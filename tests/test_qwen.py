@@ -14,7 +14,7 @@ import mini_qwen as mini
 import pytest
 import torch
 from mini_qwen import ROW, SQUARE, TALL, TINY, WIDE
-from oracle import compare, logits_and_steps, masked, recording
+from vtc.benchmarks.oracle import compare, logits_and_steps, masked, recording
 from snapshot import snapshot
 from torch import Tensor
 from transformers import StaticCache

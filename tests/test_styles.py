@@ -15,7 +15,7 @@ from typing import Any
 import mini_llava as mini
 import pytest
 import torch
-from oracle import compare, masked, recording
+from vtc.benchmarks.oracle import compare, masked, recording
 from torch import Tensor
 
 import vtc
