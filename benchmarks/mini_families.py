@@ -364,9 +364,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "Idefics3": Family("Idefics3ForConditionalGeneration", lambda: _idefics("Idefics3"), **_named),
     "SmolVLM": Family("SmolVLMForConditionalGeneration", lambda: _idefics("SmolVLM"), **_named),
-    "PaliGemma": Family(
-        "PaliGemmaForConditionalGeneration", _paligemma, extra=_prefix, **_patches
-    ),
+    "PaliGemma": Family("PaliGemmaForConditionalGeneration", _paligemma, extra=_prefix, **_patches),
     "Gemma 3": Family(config=lambda: _gemma3(20), **_gemma),
     "Gemma 3, no window": Family(config=lambda: _gemma3(0), **_gemma),
     "Mistral 3": Family(
