@@ -399,7 +399,7 @@ def test_split_lengths() -> None:
 def test_sliding_windows_count_positions(method: str) -> None:
     """A window of 20 positions under prompts of 60: the model's own cache or a full one."""
     model = build("Gemma 3")
-    inputs = mini.prompt("Gemma 3", rows_of("gemma3"), pad="left")
+    inputs = mini.prompt("Gemma 3", rows_of("Gemma 3"), pad="left")
     assert inputs["input_ids"].shape[1] > 2 * 20
     stock = model(**inputs, use_cache=True).past_key_values
     assert [layer.is_sliding for layer in stock.layers] == [True, True, False, True, True]

@@ -484,6 +484,13 @@ class DecoderEngine:
             image = encoded.get("image")
             # None until the features are made, within this forward.
             self.lengths = None if image is None else [len(f) for f in image.pooler_output]
+            whole = {layout.length for layout in self.record.grids or ()}
+            if whole and not whole.issuperset(self.lengths or ()):
+                raise UnsupportedError(
+                    f"got the features of {sum(self.lengths or ())} image tokens that are not "
+                    "whole images: part of an image in one forward (chunked prefill) cannot be "
+                    "compressed; prefill in one piece, or use vtc.compress_inputs"
+                )
         mask = kwargs.get("attention_mask")
         self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self.encoded, layout = None, None

@@ -41,7 +41,7 @@ def compress_inputs(
     """
     methods = resolve(method, **parameters)
     for m in methods:
-        inside = m.stages & {"decoder", "cache"}
+        inside = m.stages & {"decoder", "bypass", "cache"}
         if inside:
             raise UnsupportedError(
                 f"{m.name} chooses tokens inside the language model; use vtc.wrap for it, or a "
