@@ -247,13 +247,13 @@ def _paligemma() -> Any:
 
 
 def _gemma3(window: int) -> Any:
-    kinds = ["full_attention"] * 5
+    depth, kinds = TEXT["num_hidden_layers"], ["full_attention"] * 6
     if window:
         kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
     text = decoder(
         "Gemma3Text",
         head_dim=12,
-        layer_types=kinds[:5],
+        layer_types=kinds[:depth],
         sliding_window=window or 4096,
         query_pre_attn_scalar=12,
     )
