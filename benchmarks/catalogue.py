@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UnsupportedError
-from ..method import known_methods
+from ..method import known_methods, resolve
 from ..wrapping import compressing
 from . import mini_families, styles
 
@@ -247,8 +247,7 @@ def _plain(words: str, method: str) -> str:
         r"^(found|got) .*?: (?=part of)|, and features that were compressed before,", "", words
     )
     words = re.sub(r"prompt of \d+ tokens (.*) window of \d+", r"prompt \1 window", words)
-    known = styles.METHODS[method]
-    parts = {m.name for m in getattr(known, "methods", (known,))}
+    parts = {m.name for m in resolve(styles.METHODS[method])}
     return re.sub(rf"^({'|'.join(parts)})(?= )", "the method", words)
 
 

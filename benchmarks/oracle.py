@@ -146,7 +146,8 @@ def masked(
 @contextmanager
 def noting_parts(engine: DecoderEngine) -> Iterator[dict[int, Tensor]]:
     """(B, L) tokens that take part in each layer of the first prefill, where some jump over it."""
-    stock, parts = engine._step_aside, {}
+    stock = engine._step_aside
+    parts: dict[int, Tensor] = {}
 
     def step_aside(i: int, st: Any, hidden: Tensor, cache: Any, kwargs: dict[str, Any]) -> Any:
         answer = stock(i, st, hidden, cache, kwargs)
@@ -216,7 +217,7 @@ def logits_and_steps(
     return prefill.logits, torch.stack(out.logits, 1), lengths
 
 
-def compare(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, Any, dict[int, Tensor]]:
+def compare(model: Any, run: Callable[[], Any]) -> tuple[Any, Any, dict[int, Tensor]]:
     """Results of ``run`` on a wrapped model, and of the same with its drops turned into masks.
 
     The encoder side stays installed in both, so merged features are the same; only the LLM differs.

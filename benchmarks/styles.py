@@ -14,6 +14,7 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -258,13 +259,17 @@ def without_cache(cell: Cell) -> None:
     for step, token in enumerate(SAID[:2]):
         against_oracle(
             Cell(f"{cell.style} {step}", cell.method, cell.family),
-            lambda model, now=dict(inputs): (model(**now, use_cache=False).logits[:, -1],),
+            partial(_once, inputs=dict(inputs)),
             quiet=True,
         )
         for name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
             if name in inputs:
                 value = {"input_ids": token, "attention_mask": 1}.get(name, 0)
                 inputs[name] = torch.nn.functional.pad(inputs[name], (0, 1), value=value)
+
+
+def _once(model: Any, inputs: dict[str, Any]) -> tuple[Tensor]:
+    return (model(**inputs, use_cache=False).logits[:, -1],)
 
 
 def embeds(cell: Cell) -> None:
