@@ -211,7 +211,7 @@ def style_matrix() -> str:
                 if style != first and styles.outcome(first, method, family) is not None:
                     continue
                 words = styles.outcome(style, method, family)
-                mark = "yes" if words is None else _number(reasons, _plain(words, method))
+                mark = "yes" if words is None else _number(reasons, without_names(words, method))
                 found.setdefault(family, {})[method] = mark
         whole: dict[str, list[str]] = {}
         every = {mark for marks in found.values() for mark in marks.values()}
@@ -232,13 +232,37 @@ def style_matrix() -> str:
     return "\n".join([*lines, "", _footnotes(reasons)])
 
 
+def said_of(text: str, style: str, method: str, family: str) -> str | None:
+    """What a table of `style_matrix` says of one cell: None for "yes", else the reason.
+
+    Raises:
+        ValueError: it has no such row.
+    """
+    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines()}
+    if style not in rows:
+        raise ValueError(f"no row for {style}")
+    cells = [cell.strip() for cell in rows[style].strip("|").split("|")[1:]]
+    named = family.replace(", ", " with ")
+
+    def mark_in(cell: str) -> str | None:
+        for group in cell.split("; "):
+            mark, _, families = group.partition(": ")
+            if named in families.split(", "):
+                return mark
+        return None
+
+    cell = cells[list(styles.METHODS).index(method)]
+    mark = mark_in(cells[-1]) or mark_in(cell) or cell.split("; ")[0]
+    return None if mark == "yes" else dict(re.findall(r"^(\d+)\. (.*)$", text, re.M))[mark]
+
+
 def _listed(groups: dict[str, list[str]], most: str = "") -> list[str]:
     """Families by mark, whose own commas would not tell them apart."""
     named = {k: [f.replace(", ", " with ") for f in v] for k, v in groups.items() if k != most}
     return [f"{mark}: {', '.join(families)}" for mark, families in named.items()]
 
 
-def _plain(words: str, method: str) -> str:
+def without_names(words: str, method: str) -> str:
     """A refusal without the names and numbers of one pair."""
     if words.startswith(styles.STOCK):
         return styles.STOCK
