@@ -122,7 +122,7 @@ def test_a_wrong_column_has_no_yes(style: str, monkeypatch: pytest.MonkeyPatch) 
     stock = DecoderEngine._apply
 
     def shifted(self: Any, st: Any, hidden: Any, view: Any, reduction: Any, *more: Any) -> Any:
-        return stock(self, st, hidden.roll(1, 1), view, reduction, *more)
+        return stock(self, st, hidden.nan_to_num().roll(1, 1), view, reduction, *more)
 
     run(style, First(keep_ratio=0.5), monkeypatch)
     monkeypatch.setattr(DecoderEngine, "_apply", shifted)
