@@ -20,6 +20,7 @@ LANGUAGE_MODELS = (
     "gemma3",
     "mistral3",
     "qwen_vl",
+    "aya_vision",
     "generic",
 )
 """Adapter files whose ``locate(model)`` gives `Sites` with a language model."""
@@ -40,7 +41,8 @@ SUPPORTED = (
     "InternVL (InternVLForConditionalGeneration), "
     "Idefics3 and SmolVLM (Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration), "
     "PaliGemma (PaliGemmaForConditionalGeneration), Gemma 3 (Gemma3ForConditionalGeneration), "
-    "Mistral 3 (Mistral3ForConditionalGeneration), Qwen2-VL, Qwen2.5-VL and Qwen3-VL "
+    "Mistral 3 (Mistral3ForConditionalGeneration), "
+    "Aya Vision (AyaVisionForConditionalGeneration), Qwen2-VL, Qwen2.5-VL and Qwen3-VL "
     "(Qwen2VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration, "
     "Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration); others whose seams are "
     "like LLaVA's (vtc inspect tells)"

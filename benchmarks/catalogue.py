@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The method table and the support matrix, generated from the registry.
+"""The method table and both support matrices, generated from the registry and from runs.
 
 python -m vtc.benchmarks.catalogue README.md    writes them between their markers
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -15,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UnsupportedError
-from ..method import known_methods
+from ..method import known_methods, resolve
 from ..wrapping import compressing
-from .mini import mini_crops, mini_qwen, mini_video
-from .mini_families import FAMILIES as JOINED
-from .mini_families import mini_joined
+from . import mini_families, styles
 
 PLACES = {
     "pixels": "before the encoder",
@@ -65,16 +64,6 @@ def _pixels(edge: int) -> Any:
     return torch.randn(1, 3, edge, edge, generator=torch.Generator().manual_seed(0))
 
 
-def _llava(tower: str) -> tuple[Any, dict[str, Any]]:
-    import torch
-
-    from .mini import mini_llava
-
-    model = mini_llava(tower)
-    ids = torch.tensor([[1, *[3] * 16, 5, 6, 7]])
-    return model, {"input_ids": ids, "pixel_values": _pixels(56)}
-
-
 def _encoder(kind: str) -> tuple[Any, dict[str, Any]]:
     import torch
     import transformers
@@ -116,22 +105,7 @@ def _retrieval(version: str) -> tuple[Any, dict[str, Any]]:
     return mini_retrieval(version), {"pixel_values": _pixels(56), **text}
 
 
-FAMILIES: dict[str, Any] = {
-    "LLaVA, CLIP": lambda: _llava("clip"),
-    "LLaVA, SigLIP": lambda: _llava("siglip"),
-    "LLaVA, DINOv2": lambda: _llava("dinov2"),
-    "LLaVA-NeXT": lambda: mini_crops("next"),
-    "LLaVA-NeXT-Video": lambda: mini_crops("next-video"),
-    "LLaVA-OneVision": lambda: mini_crops("onevision"),
-    "Qwen2-VL": lambda: mini_qwen("Qwen2VL"),
-    "Qwen2.5-VL": lambda: mini_qwen("Qwen2_5_VL"),
-    "Qwen3-VL": lambda: mini_qwen("Qwen3VL"),
-    **{name: partial(mini_joined, name) for name in JOINED},
-    "LLaVA-NeXT-Video, video": lambda: mini_video("next-video"),
-    "LLaVA-OneVision, video": lambda: mini_video("onevision"),
-    "Qwen2-VL, video": lambda: mini_video("Qwen2VL"),
-    "Qwen2.5-VL, video": lambda: mini_video("Qwen2_5_VL"),
-    "Qwen3-VL, video": lambda: mini_video("Qwen3VL"),
+ENCODERS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "HF CLIP": lambda: _encoder("clip"),
     "HF SigLIP": lambda: _encoder("siglip"),
     "HF DINOv2": lambda: _encoder("dinov2"),
@@ -144,7 +118,17 @@ FAMILIES: dict[str, Any] = {
     "timm SigLIP": lambda: _timm("vit_base_patch16_siglip_224"),
     "open_clip": _open_clip,
 }
-"""Columns of the support matrix, each a mini random model and its inputs."""
+"""Encoders alone, each a mini random model and its inputs."""
+
+
+def _family(name: str) -> tuple[Any, dict[str, Any]]:
+    return mini_families.build(name), mini_families.prompt(
+        name, [[mini_families.EVERY[name].sizes[0]]]
+    )
+
+
+def _video(name: str) -> tuple[Any, dict[str, Any]]:
+    return mini_families.build(name), mini_families.video(name)
 
 
 def refusal(method: str, model: Any, inputs: dict[str, Any], **parameters: Any) -> str | None:
@@ -167,24 +151,133 @@ def refusal(method: str, model: Any, inputs: dict[str, Any], **parameters: Any) 
 
 
 def support_matrix() -> str:
-    """Method x model in Markdown, found by running each pair; why where one does not run."""
-    built = {name: make() for name, make in FAMILIES.items()}
+    """Method x model in Markdown, found by running each pair; why where one does not run.
+
+    Families whose columns are alike share one.
+    """
     reasons: dict[str, int] = {}
-    lines = ["| method | " + " | ".join(built) + " |", "|---|" + ":-:|" * len(built)]
+    tables = []
+    families = {name: partial(_family, name) for name in mini_families.COLUMNS}
+    videos = {name: partial(_video, name) for name in mini_families.VIDEOS}
+    for title, makers in (("images", families), ("videos", videos), ("encoders alone", ENCODERS)):
+        columns: dict[tuple[str, ...], list[str]] = {}
+        for name, make in makers.items():
+            columns.setdefault(tuple(_column(*make(), reasons)), []).append(name)
+        heads = ["<br>".join(names) for names in columns.values()]
+        lines = [f"| {title} | " + " | ".join(heads) + " |", "|---|" + ":-:|" * len(heads)]
+        for row, method in enumerate(known_methods()):
+            marks = (column[row] for column in columns)
+            lines.append(f"| `{method}` | " + " | ".join(marks) + " |")
+        tables.append("\n".join(lines))
+    return "\n\n".join([*tables, _footnotes(reasons)])
+
+
+def _column(model: Any, inputs: dict[str, Any], reasons: dict[str, int]) -> Iterator[str]:
+    """A mark for each method, by running it."""
     for method, cls in known_methods().items():
-        marks = []
-        for model, inputs in built.values():
-            mark, why = "yes", refusal(method, model, inputs)
-            if why is not None:
-                mark = f"{reasons.setdefault(generic(why, method), len(reasons) + 1)}"
-                ways = (cls.without_cls, cls.outside_encoder, cls.without_cls | cls.outside_encoder)
-                for own in filter(None, ways):
-                    if refusal(method, model, inputs, **own) is None:
-                        mark += ", " + ", ".join(f"`{k}={v}`" for k, v in own.items())
-                        break
-            marks.append(mark)
-        lines.append(f"| `{method}` | " + " | ".join(marks) + " |")
-    return "\n".join([*lines, "", *(f"{n}. {why}" for why, n in reasons.items())])
+        mark, why = "yes", refusal(method, model, inputs)
+        if why is not None:
+            mark = _number(reasons, generic(why, method))
+            ways = (cls.without_cls, cls.outside_encoder, cls.without_cls | cls.outside_encoder)
+            for own in filter(None, ways):
+                if refusal(method, model, inputs, **own) is None:
+                    mark += ", " + ", ".join(f"`{k}={v}`" for k, v in own.items())
+                    break
+        yield mark
+
+
+def _number(reasons: dict[str, int], words: str) -> str:
+    return str(reasons.setdefault(words, len(reasons) + 1))
+
+
+def _footnotes(reasons: dict[str, int]) -> str:
+    return "\n".join(f"{n}. {why}" for why, n in reasons.items())
+
+
+def style_matrix() -> str:
+    """Calling style x method x family in Markdown: each cell is what `styles.outcome` answers.
+
+    "yes" stands for all families; "yes; 2: X" for all but X, where note 2 says why. What holds for
+    a family whatever the method stands in the last column. A method that a family refuses in the
+    first row is not tried in the others: wrapping it fails.
+    """
+    reasons: dict[str, int] = {}
+    first = next(iter(styles.STYLES))
+    names = list(styles.METHODS)
+    lines = [
+        "| calling style | " + " | ".join(f"`{m}`" for m in names) + " | whatever the method |"
+    ]
+    lines[0] = lines[0].replace("`chain`", "chain")
+    lines.append("|---|" + ":-:|" * len(names) + "---|")
+    for style in styles.STYLES:
+        found: dict[str, dict[str, str]] = {}
+        for family in mini_families.COLUMNS:
+            for method in names:
+                if style != first and styles.outcome(first, method, family) is not None:
+                    continue
+                words = styles.outcome(style, method, family)
+                mark = "yes" if words is None else _number(reasons, without_names(words, method))
+                found.setdefault(family, {})[method] = mark
+        whole: dict[str, list[str]] = {}
+        every = {mark for marks in found.values() for mark in marks.values()}
+        for family, marks in found.items():
+            (mark, *others) = set(marks.values())
+            if not others and mark != "yes" and len(every) > 1:
+                whole.setdefault(mark, []).append(family)
+        apart = {family for families in whole.values() for family in families}
+        cells = []
+        for method in names:
+            groups: dict[str, list[str]] = {}
+            for family, marks in found.items():
+                if family not in apart and method in marks:
+                    groups.setdefault(marks[method], []).append(family)
+            most = max(groups, key=lambda mark: len(groups[mark]))
+            cells.append("; ".join([most, *_listed(groups, most)]))
+        lines.append(f"| {style} | " + " | ".join([*cells, "; ".join(_listed(whole))]) + " |")
+    return "\n".join([*lines, "", _footnotes(reasons)])
+
+
+def said_of(text: str, style: str, method: str, family: str) -> str | None:
+    """What a table of `style_matrix` says of one cell: None for "yes", else the reason.
+
+    Raises:
+        ValueError: it has no such row.
+    """
+    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines()}
+    if style not in rows:
+        raise ValueError(f"no row for {style}")
+    cells = [cell.strip() for cell in rows[style].strip("|").split("|")[1:]]
+    named = family.replace(", ", " with ")
+
+    def mark_in(cell: str) -> str | None:
+        for group in cell.split("; "):
+            mark, _, families = group.partition(": ")
+            if named in families.split(", "):
+                return mark
+        return None
+
+    cell = cells[list(styles.METHODS).index(method)]
+    mark = mark_in(cells[-1]) or mark_in(cell) or cell.split("; ")[0]
+    return None if mark == "yes" else dict(re.findall(r"^(\d+)\. (.*)$", text, re.M))[mark]
+
+
+def _listed(groups: dict[str, list[str]], most: str = "") -> list[str]:
+    """Families by mark, whose own commas would not tell them apart."""
+    named = {k: [f.replace(", ", " with ") for f in v] for k, v in groups.items() if k != most}
+    return [f"{mark}: {', '.join(families)}" for mark, families in named.items()]
+
+
+def without_names(words: str, method: str) -> str:
+    """A refusal without the names and numbers of one pair."""
+    if words.startswith(styles.STOCK):
+        return styles.STOCK
+    words = re.sub(r"; use methods that act.*", "", words)
+    words = re.sub(
+        r"^(found|got) .*?: (?=part of)|, and features that were compressed before,", "", words
+    )
+    words = re.sub(r"prompt of \d+ tokens (.*) window of \d+", r"prompt \1 window", words)
+    parts = {m.name for m in resolve(styles.METHODS[method])}
+    return re.sub(rf"^({'|'.join(parts)})(?= )", "the method", words)
 
 
 def generic(message: str, method: str) -> str:
@@ -192,6 +285,7 @@ def generic(message: str, method: str) -> str:
     for name in (f'"{method}"', method):
         message = re.sub(rf"(?<![\w\"]){re.escape(name)}(?![\w\"])", "the method", message)
     message = re.sub(r"\w+(?= (is an encoder|has none|takes one))", "the encoder", message)
+    message = re.sub(r"^the method has an? .*? stages?, and in \w+ ", "", message)
     return re.sub(r" \([^)]*stage\)", "", message).split(";")[0]
 
 
@@ -227,6 +321,10 @@ def fill_block(path: Path, name: str, text: str) -> None:
 
 
 if __name__ == "__main__":
+    import transformers
+
+    transformers.logging.set_verbosity_error()
     readme = Path(sys.argv[1] if len(sys.argv) > 1 else "README.md")
     fill_block(readme, "methods", method_table())
     fill_block(readme, "support", support_matrix())
+    fill_block(readme, "styles", style_matrix())

@@ -133,20 +133,6 @@ FAMILIES = (
         pixels=_square,
     ),
     Family(
-        "AyaVisionForConditionalGeneration",
-        lambda: hf.AyaVisionConfig(
-            vision_config=vision("siglip_vision_model", vision_use_head=False),
-            text_config=text("cohere"),
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="full",
-            downsample_factor=2,
-            adapter_layer_norm_eps=1e-6,
-            **IDS,
-        ),
-        pixels=_square,
-        tokens=4,
-    ),
-    Family(
         "GotOcr2ForConditionalGeneration",
         lambda: hf.GotOcr2Config(
             vision_config=dict(

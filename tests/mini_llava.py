@@ -3,56 +3,26 @@
 
 from __future__ import annotations
 
-import torch
-from transformers import (
-    CLIPVisionConfig,
-    Dinov2Config,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    MistralConfig,
-    Qwen2Config,
-    SiglipVisionConfig,
-    ViTConfig,
-)
+from functools import partial
 
-IMAGE = 3
-PAD = 0
+import torch
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from vtc.benchmarks.mini_families import IMAGE, PAD, decoder, padded, tower
+from vtc.benchmarks.mini_families import TEXT as _text
+from vtc.benchmarks.mini_families import VISION as _vision
+
+__all__ = ["IMAGE", "PAD", "_text", "_vision", "padded"]
+
 GRID = 4
 PATCHES = GRID * GRID
 SIZE = GRID * 8
 
-_vision = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=2,
-    image_size=SIZE,
-    patch_size=8,
-)
-_dinov2 = {k: v for k, v in _vision.items() if k != "intermediate_size"} | {"mlp_ratio": 2}
-TOWERS = {
-    "clip": lambda: CLIPVisionConfig(**_vision),
-    "siglip": lambda: SiglipVisionConfig(**_vision, vision_use_head=False),
-    "dinov2": lambda: Dinov2Config(**_dinov2),
-    "vit": lambda: ViTConfig(**_vision),
-}
-_text = dict(
-    hidden_size=48,
-    intermediate_size=64,
-    num_hidden_layers=5,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=60,
-    max_position_embeddings=512,
-    pad_token_id=PAD,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+TOWERS = {kind: partial(tower, kind) for kind in ("clip", "siglip", "dinov2", "vit")}
 DECODERS = {
-    "llama": lambda: LlamaConfig(**_text),
-    "mistral": lambda: MistralConfig(**_text, sliding_window=None),
-    "qwen2": lambda: Qwen2Config(**_text),
+    "llama": partial(decoder, "Llama"),
+    "mistral": partial(decoder, "Mistral", sliding_window=None),
+    "qwen2": partial(decoder, "Qwen2"),
 }
 
 
@@ -82,18 +52,6 @@ def build(
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = None
     return model
-
-
-def padded(rows: list[list[int]], pad: str | None) -> dict[str, torch.Tensor]:
-    """Token ids of different lengths as one batch, padded on the "right" or else on the left."""
-    length = max(map(len, rows))
-    ids = torch.full((len(rows), length), PAD)
-    mask = torch.zeros(len(rows), length, dtype=torch.long)
-    for r, row in enumerate(rows):
-        at = slice(0, len(row)) if pad == "right" else slice(length - len(row), length)
-        ids[r, at] = torch.tensor(row)
-        mask[r, at] = 1
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def prompt(

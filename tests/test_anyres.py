@@ -13,11 +13,11 @@ import mini_llava
 import pytest
 import torch
 from mini_anyres import LARGE, SLIVER, SQUARE, TALL, TINY, WIDE
-from oracle import compare
 from snapshot import snapshot
 
 import vtc
 from vtc.adapters.locate import locate
+from vtc.benchmarks.oracle import compare
 from vtc.benchmarks.runner import seeded
 from vtc.crops import apportion, layout_of
 from vtc.decoder import split_packed

@@ -12,10 +12,10 @@ import mini_anyres
 import mini_llava as mini
 import pytest
 import torch
-from oracle import compare
 from torch import Tensor
 
 import vtc
+from vtc.benchmarks.oracle import compare
 from vtc.cost import llm_flops
 from vtc.methods._common import unit
 from vtc.methods._stages import entering

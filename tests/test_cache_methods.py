@@ -10,11 +10,11 @@ from typing import Any
 import mini_llava as mini
 import pytest
 import torch
-from oracle import masked
 from torch import Tensor
 from transformers import DynamicCache
 
 import vtc
+from vtc.benchmarks.oracle import masked
 from vtc.cache import cache_bytes, pruned_layer
 from vtc.methods.fastv import FastV
 from vtc.methods.mod import HeuristicMoD, MoD, Routers, best_of_each

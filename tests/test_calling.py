@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import mini_llava as mini
 import pytest
 import torch
-from oracle import compare, masked, recording
 from snapshot import snapshot
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
 import vtc
+from vtc.benchmarks.oracle import compare, masked, recording
 from vtc.reduction import Reduction
 
 

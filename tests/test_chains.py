@@ -10,10 +10,10 @@ import mini_anyres
 import mini_llava
 import pytest
 import torch
-from oracle import compare, logits_and_steps
 from snapshot import snapshot
 
 import vtc
+from vtc.benchmarks.oracle import compare, logits_and_steps
 from vtc.benchmarks.runner import seeded
 from vtc.method import Method
 from vtc.methods.dart import DART

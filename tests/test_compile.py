@@ -31,7 +31,9 @@ CLOSE: dict[str, float] = dict(atol=1e-6, rtol=1e-6)
 
 
 FIXED = [
-    n for n in sorted(set(vtc.methods()) - {"mod", "vidkv", "evs"}) if seeded(n, budget(n), 0).compiles
+    n
+    for n in sorted(set(vtc.methods()) - {"mod", "vidkv", "evs"})
+    if seeded(n, budget(n), 0).compiles
 ]
 ADAPTIVE = [n for n in sorted(set(vtc.methods()) - {"mod", "vidkv", "evs"}) if n not in FIXED]
 FAST = {"pitome", "zipvl"}

@@ -4,14 +4,19 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 import vtc
+from vtc.adapters import locate as adapters
+from vtc.benchmarks import mini_families
 from vtc.benchmarks.catalogue import fill_block, method_table, read_block, support_matrix
 from vtc.benchmarks.mini import mini_llava
+from vtc.benchmarks.oracle import compare, logits_and_steps
 from vtc.method import _REGISTRY
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,9 +34,14 @@ def test_support_matrix_is_what_runs():
     assert read_block(ROOT / "README.md", "support") == support_matrix(), REFRESH
 
 
-def test_the_worked_example_of_contributing_is_a_method(monkeypatch):
+def examples() -> list[str]:
+    """Python code of CONTRIBUTING: a method, an adapter, and its line in the tests."""
     text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_worked_example_of_contributing_is_a_method(monkeypatch):
+    example, *_ = examples()
     monkeypatch.setattr("vtc.method._REGISTRY", registry := dict(_REGISTRY))
     namespace = {"__name__": "example"}
     exec(compile(example, "CONTRIBUTING.md", "exec", dont_inherit=True), namespace)
@@ -49,6 +59,49 @@ def test_the_worked_example_of_contributing_is_a_method(monkeypatch):
     assert report.final_tokens == 5
     norms = encoded.hidden_states[-2][0, 1:].norm(dim=-1)
     assert report.kept[0].tolist() == sorted(norms.topk(5).indices.tolist())
+
+
+def test_the_worked_example_of_contributing_is_an_adapter(monkeypatch):
+    """The code alone, as a new file, makes stages available that the generic adapter has not."""
+    _, example, line = examples()
+    without = tuple(n for n in adapters.LANGUAGE_MODELS if n != "aya_vision")
+    monkeypatch.setattr(adapters, "LANGUAGE_MODELS", without)
+    monkeypatch.setattr(mini_families, "FAMILIES", {})
+    exec(compile(line, "CONTRIBUTING.md", "exec", dont_inherit=True), vars(mini_families))
+    family = mini_families.FAMILIES["Aya Vision"]
+    monkeypatch.setattr(mini_families, "EVERY", {"ours": family})
+    model = mini_families.build("ours")
+    inputs = mini_families.prompt("ours", [[2], [1]], pad="left")
+    with torch.no_grad():
+        stock = model(**inputs).logits
+    with pytest.raises(vtc.UnsupportedError, match="one to one"):
+        vtc.wrap(model, "divprune", keep_tokens=5)
+
+    ours = ModuleType("vtc.adapters.ours")
+    ours.__package__ = "vtc.adapters"
+    exec(compile(example, "CONTRIBUTING.md", "exec", dont_inherit=True), vars(ours))
+    monkeypatch.setitem(sys.modules, ours.__name__, ours)
+    monkeypatch.setattr(adapters, "LANGUAGE_MODELS", ("ours", *without))
+    vtc.wrap(model, "divprune", keep_tokens=5)
+
+    def run():
+        with torch.no_grad():
+            return logits_and_steps(model, inputs, 3)
+
+    (got, steps, _lengths), (want, want_steps, _), alive = compare(model, run)
+    seen = alive[0] & inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[seen], want[seen], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(steps, want_steps, atol=1e-5, rtol=1e-5)
+    assert (got[seen] - stock[seen]).abs().max() > 1e-3
+    assert (alive[0] & (inputs["input_ids"] == 3)).sum(1).tolist() == [10, 5]
+    assert example == (ROOT / "adapters/aya_vision.py").read_text("utf-8")
+
+
+def test_adapters_are_short():
+    """What CONTRIBUTING promises of a family of LLMs: what takes more belongs into the engine."""
+    for name in adapters.LANGUAGE_MODELS:
+        lines = (ROOT / f"adapters/{name}.py").read_text("utf-8").splitlines()
+        assert len(lines) <= 170, name
 
 
 def test_contributing_and_readme_name_files_that_exist():

@@ -9,17 +9,17 @@ from fractions import Fraction
 from math import prod
 from typing import Any
 
-import mini_families as mini
 import pytest
 import torch
-from mini_families import FAMILIES
-from oracle import compare
 from snapshot import snapshot
 from transformers.cache_utils import DynamicCache
 
 import vtc
 from vtc.adapters.base import GridSites
 from vtc.adapters.locate import locate
+from vtc.benchmarks import mini_families as mini
+from vtc.benchmarks.mini_families import FAMILIES
+from vtc.benchmarks.oracle import compare
 from vtc.benchmarks.runner import seeded
 from vtc.decoder import split_lengths
 from vtc.grids import GridEngine, groups
@@ -151,7 +151,7 @@ def test_counts_and_batch_mates(method: str, family: str) -> None:
     assert report.visual_tokens == sum(map(sum, full)) / len(rows)
     if chosen.stages <= {"cache", "bypass"}:
         if chosen.has_budget and "cache" in chosen.stages:
-            if family == "gemma3":  # some have left the window
+            if family == "Gemma 3":  # some have left the window
                 assert 0 < report.kv_tokens < report.asked
             else:
                 assert report.kv_tokens == pytest.approx(report.asked, abs=0.5)
@@ -210,7 +210,7 @@ def test_compressed_inputs(family: str) -> None:
     """`compress_inputs` on the stock model answers like the wrapped one."""
     model = build(family)
     inputs = mini.prompt(family, rows_of(family), pad="left")
-    if family == "gemma3":
+    if family == "Gemma 3":
         with pytest.raises(vtc.UnsupportedError, match=r"window of 20.*use vtc\.wrap"):
             vtc.compress_inputs(model, inputs, made("divprune", family))
         return
@@ -365,13 +365,13 @@ def test_patches_in_the_order_of_windows() -> None:
 @torch.no_grad()
 def test_grids_of_an_image_share_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tiles as one image: as many tokens as its share, from each as much as it is large."""
-    model = build("internvl")
+    model = build("InternVL")
     sites = locate(model)
     both = replace(sites.decoder.grids, images=lambda call: [[(8, 8), (8, 8)]])
     decoder = replace(sites.decoder, grids=both, tokens_per_image=None)
     monkeypatch.setattr("vtc.wrapping.locate", lambda model: replace(sites, decoder=decoder))
-    inputs = mini.prompt("internvl", [[2]])
-    chosen = made("divprune", "internvl")
+    inputs = mini.prompt("InternVL", [[2]])
+    chosen = made("divprune", "InternVL")
     with vtc.compressing(model, replace(chosen, keep_tokens=9)) as session:
         model(**inputs)
         report = session.report()
@@ -400,12 +400,12 @@ def test_split_lengths() -> None:
 @torch.no_grad()
 def test_sliding_windows_count_positions(method: str) -> None:
     """A window of 20 positions under prompts of 60: the model's own cache or a full one."""
-    model = build("gemma3")
-    inputs = mini.prompt("gemma3", rows_of("gemma3"), pad="left")
+    model = build("Gemma 3")
+    inputs = mini.prompt("Gemma 3", rows_of("Gemma 3"), pad="left")
     assert inputs["input_ids"].shape[1] > 2 * 20
     stock = model(**inputs, use_cache=True).past_key_values
     assert [layer.is_sliding for layer in stock.layers] == [True, True, False, True, True]
-    with vtc.compressing(model, made(method, "gemma3")) as session:
+    with vtc.compressing(model, made(method, "Gemma 3")) as session:
         own = logits_and_steps(model, inputs, wide=False)
         report = session.report()
         full = logits_and_steps(model, inputs, wide=True)
@@ -417,8 +417,8 @@ def test_sliding_windows_count_positions(method: str) -> None:
 
 @torch.no_grad()
 def test_windows_that_tokens_have_left_are_refused() -> None:
-    model = build("gemma3")
-    inputs = mini.prompt("gemma3", [[1]])
+    model = build("Gemma 3")
+    inputs = mini.prompt("Gemma 3", [[1]])
     cache = model(**inputs, use_cache=True).past_key_values
     with (
         vtc.compressing(model, "divprune"),
@@ -429,9 +429,9 @@ def test_windows_that_tokens_have_left_are_refused() -> None:
 
 @torch.no_grad()
 def test_cropping_does_not_slide_a_window_back() -> None:
-    model = build("gemma3")
-    inputs = mini.prompt("gemma3", [[2]])
-    with vtc.compressing(model, made("divprune", "gemma3")):
+    model = build("Gemma 3")
+    inputs = mini.prompt("Gemma 3", [[2]])
+    with vtc.compressing(model, made("divprune", "Gemma 3")):
         cache = model(**inputs, use_cache=True).past_key_values
         out = model(input_ids=torch.tensor([[7, 8]]), past_key_values=cache)
         first = out.logits[:, 0]
@@ -446,11 +446,11 @@ def test_cropping_does_not_slide_a_window_back() -> None:
 @torch.no_grad()
 def test_second_prompts_behind_a_window() -> None:
     """A further turn on a trimmed cache is what it is on a full one."""
-    model = build("gemma3")
-    inputs = mini.prompt("gemma3", [[2]])
-    more = mini.prompt("gemma3", [[1]], seed=3)
+    model = build("Gemma 3")
+    inputs = mini.prompt("Gemma 3", [[2]])
+    more = mini.prompt("Gemma 3", [[1]], seed=3)
     more["attention_mask"] = torch.ones(1, sum(x["input_ids"].shape[1] for x in (inputs, more)))
-    with vtc.compressing(model, made("fastv", "gemma3")):
+    with vtc.compressing(model, made("fastv", "Gemma 3")):
         got = []
         for cache in (None, DynamicCache()):
             cache = model(**inputs, use_cache=True, past_key_values=cache).past_key_values
@@ -461,10 +461,10 @@ def test_second_prompts_behind_a_window() -> None:
 @torch.no_grad()
 def test_compact_positions_in_every_kind_of_layer() -> None:
     """Renumbered positions go through the rotary tables of the layer's kind."""
-    model = mini.build("gemma3")
+    model = mini.build("Gemma 3")
     model.config.get_text_config().sliding_window = 200  # as large as the prompt at least
-    inputs = mini.prompt("gemma3", [[1]])
-    chosen = replace(made("divprune", "gemma3"), positions="compact")
+    inputs = mini.prompt("Gemma 3", [[1]])
+    chosen = replace(made("divprune", "Gemma 3"), positions="compact")
     with vtc.compressing(model, chosen):
         want = model(**inputs).logits[:, -1]
     short = vtc.compress_inputs(model, inputs, chosen)

@@ -12,12 +12,12 @@ import pytest
 import torch
 import transformers as hf
 from mini_generic import FAMILIES, IDS, IMAGE, TEXT, VISION, Family, clip_llama, text, vision
-from oracle import compare, logits_and_steps
 from snapshot import snapshot
 from torch import Tensor
 
 import vtc
 from vtc.adapters.locate import locate
+from vtc.benchmarks.oracle import compare, logits_and_steps
 from vtc.benchmarks.runner import seeded
 from vtc.method import Method, Scorer
 

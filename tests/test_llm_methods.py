@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from importlib import import_module
+from types import SimpleNamespace
 
 import mini_llava as mini
 import pytest
@@ -25,6 +27,7 @@ from vtc.methods.mob import MoB, aligned
 from vtc.methods.pyramiddrop import PyramidDrop
 from vtc.methods.sparsevlm import SparseVLM, density_peaks
 from vtc.methods.transprune import HIGH, LOW, TransPrune, share_of, transition
+from vtc.tap import partners
 
 METHODS = {m.name: m for m in (TransPrune, PyramidDrop, SparseVLM, DART, MoB, DIPrune)}
 STAGED = (TransPrune, PyramidDrop, SparseVLM)
@@ -292,6 +295,29 @@ def test_pair_norm_does_not_see_rope():
     turned = torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], 3)
     torch.testing.assert_close(pair_norm(turned), pair_norm(key))
     assert pair_norm(torch.tensor([3.0, 1, 4, 0]).expand(1, 1, 1, 4)).item() == pytest.approx(6)
+    # Neighbours, as in Cohere, and a channel that is not turned at all, as in GLM.
+    few = torch.tensor([3.0, 4, 1, 0, -7]).expand(1, 1, 1, 5)
+    assert pair_norm(few, torch.tensor([1, 0, 3, 2, 4])).item() == pytest.approx(5 + 1 + 7)
+    torch.testing.assert_close(pair_norm(key, torch.arange(8).roll(4)), pair_norm(key))
+
+
+def test_partners_are_those_that_rope_turns():
+    cohere, glm, llama = (
+        getattr(import_module(f"transformers.models.{name}.modeling_{name}"), cls)
+        for name, cls in (
+            ("cohere", "CohereAttention"), ("glm", "GlmAttention"), ("llama", "LlamaAttention")
+        )
+    )  # fmt: skip
+
+    def of(cls, **rope):
+        attn = cls.__new__(cls)
+        torch.nn.Module.__init__(attn)
+        attn.head_dim, attn.config = 4, SimpleNamespace(rope_parameters=rope)
+        return partners(attn).tolist()
+
+    assert of(llama) == [2, 3, 0, 1]
+    assert of(cohere) == [1, 0, 3, 2]
+    assert of(glm, partial_rotary_factor=0.5) == [1, 0, 2, 3]
 
 
 def test_dart_takes_the_least_alike_of_each_pivot_in_turn():

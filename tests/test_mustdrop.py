@@ -22,8 +22,9 @@ from vtc.views import CacheView
 sys.path.insert(0, str(Path(__file__).parent))
 
 import mini_llava as mini
-from oracle import compare
 from test_golden import cases, load
+
+from vtc.benchmarks.oracle import compare
 
 OFF = dict(merge_threshold=None)
 ALIKE = {"clip": 0.25, "siglip": 0.15, "dinov2": 0.05, "vit": 0.05}

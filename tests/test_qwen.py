@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from inspect import signature
@@ -14,13 +12,20 @@ import mini_qwen as mini
 import pytest
 import torch
 from mini_qwen import ROW, SQUARE, TALL, TINY, WIDE
-from oracle import compare, logits_and_steps, masked, recording
 from snapshot import snapshot
 from torch import Tensor
 from transformers import StaticCache
 
 import vtc
 from vtc.adapters.locate import locate
+from vtc.benchmarks.oracle import (
+    compare,
+    jumping,
+    logits_and_steps,
+    masked,
+    noting_parts,
+    recording,
+)
 from vtc.benchmarks.runner import seeded
 from vtc.decoder import split_lengths
 from vtc.methods.mod import MoD
@@ -230,62 +235,6 @@ def test_adaptive_counts(method: str, family: str) -> None:
 
 
 # ---- tokens that jump over layers ---------------------------------------------------------------
-
-
-@contextmanager
-def noting_parts(engine: Any) -> Iterator[dict[int, Tensor]]:
-    """(B, L) tokens that take part in each layer of the first prefill."""
-    stock, parts = engine._step_aside, {}
-
-    def step_aside(i: int, st: Any, hidden: Tensor, cache: Any, kwargs: dict[str, Any]) -> Any:
-        answer = stock(i, st, hidden, cache, kwargs)
-        part = torch.ones(hidden.shape[:2], dtype=torch.bool)
-        if st.aside is not None:
-            filler = st.aside.filler
-            there = torch.ones_like(st.aside.index, dtype=torch.bool) if filler is None else ~filler
-            part = torch.zeros_like(part).scatter(1, st.aside.index, there)
-        parts.setdefault(i, part)
-        return answer
-
-    engine._step_aside = step_aside
-    try:
-        yield parts
-    finally:
-        del engine._step_aside
-
-
-@contextmanager
-def jumping(layers: Any, parts: dict[int, Tensor], over: str) -> Iterator[None]:
-    """A stock decoder in which the others are masked and get nothing from a layer at prefill."""
-
-    def layer_hook(i: int) -> Callable[..., Any]:
-        def back(module: Any, args: tuple, output: Tensor) -> Any:
-            if output.shape[1] != parts[i].shape[1]:
-                return None
-            return output.where(parts[i][..., None], args[0])
-
-        return back
-
-    def attention_hook(i: int) -> Callable[..., Any]:
-        def nothing(module: Any, args: tuple, output: tuple) -> Any:
-            if output[0].shape[1] != parts[i].shape[1]:
-                return None
-            return (output[0] * parts[i][..., None], *output[1:])
-
-        return nothing
-
-    handles = []
-    for i, layer in enumerate(layers):
-        if over == "layer":
-            handles.append(layer.register_forward_hook(layer_hook(i), prepend=True))
-        else:
-            handles.append(layer.self_attn.register_forward_hook(attention_hook(i), prepend=True))
-    try:
-        with masked(layers, parts):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @pytest.mark.parametrize("pad", ["left", "right"])

@@ -15,10 +15,10 @@ from typing import Any
 import mini_llava as mini
 import pytest
 import torch
-from oracle import compare, masked, recording
 from torch import Tensor
 
 import vtc
+from vtc.benchmarks.oracle import compare, masked, recording
 from vtc.methods.divprune import DivPrune
 from vtc.methods.fastv import FastV
 from vtc.methods.pitome import PiToMe

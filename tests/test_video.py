@@ -14,11 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mini_video import FLAT, LONG, SHORT, Clip
-from oracle import compare, logits_and_steps, masked, recording
 from snapshot import snapshot
 from torch import Tensor
 
 import vtc
+from vtc.benchmarks.oracle import compare, logits_and_steps, masked, recording
 from vtc.benchmarks.runner import seeded
 from vtc.cost import decoder_flops
 from vtc.decoder import in_prompt_order, split_lengths

@@ -518,6 +518,13 @@ class DecoderEngine:
                 for kind, output in encoded.items()
                 if kind in visual and output is not None
             }
+            whole = {layout.length for layout in self.record.grids or ()}
+            if whole and not whole.issuperset(self.lengths.get("image", ())):
+                raise UnsupportedError(
+                    f"got the features of {sum(self.lengths['image'])} image tokens that are not "
+                    "whole images: part of an image in one forward (chunked prefill) cannot be "
+                    "compressed; prefill in one piece, or use vtc.compress_inputs"
+                )
         mask = kwargs.get("attention_mask")
         self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self.encoded, layout = None, None

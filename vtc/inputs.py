@@ -45,7 +45,7 @@ def compress_inputs(
             "compress_inputs takes images only; use vtc.wrap, which compresses videos as well"
         )
     for m in methods:
-        inside = m.stages & {"decoder", "cache"}
+        inside = m.stages & {"decoder", "bypass", "cache"}
         if inside:
             raise UnsupportedError(
                 f"{m.name} chooses tokens inside the language model; use vtc.wrap for it, or a "

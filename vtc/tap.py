@@ -26,10 +26,31 @@ PREFIX = "vtc_"
 ROTATIONS = ("rotary_pos_emb", "multimodal_rotary_pos_emb")
 
 
-class Tap:
-    """What the attention module of one decoder layer was last called with."""
+def partners(attn: Any) -> Tensor | None:
+    """(d,) the channel that RoPE turns each channel of a head with, itself where it turns none.
 
-    def __init__(self) -> None:
+    None: halves, as in Llama. Cohere and GLM turn neighbours, GLM not all of them.
+    """
+    rotate = getattr(sys.modules[type(attn).__module__], "rotate_half", None)
+    dim = getattr(attn, "head_dim", None)
+    if rotate is None or not isinstance(dim, int):
+        return None
+    settings = getattr(getattr(attn, "config", None), "rope_parameters", None) or {}
+    turned = int(dim * settings.get("partial_rotary_factor", 1.0))
+    channels = torch.arange(dim)
+    pairs = rotate(torch.arange(1.0, turned + 1)).abs().long() - 1
+    return torch.cat([pairs, channels[turned:]])
+
+
+class Tap:
+    """What the attention module of one decoder layer was last called with.
+
+    Attributes:
+        partners: as the function of that name says.
+    """
+
+    def __init__(self, partners: Tensor | None = None) -> None:
+        self.partners = partners
         self.clear()
 
     def clear(self) -> None:
@@ -174,7 +195,7 @@ def install(decoder: Any, attentions: list[Any]) -> tuple[str, list[Tap]]:
     decoder.set_attn_implementation(name)
     taps = []
     for module in attentions:
-        taps.append(Tap())
+        taps.append(Tap(partners(module)))
         module._vtc_tap = taps[-1]
     return stock, taps
 

@@ -436,6 +436,11 @@ class DecoderView:
         key = self.tap.key[:, :, -self.tap.length :].transpose(1, 2)
         return self._left(key).transpose(1, 2)
 
+    @property
+    def key_partners(self) -> Tensor | None:
+        """(d,) the channel of a head that RoPE turns each channel of `key` with; None: d / 2 on."""
+        return self.tap.partners
+
     def _left(self, x: Tensor) -> Tensor:
         """Of x (B, T, ...) of the layer that has run, the tokens that are left now."""
         return x if self.ran is None else gather_tokens(x, self.ran)

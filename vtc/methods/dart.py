@@ -11,11 +11,11 @@ More, EMNLP 2025, arXiv 2502.11494. In front of LLM layer 2 (0-based), with a bu
 Departures: the layer number is read as FastV's K, so that two layers run at full length and the
 keys of the second, over all KV heads, choose the pivots. The L1 norm of a rotated key changes with
 its position, and so with the padding of the batch; here it is sum sqrt(k_c^2 + k_(c + d/2)^2) over
-the pairs that RoPE rotates, the mean of the L1 norm over all angles but for a factor. Visual pivots
-stay and count within the budget; the last pivots find less than their share left, and exactly k
-tokens remain. Visual pivots go first, by falling norm, then text pivots. "Text" is the text behind
-the image; with fewer than 8 pivots each takes ceil(k / pivots). All images of a row are one pool
-with the sum of their budgets.
+the pairs that RoPE rotates (whichever they are in a model), the mean of the L1 norm over all angles
+but for a factor. Visual pivots stay and count within the budget; the last pivots find less than
+their share left, and exactly k tokens remain. Visual pivots go first, by falling norm, then text
+pivots. "Text" is the text behind the image; with fewer than 8 pivots each takes ceil(k / pivots).
+All images of a row are one pool with the sum of their budgets.
 """
 
 from __future__ import annotations
@@ -33,9 +33,19 @@ from ..views import DecoderView
 from ._common import unit
 
 
-def pair_norm(key: Tensor) -> Tensor:
-    """(B, T) norm of keys (B, H, T, d): L1 over RoPE's pairs (c, c + d/2), L2 inside each."""
-    return key.float().unflatten(3, (2, -1)).norm(dim=3).sum((1, 3))
+def pair_norm(key: Tensor, partners: Tensor | None = None) -> Tensor:
+    """(B, T) norm of keys (B, H, T, d): L1 over RoPE's pairs, L2 inside each.
+
+    Args:
+        partners: (d,) the other channel of each one's pair; None: (c, c + d/2) are the pairs.
+    """
+    key = key.float()
+    if partners is None:
+        return key.unflatten(3, (2, -1)).norm(dim=3).sum((1, 3))
+    partners = partners.to(key.device)
+    single = partners == torch.arange(len(partners), device=key.device)
+    other = key[..., partners].masked_fill(single, 0)
+    return (torch.stack([key, other], -1).norm(dim=-1) / (2 - single.int())).sum((1, 3))
 
 
 def least_alike(
@@ -94,7 +104,7 @@ class DART(Method):
             return None
         budget = v.budget(self)
         k = torch.as_tensor(budget, device=v.hidden.device).expand(len(v.hidden))
-        norm = pair_norm(v.key)
+        norm = pair_norm(v.key, v.key_partners)
 
         visual_rank = ranks(norm.gather(1, v.visual_index), v.valid)
         visual = visual_rank.argsort(dim=1)[:, : self.visual_pivots]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The masked oracle: nothing is removed, the same tokens are hidden by the attention mask instead."""
+"""The masked oracle: no token is removed, the attention mask hides the same ones instead."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -143,6 +143,67 @@ def masked(
             handle.remove()
 
 
+@contextmanager
+def noting_parts(engine: DecoderEngine) -> Iterator[dict[int, Tensor]]:
+    """(B, L) tokens that take part in each layer of the first prefill, where some jump over it."""
+    stock = engine._step_aside
+    parts: dict[int, Tensor] = {}
+
+    def step_aside(i: int, st: Any, hidden: Tensor, cache: Any, kwargs: dict[str, Any]) -> Any:
+        answer = stock(i, st, hidden, cache, kwargs)
+        part = torch.ones(hidden.shape[:2], dtype=torch.bool)
+        if st.aside is not None:
+            filler = st.aside.filler
+            there = torch.ones_like(st.aside.index, dtype=torch.bool) if filler is None else ~filler
+            part = torch.zeros_like(part).scatter(1, st.aside.index, there)
+        parts.setdefault(i, part)
+        return answer
+
+    engine._step_aside = step_aside  # type: ignore[method-assign]
+    try:
+        yield parts
+    finally:
+        del engine._step_aside
+
+
+@contextmanager
+def jumping(layers: Any, parts: dict[int, Tensor], over: str) -> Iterator[None]:
+    """A stock decoder in which the others are masked and get nothing from a layer at prefill.
+
+    Args:
+        over: what they jump over, "layer" or "attention".
+    """
+
+    def layer_hook(i: int) -> Callable[..., Any]:
+        def back(module: Any, args: tuple, output: Tensor) -> Any:
+            if output.shape[1] != parts[i].shape[1]:
+                return None
+            return output.where(parts[i][..., None], args[0])
+
+        return back
+
+    def attention_hook(i: int) -> Callable[..., Any]:
+        def nothing(module: Any, args: tuple, output: tuple) -> Any:
+            if output[0].shape[1] != parts[i].shape[1]:
+                return None
+            return (output[0] * parts[i][..., None], *output[1:])
+
+        return nothing
+
+    handles = []
+    for i, layer in enumerate(layers):
+        if over == "layer":
+            handles.append(layer.register_forward_hook(layer_hook(i), prepend=True))
+        else:
+            handles.append(layer.self_attn.register_forward_hook(attention_hook(i), prepend=True))
+    try:
+        with masked(layers, parts):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def logits_and_steps(
     model: Any, inputs: dict[str, Tensor], steps: int = 8
 ) -> tuple[Tensor, Tensor | None, list[int]]:
@@ -156,22 +217,28 @@ def logits_and_steps(
     return prefill.logits, torch.stack(out.logits, 1), lengths
 
 
-def compare(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, Any, dict[int, Tensor]]:
+def compare(model: Any, run: Callable[[], Any]) -> tuple[Any, Any, dict[int, Tensor]]:
     """Results of ``run`` on a wrapped model, and of the same with its drops turned into masks.
 
     The encoder side stays installed in both, so merged features are the same; only the LLM differs.
+    Tokens that jump over a layer are masked in it and get nothing from it; none may leave then.
     What a method merges inside the LLM is put into the masked run at the place where it was merged.
 
     Returns:
         (dropped, masked, alive tokens of each layer).
     """
     engine = model.vtc.decoder
+    layers = engine.sites.decoder.layers
     merged: dict[int, tuple[Tensor, Tensor]] = {}
-    with recording(engine, merged) as alive:
+    jumps = {m.bypass for _, m, _ in engine.on_bypass}
+    with recording(engine, merged) as alive, ExitStack() as stack:
+        parts = stack.enter_context(noting_parts(engine)) if jumps else {}
         dropped = run()
     engine.remove()
     try:
-        with masked(engine.sites.decoder.layers, alive, merged=merged):
+        with masked(layers, alive, merged=merged), ExitStack() as stack:
+            for over in jumps:
+                stack.enter_context(jumping(layers, parts, over))
             hidden = run()
     finally:
         engine.install()
