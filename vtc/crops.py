@@ -362,8 +362,9 @@ class PackedEngine:
             call = dict(signature.bind(*args, **kwargs).arguments)
             extra = call.pop("kwargs", {})
             named = extra.pop("return_dict", None) is not False
+            call |= extra  # LLaVA of 5.5 takes image_sizes among the others
             layouts = self._layouts(call)
-            output = stock(**call, **extra, return_dict=True)
+            output = stock(**call, return_dict=True)
             self.merged = None
             output.pooler_output = self._replaced(output.pooler_output, layouts)
             self._merge_deepstack(output)
