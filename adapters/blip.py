@@ -160,14 +160,17 @@ def _takes_arguments(attn: Any) -> bool:
 
 
 def _readers(model: Any) -> list[tuple[nn.Module, tuple[str, ...]]]:
-    """The Q-Former; of BLIP each cross-attention, for its layers of 5.23 lose the mask."""
+    """Each cross-attention: above it a mask that is ready for the scores is lost or taken for ones.
+
+    Layers of BLIP lose it from 5.23 on, and a Q-Former of 5.5 takes no mask of four dimensions.
+    """
     reader = next((r for name in READERS if (r := getattr(model, name, None)) is not None), None)
     if reader is None:
         return []
-    if is_a(model, "BlipPreTrainedModel"):
-        cross = [m for name, m in reader.named_modules() if name.endswith(".crossattention.self")]
-        return [(attn, ("attention_mask", "encoder_attention_mask")) for attn in cross]
-    return [(reader, ("encoder_attention_mask",))]
+    blip = is_a(model, "BlipPreTrainedModel")
+    end = ".crossattention.self" if blip else ".crossattention.attention"
+    names = ("attention_mask", "encoder_attention_mask") if blip else ("encoder_attention_mask",)
+    return [(attn, names) for name, attn in reader.named_modules() if name.endswith(end)]
 
 
 def _interpolate(call: Call) -> Call:

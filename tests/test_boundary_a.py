@@ -431,12 +431,14 @@ def test_tokencorr_on_the_mini_llava(settings):
 @torch.no_grad()
 def test_adaptive_counts_run_ragged_and_padded(method, tower):
     """Without a budget images keep what they need; a row alone gives the same logits."""
-    model, pad = mini.build(tower), "left"
-    inputs = mini.prompt([1, 2, 1], pad=pad, seed=3)
-    vtc.wrap(model, method)
-    together = model(**inputs).logits
-    report = model.vtc.report()
-    counts = [len(k) for k in report.kept]
+    model = vtc.wrap(mini.build(tower), method)
+    for seed in range(3, 9):  # random weights differ between releases, and rarely images agree
+        inputs = mini.prompt([1, 2, 1], pad="left", seed=seed)
+        together = model(**inputs).logits
+        report = model.vtc.report()
+        counts = [len(k) for k in report.kept]
+        if len(set(counts)) > 1:
+            break
     assert report.asked is None and "asked" not in str(report)
     assert all(1 <= n < mini.PATCHES for n in counts) and len(set(counts)) > 1
     assert report.final_tokens == sum(counts) / 3

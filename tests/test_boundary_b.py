@@ -202,7 +202,8 @@ def test_todre_budget_or_threshold() -> None:
 
 def test_todre_pools_the_crops_of_an_image() -> None:
     """One pool for thumbnail and crops, and a pivot from the thumbnail."""
-    model, inputs = mini_anyres.build("next"), mini_anyres.prompt([[mini_anyres.SQUARE]])
+    model = mini_anyres.build("next", seed=1)
+    inputs = mini_anyres.prompt([[mini_anyres.SQUARE]])
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     class Spy(ToDRE):
@@ -784,7 +785,8 @@ def test_chains() -> None:
             model(**inputs)
             report = session.report()
         assert report.final_tokens == 4.5 == report.asked
-        assert all(len(k) == 3 and max(k) < 16 for k in report.kept)
+        one, *two = map(len, report.kept)  # in the LLM, images of a prompt are ranked together
+        assert one == 3 and sum(two) == 6 and all(max(k) < 16 for k in report.kept if len(k))
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,8 @@ FIXED = [
 ADAPTIVE = [n for n in sorted(set(vtc.methods()) - {"mod", "vidkv", "evs"}) if n not in FIXED]
 FAST = {"pitome", "zipvl"}
 """Beside the chain: notes from layer to layer of the tower, tokens around an LLM layer."""
+DEEP = {"pyramiddrop", "transprune"}
+"""These prune after three layers of the LLM and need a fourth."""
 CHAIN = vtc.chain(PiToMe(keep_tokens=12), VisionZip(keep_tokens=8), FastV(keep_tokens=5))
 CASES = [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in FIXED]
 
@@ -51,9 +53,9 @@ def _forget() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def build(**how: Any) -> Any:
-    """A mini model of three blocks and three LLM layers: tracing takes long."""
-    depth = {"num_hidden_layers": 3}
+def build(layers: int = 3, **how: Any) -> Any:
+    """A mini model of few blocks and LLM layers: tracing takes long."""
+    depth = {"num_hidden_layers": layers}
     with patch.dict(mini._vision, depth), patch.dict(mini._text, depth):
         return mini.build(**how)
 
@@ -74,7 +76,8 @@ def step(model: Any, out: Any, inputs: dict[str, Tensor], token: int) -> Any:
 def test_one_graph(method: Any) -> None:
     """Prefill of the whole model, pixels and cache included, and a decoded token."""
     chosen = seeded(method, budget(method), 0) if isinstance(method, str) else method
-    model, counter = vtc.wrap(build(), chosen), CompileCounter()
+    model = vtc.wrap(build(4 if method in DEEP else 3), chosen)
+    counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     first, second = (mini.prompt(2, batch=2, pad="left", seed=s) for s in (0, 1))
     model(**first)  # Hugging Face takes a lock in the first forward, which no graph can hold

@@ -89,7 +89,7 @@ class Rows(Method):
             self.seen.append(
                 {
                     "key": v.key(layer),
-                    "received": v.attention_received(layer, chunk=7),
+                    "received": v.attention_received(layer),
                     "cls": v.cls_attention(layer) if v.has_cls else None,
                     "logits": v.cls_logits(layer) if v.has_cls else None,
                 }

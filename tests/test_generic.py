@@ -155,7 +155,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "Kosmos2ForConditionalGeneration": (lambda: hf.Kosmos2Config(), "inner_attn_ln"),
     "GitForCausalLM": (lambda: hf.GitConfig(), "no list of layers"),
     "Llama4ForConditionalGeneration": (lambda: hf.Llama4Config(), "chunked_attention"),
-    "Gemma3nForConditionalGeneration": (lambda: hf.Gemma3nConfig(), "per_layer_input"),
+    "Gemma3nForConditionalGeneration": (
+        lambda: hf.Gemma3nConfig(),
+        "(per_layer_input|v_norm)",  # newer and older releases
+    ),
     "Ernie4_5_VLMoeForConditionalGeneration": (
         lambda: hf.Ernie4_5_VLMoeConfig(),
         "moe_mm_token_type_ids",

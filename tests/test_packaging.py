@@ -65,7 +65,11 @@ def test_transformers_imports_beside_the_pypi_package_kernels(tmp_path, accepted
         "    if name.startswith('__'):\n"
         "        raise AttributeError(name)\n"
         "    decorate = lambda self, target=None, *a, **k: target\n"
-        "    return type(name, (), {'__init__': lambda self, *a, **k: None, '__call__': decorate})\n"
+        "    parts = {'__init__': lambda self, *a, **k: None, '__call__': decorate}\n"
+        "    return Anything(name, (), parts)\n"
+        "class Anything(type):\n"
+        "    def __getattr__(cls, name): return cls\n"  # the flags of older releases, Mode.TRAINING
+        "    def __or__(cls, other): return cls\n"
     )
     info = tmp_path / f"kernels-{version}.dist-info"
     info.mkdir()

@@ -221,7 +221,8 @@ def test_chain_across_stages() -> None:
     model(**inputs)
     report = model.vtc.report()
     assert report.tokens_per_layer == [12, 12, 6, 6, 6]  # means of rows with one and two images
-    assert all(len(k) == 4 for k in report.kept)
+    one, *two = map(len, report.kept)  # FastV ranks the images of a prompt together
+    assert one == 4 and sum(two) == 8
     vtc.unwrap(model)
     assert torch.equal(model(**inputs).logits, stock)
     with pytest.raises(ValueError, match="at least one"):

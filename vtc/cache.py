@@ -187,6 +187,9 @@ class PrunedMixin:
             self.keys, self.values = self.keys[..., :-n, :], self.values[..., :-n, :]
 
     def reset(self) -> None:
+        # Dropped here: older transformers zero the slots, which leaves them in the sequence.
+        self.keys = self.values = None
+        self.is_initialized = False
         super().reset()  # type: ignore[misc]
         self.kept = self.filler = self.shift = None
         self.dropped, self.prefilled, self.scratch, self.budgets = 0, 0, {}, {}

@@ -387,12 +387,13 @@ class PackedEngine:
         call = dict(inspect.signature(stock).bind(*args, **kwargs).arguments)
         extra = call.pop("kwargs", {})
         named = extra.pop("return_dict", None) is not False
+        call |= extra  # LLaVA of 5.5 takes image_sizes among the others
         layouts = self._layouts(call)
         self._check(layouts)
         self.decoder.encoding = self.modality
         try:
             with self._telling():
-                output = stock(**call, **extra, return_dict=True)
+                output = stock(**call, return_dict=True)
         finally:
             self.decoder.encoding = ""
         self.merged = None

@@ -62,8 +62,8 @@ class Readers:
                 "one call, one image at a time, or use a method that treats all images alike"
             )
         valid = self.valid.repeat_interleave(copies, 0).to(given.device)
-        # Ready for the scores: a Q-Former expands a (B, T) mask to the length of queries and text,
-        # of which only the queries read the image.
+        # Ready for the scores of the queries, which alone read the image: a mask of (B, T) would be
+        # expanded to the length of queries and text.
         kind = next(module.parameters()).dtype
         hide = torch.zeros(valid.shape, dtype=kind, device=valid.device)
         hide = hide.masked_fill(~valid, torch.finfo(kind).min)[:, None, None, :]

@@ -59,7 +59,7 @@ def without_prefix(reduction: Reduction, prefix: int) -> Reduction:
     """The patches' part of a reduction of prefix and patch tokens."""
     valid = reduction.valid
     return Reduction(
-        reduction.keep[:, prefix:] - prefix,
+        (reduction.keep[:, prefix:] - prefix).clamp(min=0),  # padding slots stand at token 0
         (reduction.group[:, prefix:] - prefix).clamp(min=-1),
         None if valid is None else valid[:, prefix:],
     )
