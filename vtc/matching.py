@@ -155,7 +155,8 @@ class _Search:
         if 1 not in self.shares and self.failure is None:
             self.share(1)
         least, most = min(self.shares.values()), max(self.shares.values())
-        message = f"{label} cannot cost {flops:.1%} of the FLOPs"
+        of = " (encoder included)" if self.which == "all" else ""
+        message = f"{label} cannot cost {flops:.1%} of the FLOPs{of}"
         if least <= flops <= most:
             below = max(s for s in self.shares.values() if s <= flops)
             above = min(s for s in self.shares.values() if s >= flops)
@@ -164,6 +165,8 @@ class _Search:
                 f"{above:.1%}; raise the tolerance"
             )
         reason = "" if self.failure is None or flops > most else f" ({self.failure})"
+        if of:
+            reason += '; which="llm" counts the language model alone, strict=False leaves it out'
         return UnsupportedError(f"{message}: it reaches {least:.1%} to {most:.1%} here{reason}")
 
 

@@ -761,4 +761,8 @@ def _is_image(x: Any) -> bool:
 
 
 def _names(wanted: Any) -> str:
-    return ", ".join(name for name, cls in known_methods().items() if wanted(cls)) or "none"
+    """Methods to use instead; not those that need a text, a video or trained routers."""
+    usable = (
+        n for n, c in known_methods().items() if not c.needs & {"text", "frames"} and n != "mod"
+    )
+    return ", ".join(name for name in usable if wanted(known_methods()[name])) or "none"
