@@ -151,14 +151,8 @@ def locate(model: Any) -> Sites | None:
         # A gated MLP has three matrices where the cost model counts two.
         mlp_width=mlp_width(mlp) * 3 // 2 if hasattr(mlp, "gate_proj") else mlp_width(mlp),
     )
-    sites = language_sites(
-        model,
-        base,
-        base.language_model,
-        tower.merger,
-        len(vision.blocks) - 1,
-        tokens_per_image=None,
-    )
+    last = len(vision.blocks) - 1
+    sites = language_sites(model, base, base.language_model, tower.merger, last, None)
     sites = replace(
         sites,
         grids=grid_sites(tower, "image_grid_thw"),
