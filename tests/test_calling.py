@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import mini_llava as mini
 import pytest
 import torch
+from invariants import greedy_loop
 from snapshot import snapshot
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
@@ -79,16 +80,6 @@ def test_generate(attention: str, after: tuple, batch: str, how: dict) -> None:
     (sequences, logits), (want_sequences, want), _ = compare(model, run)
     assert torch.equal(sequences, want_sequences)
     torch.testing.assert_close(logits, want, atol=1e-5, rtol=1e-5)
-
-
-def greedy_loop(model: Any, inputs: dict, steps: int = 5, cache: Any = None) -> tuple:
-    """A manual decoding loop without position ids, as people write it for unpadded batches."""
-    out = model(**inputs, use_cache=True, past_key_values=cache)
-    logits, cache = [out.logits[:, -1]], out.past_key_values
-    for _ in range(steps):
-        out = model(input_ids=logits[-1].argmax(-1)[:, None], past_key_values=cache)
-        logits.append(out.logits[:, -1])
-    return torch.stack(logits, 1), cache
 
 
 @pytest.mark.parametrize("after", SCHEDULES)
