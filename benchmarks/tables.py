@@ -183,7 +183,7 @@ def overview(results: list[dict[str, Any]]) -> str:
 
 
 def speed_overview(result: dict[str, Any]) -> str:
-    """A table for the README from the last part of `vtc bench speed --full`."""
+    """A table for the README from the last part of `vtc speed --full`."""
     rows = result["parts"][-1]["rows"]
     lines = [
         "| method | tokens at the end | LLM FLOPs % | choosing, ms | prefill speed-up |",

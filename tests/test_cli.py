@@ -44,7 +44,7 @@ def toy(monkeypatch):
     """A mini random model instead of the embedded one, and toy tasks."""
     model = mini_llava()
     monkeypatch.setattr("vtc.benchmarks.tasks.base.Task", lambda name, n, seed: items(n, seed))
-    monkeypatch.setattr(cli, "_load", lambda *_: (model, mini_processor(model)))
+    monkeypatch.setattr(cli.bench, "load", lambda *_: (model, mini_processor(model)))
 
 
 def test_version():
@@ -92,12 +92,12 @@ def test_json_is_all_there_is_on_stdout(toy, tmp_path):
     assert len(result["rows"]) == 2
 
 
-def test_bench_kernels_prints_its_tables(monkeypatch, tmp_path):
+def test_kernels_prints_its_tables(monkeypatch, tmp_path):
     step = functools.partial(kernels.merge_step, sizes=(65,), batch=2, hidden_width=32, rounds=1)
     few = kernels.cases("cpu", torch.float32, small=True)[:1]  # energy, 577 tokens
     monkeypatch.setattr(kernels, "merge_step", step)
     monkeypatch.setattr(kernels, "cases", lambda *args, **kwargs: few)
-    done = invoke("bench", "kernels", "--json", "--out", str(tmp_path))
+    done = invoke("kernels", "--json", "--out", str(tmp_path))
     assert done.exit_code == 0
     tables = json.loads(done.stdout)
     assert tables["kernels-cpu"][0]["kernel"] == "energy"
@@ -137,7 +137,7 @@ def test_full_runs_every_method(toy, tmp_path, monkeypatch):
 
     def run(model, processor, task, items, score, settings, progress=None):
         seen[task] = (len(items), settings)
-        raise cli.Mistake("enough")
+        raise cli.common.Mistake("enough")
 
     monkeypatch.setattr("vtc.benchmarks.runner.run", run)
     invoke("bench", "scenes", "--full", "--out", str(tmp_path))

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands share: the app, its errors, loading a model, a progress bar."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+app = typer.Typer(
+    help="Visual token compression for multimodal LLMs.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+err = Console(stderr=True)
+
+EXTRAS = {
+    "accelerate": "bench",
+    "datasets": "data",
+    "easy_vqa": "bench",
+    "gradio": "demo",
+    "lmms_eval": "lmms-eval",
+    "matplotlib": "bench",
+    "open_clip": "open-clip",
+    "pyarrow": "data",
+    "rapidfuzz": "bench",
+    "timm": "timm",
+    "torchvision": "bench",
+}
+"""Which extra installs a module that a command may miss."""
+
+
+class Mistake(Exception):
+    """Something the caller got wrong; printed as one line."""
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command whose expected errors end in one clear line and exit code 2."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        from ..errors import UnsupportedError
+
+        try:
+            function(*args, **kwargs)
+        except (Mistake, UnsupportedError) as error:
+            err.print(f"error: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
+            raise typer.Exit(2) from None
+        except ImportError as error:
+            missing = (error.name or "").split(".")[0]
+            if missing not in EXTRAS:
+                raise
+            text = (
+                f'{missing} is missing; pip install "visual-token-compression[{EXTRAS[missing]}]"'
+            )
+            err.print(f"error: {text}", style="red", highlight=False, soft_wrap=True, markup=False)
+            raise typer.Exit(2) from None
+
+    return app.command()(run)
+
+
+def valid(function: Callable[[], Any]) -> Any:
+    """Run a check of the arguments; what it refuses is the caller's mistake."""
+    try:
+        return function()
+    except (ValueError, FileNotFoundError) as error:
+        raise Mistake(str(error)) from None
+
+
+def device_of(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(name)
+    except RuntimeError:
+        raise Mistake(f'unknown device "{name}"; use cpu, cuda or auto') from None
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise Mistake("no CUDA device is available; use --device cpu")
+    return name
+
+
+def load(model: str | None, embedded: str, device: str, dtype: str) -> tuple[Any, Any]:
+    """An embedded model by the name of its loader, or any other by folder or hub id."""
+    import torch
+    import transformers
+
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in kinds:
+        raise Mistake(f'unknown dtype "{dtype}"; use {", ".join(kinds)}')
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        if model is None:
+            from ..benchmarks.tiny import models
+
+            net, processor = getattr(models, embedded)(device)
+        else:
+            from transformers import AutoModelForImageTextToText, AutoProcessor
+
+            processor = AutoProcessor.from_pretrained(model)
+            net = AutoModelForImageTextToText.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise Mistake(f"cannot load {model or 'the embedded model'}: {first}") from None
+    return net.to(device, kinds[dtype]).eval(), processor
+
+
+class ProgressBar:
+    """A bar on the standard error, or nothing."""
+
+    def __init__(self, title: str, quiet: bool) -> None:
+        self.title, self.quiet = title, quiet
+        self.bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=err,
+            disable=quiet or not err.is_terminal,
+            transient=True,
+        )
+        self.task: Any = None
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        if not self.quiet and not err.is_terminal:
+            err.print(f"{self.title} ...")
+        self.bar.start()
+        self.task = self.bar.add_task(self.title, total=None)
+
+        def progress(text: str, done: int, total: int) -> None:
+            self.bar.update(
+                self.task, description=f"{self.title}: {text}", completed=done, total=total
+            )
+
+        return progress
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
