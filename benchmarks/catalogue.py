@@ -135,7 +135,7 @@ def refusal(method: str, model: Any, inputs: dict[str, Any], **parameters: Any) 
     """Why a method at half the tokens does not run on a model: its `UnsupportedError`, or None."""
     import torch
 
-    from .runner import seeded
+    from .budgets import seeded
 
     try:
         made = seeded(method, Fraction(1, 2), 0)

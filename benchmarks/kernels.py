@@ -309,7 +309,7 @@ def _resident(field: str) -> int:
 def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    from .runner import machine
+    from .environment import machine
 
     return str(machine(torch.device(device)).get("cpu") or "cpu")
 

@@ -15,44 +15,26 @@ What is measured, and how:
 
 from __future__ import annotations
 
-import copy
 import datetime
-import functools
-import hashlib
-import inspect
-import json
-import os
-import platform
-import statistics
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
-from ..adapters.locate import locate
 from ..errors import UnsupportedError
 from ..matching import match
-from ..method import Chain, Method, resolve
+from ..method import Method, resolve
 from ..wrapping import compressing, observe
-
-SHARES = (Fraction(1, 2), Fraction(1, 3), Fraction(2, 9), Fraction(1, 9))
-"""The budgets of the literature: 288, 192, 128 and 64 of LLaVA-1.5's 576 tokens."""
-
-VARIANTS: dict[str, dict[str, Any]] = {"cdpruner": {"relevance": "none"}}
-"""How methods run that need more than a model and an image, which the embedded models lack."""
-
-VISION_INPUTS = ("pixel_values", "image_sizes")
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is running, steps done and steps in all."""
+from .budgets import SHARES, seeded, token_budgets
+from .encoder import Encoder, leaves_encoder_alone
+from .environment import describe_model, machine, versions
+from .prompts import Batch, answer_batch, image_key, make_batches
+from .timing import Progress, measure, timed_prefill
 
 
 @dataclass(frozen=True)
@@ -111,170 +93,6 @@ class Row:
 BASELINE = "uncompressed"
 
 
-# ---- prompts -----------------------------------------------------------------------------------
-
-
-def prompt_of(processor: Any, question: str) -> str:
-    """The text of one question about one image, as the model was trained to read it."""
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        return processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-    return f"USER: <image>\n{question} ASSISTANT:"
-
-
-@dataclass
-class Batch:
-    """Questions about a few images, ready for the model.
-
-    ``vision`` holds each image once (pixel values, and sizes where the model cuts crops);
-    ``image_of`` says which of them a question is about.
-    """
-
-    items: list[Any]
-    text: dict[str, torch.Tensor]
-    vision: dict[str, torch.Tensor]
-    image_of: list[int]
-
-    def inputs(self, model: Any) -> dict[str, torch.Tensor]:
-        """What the model takes, on its device."""
-        return {
-            **{k: v.to(model.device) for k, v in self.text.items()},
-            **self.images(model),
-        }
-
-    def images(self, model: Any) -> dict[str, torch.Tensor]:
-        """The images alone, pixels in the dtype of the model."""
-        moved = {k: v.to(model.device) for k, v in self.vision.items()}
-        return {**moved, "pixel_values": moved["pixel_values"].to(model.dtype)}
-
-
-def image_key(image: Image.Image) -> str:
-    """What identifies an image: size and content."""
-    digest = hashlib.blake2b(image.tobytes(), digest_size=16)
-    return f"{image.mode}{image.size}{digest.hexdigest()}"
-
-
-def make_batches(processor: Any, items: Sequence[Any], size: int) -> list[Batch]:
-    """Left-padded batches of at most ``size`` questions, sorted so that images are shared."""
-    keys = [image_key(item.image) for item in items]
-    first = {key: i for i, key in reversed(list(enumerate(keys)))}
-    order = sorted(range(len(items)), key=lambda i: (first[keys[i]], i))
-    batches = []
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        unique = list(dict.fromkeys(keys[i] for i in chosen))
-        inputs = processor(
-            text=[prompt_of(processor, items[i].question) for i in chosen],
-            images=[items[i].image.convert("RGB") for i in chosen],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-        )
-        image_of = [unique.index(keys[i]) for i in chosen]
-        rows = [image_of.index(u) for u in range(len(unique))]
-        vision = {k: inputs.pop(k)[rows] for k in VISION_INPUTS if k in inputs}
-        batches.append(Batch([items[i] for i in chosen], dict(inputs), vision, image_of))
-    return batches
-
-
-# ---- answers -----------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def answer_batch(model: Any, processor: Any, batch: Batch, max_new_tokens: int) -> list[str]:
-    """Greedy answers to a batch; the encoder runs once for each of its images."""
-    text = {k: v.to(model.device) for k, v in batch.text.items()}
-    images = batch.images(model)
-    if "mm_encoder_outputs" in inspect.signature(model.forward).parameters:
-        encoded = model.get_image_features(**images)
-        features = [encoded.pooler_output[i] for i in batch.image_of]
-        outputs = {"image": type(encoded)(pooler_output=features)}
-        vision: dict[str, Any] = {"mm_encoder_outputs": outputs}
-    else:  # transformers before 5.18: one encoder pass for each question
-        vision = {k: v[batch.image_of] for k, v in images.items()}
-    out = model.generate(**text, **vision, do_sample=False, max_new_tokens=max_new_tokens)
-    new = out[:, text["input_ids"].shape[1] :]
-    return [t.strip() for t in processor.batch_decode(new, skip_special_tokens=True)]
-
-
-@dataclass
-class Encoder:
-    """The stock work of an image encoder, done once for each batch of images.
-
-    Attributes:
-        tower: the module; layer: the hidden state that the model reads.
-        looked_into: attention modules that some method captures.
-        memory: for each batch the tower's output and the calls of those attention modules.
-    """
-
-    tower: Any
-    layer: int
-    looked_into: list[Any]
-    memory: dict[int, tuple[Any, list[tuple[tuple, dict[str, Any]]]]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, model: Any, methods: Sequence[Method]) -> Encoder | None:
-        """The encoder of a model as these methods see it; None where it cannot be remembered."""
-        vision = locate(model).vision
-        layer = getattr(model.config, "vision_feature_layer", None)
-        if not isinstance(layer, int) or "forward" in vars(vision.tower):
-            return None
-        depth = len(vision.blocks)
-        wanted = {i % depth for m in methods if leaves_encoder_alone(m) for i in m.captures(depth)}
-        return cls(vision.tower, layer, [vision.blocks[i].attn for i in sorted(wanted)])
-
-    @contextmanager
-    def remembered(self, key: int) -> Iterator[None]:
-        """Inside the block the tower's output comes from memory, or goes there if it is new.
-
-        Hooks on the tower, on the captured attention modules and behind the tower see no
-        difference; hooks on its blocks do not run.
-        """
-        forward = self.tower.forward
-
-        @functools.wraps(forward)
-        def recall(*args: Any, **kwargs: Any) -> Any:
-            if key not in self.memory:
-                calls: list[tuple[tuple, dict[str, Any]]] = []
-                hooks = [
-                    module.register_forward_pre_hook(
-                        lambda _, args, kwargs: calls.append((args, kwargs)),
-                        with_kwargs=True,
-                        prepend=True,
-                    )
-                    for module in self.looked_into
-                ]
-                try:
-                    out = forward(*args, **kwargs)
-                finally:
-                    for hook in hooks:
-                        hook.remove()
-                if out.hidden_states is None:
-                    return out
-                wanted = self.layer % len(out.hidden_states)
-                states = tuple(h if i == wanted else None for i, h in enumerate(out.hidden_states))
-                stored = type(out)(last_hidden_state=out.last_hidden_state, hidden_states=states)
-                self.memory[key] = stored, calls
-            else:
-                for module, (given, named) in zip(self.looked_into, self.memory[key][1]):
-                    if module._forward_pre_hooks:
-                        module(*given, **named)
-            return copy.copy(self.memory[key][0])
-
-        self.tower.forward = recall
-        try:
-            yield
-        finally:
-            del self.tower.forward
-
-
-def leaves_encoder_alone(method: Method) -> bool:
-    """Whether a method leaves the encoder's work as it is."""
-    return not method.stages & {"pixels", "vision"}
-
-
 def evaluate(
     model: Any,
     processor: Any,
@@ -309,122 +127,6 @@ def bootstrap(
     means = total[pick].sum(1) / count[pick].sum(1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
-
-
-# ---- time and memory ---------------------------------------------------------------------------
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the accelerator; nothing to wait for on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes that a KV cache really holds: its storages, each counted once."""
-    seen: dict[int, int] = {}
-    for layer in cache.layers:
-        for tensor in (layer.keys, layer.values):
-            if tensor is not None and tensor.numel():
-                storage = tensor.untyped_storage()
-                seen[storage.data_ptr()] = storage.nbytes()
-    return sum(seen.values())
-
-
-@torch.no_grad()
-def timed_prefill(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[float, int]:
-    """Milliseconds from pixels to the first logits, and bytes of the cache left behind."""
-    synchronize(model.device)
-    start = time.perf_counter()
-    out = model(**inputs, use_cache=True, logits_to_keep=1)
-    synchronize(model.device)
-    return 1e3 * (time.perf_counter() - start), cache_bytes(out.past_key_values)
-
-
-def measure(
-    model: Any,
-    inputs: dict[str, torch.Tensor],
-    configurations: Sequence[Method | Chain | None],
-    repeats: int,
-    tick: Callable[[], None] = lambda: None,
-) -> list[dict[str, Any]]:
-    """Prefill times and reports of several configurations (None: the stock model), in turns.
-
-    Returns:
-        For each configuration its median times, KV bytes and the `vtc.Report` of one forward.
-    """
-    samples: list[list[dict[str, float]]] = [[] for _ in configurations]
-    results: list[dict[str, Any]] = [{} for _ in configurations]
-    for round_ in range(repeats + 1):
-        for i, method in enumerate(configurations):
-            if method is None:
-                if round_ == 0:  # for the token counts; never timed with hooks
-                    with observe(model) as session:
-                        timed_prefill(model, inputs)
-                        results[i]["report"] = session.report()
-                ms, kv = timed_prefill(model, inputs)
-                sample = {"prefill_ms": ms}
-            else:
-                with compressing(model, method) as session:
-                    ms, kv = timed_prefill(model, inputs)
-                    if model.device.type == "cuda":  # parts need waits, which slow the whole
-                        session.synchronize()
-                        timed_prefill(model, inputs)
-                    report = session.report()
-                results[i]["report"] = report
-                parts = {"vision_ms": report.vision_ms, "llm_prefill_ms": report.prefill_ms}
-                parts["method_ms"] = report.method_ms
-                sample = {"prefill_ms": ms, **{k: v for k, v in parts.items() if v is not None}}
-            results[i]["kv_bytes"] = kv
-            if round_ > 0:
-                samples[i].append(sample)
-        tick()
-    for result, taken in zip(results, samples):
-        for name in ("prefill_ms", "vision_ms", "llm_prefill_ms", "method_ms"):
-            values = [s[name] for s in taken if name in s]
-            result[name] = statistics.median(values) if values else None
-    return results
-
-
-# ---- the whole table ---------------------------------------------------------------------------
-
-
-def parse_keep(text: str) -> Fraction | int:
-    """A budget from "0.33" or "2/9" (a share) or from "128" (tokens).
-
-    The roundings 0.33, 0.22 and 0.11 mean the thirds and ninths of the literature.
-
-    Raises:
-        ValueError: neither a share in (0, 1] nor a count.
-    """
-    try:
-        value = Fraction(text.strip())
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f'"{text}" is no budget; give 0.33, 1/3 or a token count') from None
-    if value > 1 and value.denominator == 1:
-        return int(value)
-    near = value.limit_denominator(9)
-    if near and abs(near - value) < Fraction(4, 1000):
-        value = near
-    if not 0 < value <= 1:
-        raise ValueError(f"a share of tokens lies in (0, 1]; got {text}")
-    return value
-
-
-def token_budgets(keep: Sequence[Fraction | int], total: int) -> dict[int, Fraction | int]:
-    """Budgets by the tokens that they leave of ``total``, below it, largest first."""
-    counts = {k if isinstance(k, int) else max(1, round(total * k)): k for k in keep}
-    return {c: counts[c] for c in sorted(counts, reverse=True) if c < total}
-
-
-def seeded(name: str, keep: Fraction | int | None, seed: int) -> Method:
-    """The method with a budget (None: as it comes), and the seed if it takes one."""
-    budget: dict[str, Any] = {}
-    if keep is not None:
-        budget = {"keep_tokens": keep} if isinstance(keep, int) else {"keep_ratio": float(keep)}
-    (method,) = resolve(name, **budget, **VARIANTS.get(name, {}))
-    takes_seed = any(f.name == "seed" for f in fields(method))
-    return replace(method, seed=seed) if takes_seed else method  # type: ignore[call-arg]
 
 
 def plan(
@@ -606,74 +308,6 @@ def _giga(x: float | None) -> float | None:
 
 def _over(a: float | None, b: float | None) -> float | None:
     return None if a is None or not b else a / b
-
-
-# ---- where it ran ------------------------------------------------------------------------------
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    import transformers
-
-    from .. import __version__
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "vtc": __version__,
-        **({"commit": commit} if (commit := _commit()) else {}),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of this checkout, marked when files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """CPU, cores and accelerator."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), cpu)
-    except OSError:
-        pass
-    out: dict[str, Any] = {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": str(device),
-    }
-    if device.type == "cuda":
-        out["gpu"] = torch.cuda.get_device_name(device)
-    return out
-
-
-def describe_model(model: Any) -> dict[str, Any]:
-    """Architecture, parameters and dtype."""
-    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    return {
-        "name": Path(name).name if Path(name).exists() else name,  # a hub id keeps its owner
-        "class": type(model).__name__,
-        "parameters_m": round(sum(p.numel() for p in model.parameters()) / 1e6, 1),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-
-
-def write_json(result: dict[str, Any], path: Path) -> Path:
-    """Write a result file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    return path
 
 
 def rows_of(result: dict[str, Any], method: str) -> list[dict[str, Any]]:

@@ -11,7 +11,9 @@ from PIL import Image
 from ..method import Method
 from ..overlay import Fit, contact_sheet, kept_overlay, merge_groups
 from ..wrapping import compressing
-from .runner import BASELINE, Batch, Settings, answer_batch, make_batches, seeded, token_budgets
+from .budgets import seeded, token_budgets
+from .prompts import Batch, answer_batch, make_batches
+from .runner import BASELINE, Settings
 
 
 def show_kept(

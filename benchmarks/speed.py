@@ -32,7 +32,9 @@ from ..cost import decoder_flops
 from ..errors import UnsupportedError
 from ..method import Method, known_methods, resolve
 from ..wrapping import compressing, wrap
-from .runner import Progress, cache_bytes, machine, seeded, synchronize, versions
+from .budgets import seeded
+from .environment import machine, versions
+from .timing import Progress, cache_bytes, synchronize
 
 Forward = Callable[[], Any]
 Build = Callable[[str], tuple[Any, dict[str, Any]]]

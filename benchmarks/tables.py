@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .budgets import VARIANTS
 from .catalogue import fill_block
-from .runner import BASELINE, VARIANTS
+from .runner import BASELINE
 
 Cell = Callable[[dict[str, Any]], str]
 

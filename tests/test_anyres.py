@@ -18,8 +18,8 @@ from snapshot import snapshot
 
 import vtc
 from vtc.adapters.locate import locate
+from vtc.benchmarks.budgets import seeded
 from vtc.benchmarks.oracle import compare
-from vtc.benchmarks.runner import seeded
 from vtc.crops import apportion, layout_of
 from vtc.decoder import split_packed
 from vtc.methods.cdpruner import CDPruner

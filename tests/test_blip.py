@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import vtc
 from vtc.adapters.locate import locate_vision
-from vtc.benchmarks.runner import seeded
+from vtc.benchmarks.budgets import seeded
 from vtc.method import Method
 from vtc.methods.pitome import PiToMe
 from vtc.reduction import Reduction

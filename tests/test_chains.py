@@ -13,8 +13,8 @@ import torch
 from snapshot import snapshot
 
 import vtc
+from vtc.benchmarks.budgets import seeded
 from vtc.benchmarks.oracle import compare, logits_and_steps
-from vtc.benchmarks.runner import seeded
 from vtc.method import Method
 from vtc.methods.dart import DART
 from vtc.methods.diprune import DIPrune

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import vtc
-from vtc.benchmarks.runner import seeded
+from vtc.benchmarks.budgets import seeded
 from vtc.methods.fastv import FastV
 from vtc.methods.pitome import PiToMe
 from vtc.methods.prumerge import PruMerge

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import vtc
-from vtc.benchmarks.runner import seeded
+from vtc.benchmarks.budgets import seeded
 from vtc.errors import UnsupportedError
 from vtc.method import known_methods
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import vtc
 from vtc.adapters.locate import locate_vision
-from vtc.benchmarks.runner import seeded
+from vtc.benchmarks.budgets import seeded
 from vtc.errors import UnsupportedError
 from vtc.method import Method
 from vtc.vision import VisionEngine

@@ -19,8 +19,8 @@ import vtc
 from vtc.adapters.base import GridSites
 from vtc.adapters.locate import locate
 from vtc.benchmarks import mini_families as mini
+from vtc.benchmarks.budgets import seeded
 from vtc.benchmarks.mini_families import FAMILIES
-from vtc.benchmarks.runner import seeded
 from vtc.decoder import split_lengths
 from vtc.grids import GridEngine, groups
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import vtc
 from vtc.adapters.locate import locate
+from vtc.benchmarks.budgets import seeded
 from vtc.benchmarks.oracle import compare, logits_and_steps
-from vtc.benchmarks.runner import seeded
 from vtc.method import Method, Scorer
 
 EVERY = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)

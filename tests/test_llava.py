@@ -12,8 +12,8 @@ import torch
 from snapshot import snapshot
 
 import vtc
+from vtc.benchmarks.budgets import seeded
 from vtc.benchmarks.oracle import compare, logits_and_steps
-from vtc.benchmarks.runner import seeded
 
 
 def takes_budget(method: str) -> bool:

@@ -19,6 +19,7 @@ from transformers import StaticCache
 
 import vtc
 from vtc.adapters.locate import locate
+from vtc.benchmarks.budgets import seeded
 from vtc.benchmarks.oracle import (
     compare,
     jumping,
@@ -27,7 +28,6 @@ from vtc.benchmarks.oracle import (
     noting_parts,
     recording,
 )
-from vtc.benchmarks.runner import seeded
 from vtc.decoder import split_lengths
 from vtc.methods.mod import MoD
 from vtc.methods.vidkv import VidKV

@@ -14,7 +14,18 @@ import torch
 from PIL import Image
 
 import vtc
-from vtc.benchmarks import plots, runner, show, speed, tables
+from vtc.benchmarks import (
+    budgets,
+    environment,
+    plots,
+    prompts,
+    runner,
+    show,
+    speed,
+    tables,
+    timing,
+)
+from vtc.benchmarks.encoder import Encoder, leaves_encoder_alone
 from vtc.benchmarks.mini import mini_llava, mini_processor
 from vtc.wrapping import observe
 
@@ -71,13 +82,13 @@ def result(model, processor):
 
 def test_batches_hold_every_question_once_and_every_image_once(processor):
     items = make_items(images=3, questions=4)
-    batches = runner.make_batches(processor, items, 5)
+    batches = prompts.make_batches(processor, items, 5)
     got = [item for batch in batches for item in batch.items]
     assert sorted(map(id, got)) == sorted(map(id, items))
     for batch in batches:
         assert len(batch.items) <= 5
         assert len(batch.vision["pixel_values"]) == len(
-            {runner.image_key(i.image) for i in batch.items}
+            {prompts.image_key(i.image) for i in batch.items}
         )
         for item, which in zip(batch.items, batch.image_of):
             alone = processor(text=["<image>"], images=[item.image], return_tensors="pt")
@@ -88,11 +99,11 @@ def test_batches_hold_every_question_once_and_every_image_once(processor):
 
 @pytest.mark.parametrize("method", [None, "fastv", "divprune", "pitome", "downsample", "visionzip"])
 def test_sharing_the_encoder_between_questions_changes_no_answer(model, processor, method):
-    (batch,) = runner.make_batches(processor, make_items(images=2, questions=3), 6)
+    (batch,) = prompts.make_batches(processor, make_items(images=2, questions=3), 6)
     plain = dict(batch.text, pixel_values=batch.vision["pixel_values"][batch.image_of])
 
     def ask() -> tuple[list[str], torch.Tensor]:
-        shared = runner.answer_batch(model, processor, batch, 4)
+        shared = prompts.answer_batch(model, processor, batch, 4)
         return shared, model.generate(**plain, do_sample=False, max_new_tokens=4)
 
     if method is None:
@@ -106,9 +117,9 @@ def test_sharing_the_encoder_between_questions_changes_no_answer(model, processo
 
 def seeded_or_plain(method: str, tokens: int) -> vtc.Method:
     try:
-        return runner.seeded(method, tokens, 0)
+        return budgets.seeded(method, tokens, 0)
     except ValueError:  # takes no budget
-        return runner.seeded(method, None, 0)
+        return budgets.seeded(method, None, 0)
 
 
 @pytest.mark.parametrize(
@@ -117,10 +128,10 @@ def seeded_or_plain(method: str, tokens: int) -> vtc.Method:
 )
 def test_sharing_the_encoder_between_methods_changes_no_answer(model, processor, method):
     """A remembered encoder gives the same logits, and is only used where nothing happens in it."""
-    (batch,) = runner.make_batches(processor, make_items(images=2, questions=3), 6)
+    (batch,) = prompts.make_batches(processor, make_items(images=2, questions=3), 6)
     chosen = seeded_or_plain(method, 6)
     fresh = dict(batch.text, pixel_values=batch.vision["pixel_values"][batch.image_of])
-    encoder = runner.Encoder.of(model, [runner.seeded(m, None, 0) for m in vtc.methods()])
+    encoder = Encoder.of(model, [budgets.seeded(m, None, 0) for m in vtc.methods()])
     with torch.no_grad():
         model(**fresh)  # transformers hooks its towers at the first call
     before = dict(vars(model.model.vision_tower))
@@ -133,17 +144,15 @@ def test_sharing_the_encoder_between_methods_changes_no_answer(model, processor,
             model(**fresh)
         with vtc.compressing(model, chosen):
             expected = model(**fresh).logits
-        shared = encoder.remembered(0) if runner.leaves_encoder_alone(chosen) else nullcontext()
+        shared = encoder.remembered(0) if leaves_encoder_alone(chosen) else nullcontext()
         with vtc.compressing(model, chosen), shared:
             got = model(**fresh).logits
     count.remove()
     assert torch.equal(got, expected)
     assert vars(model.model.vision_tower).keys() == before.keys()
-    assert len(blocks) == (2 if runner.leaves_encoder_alone(chosen) else 3)
+    assert len(blocks) == (2 if leaves_encoder_alone(chosen) else 3)
     known = {"random": True, "fastv": True, "pitome": False, "visionzip": True, "downsample": False}
-    assert runner.leaves_encoder_alone(chosen) == known.get(
-        method, runner.leaves_encoder_alone(chosen)
-    )
+    assert leaves_encoder_alone(chosen) == known.get(method, leaves_encoder_alone(chosen))
 
 
 def test_rows_are_complete_and_consistent(result):
@@ -172,17 +181,17 @@ def test_rows_are_complete_and_consistent(result):
 
 
 def test_kv_bytes_are_those_the_report_tells(model, processor):
-    (batch,) = runner.make_batches(processor, make_items(1, 1), 1)
+    (batch,) = prompts.make_batches(processor, make_items(1, 1), 1)
     inputs = dict(batch.text, pixel_values=batch.vision["pixel_values"])
     for name in (None, "fastv", "divprune"):
         context = observe(model) if name is None else vtc.compressing(model, name, keep_tokens=4)
         with context as session:
-            _, measured = runner.timed_prefill(model, inputs)
+            _, measured = timing.timed_prefill(model, inputs)
             assert measured == session.report().kv_bytes, name
 
 
 def test_result_is_json_and_says_where_it_comes_from(result, tmp_path):
-    path = runner.write_json(result, tmp_path / "deep" / "toy.json")
+    path = environment.write_json(result, tmp_path / "deep" / "toy.json")
     again = json.loads(path.read_text())
     assert again["rows"] == result["rows"]
     assert {"python", "torch", "transformers", "vtc"} <= set(again["versions"])
@@ -241,17 +250,17 @@ def test_no_questions_is_an_error(model, processor):
     ],
 )
 def test_budgets_are_read_as_the_literature_means_them(text, value):
-    assert runner.parse_keep(text) == value
+    assert budgets.parse_keep(text) == value
 
 
 @pytest.mark.parametrize("text", ["0", "-0.5", "1.5", "many", "1/0", ""])
 def test_bad_budgets_are_refused(text):
     with pytest.raises(ValueError, match=r"share|budget"):
-        runner.parse_keep(text)
+        budgets.parse_keep(text)
 
 
 def test_literature_budgets_of_576_tokens():
-    found = runner.token_budgets((Fraction(1), *runner.SHARES), 576)
+    found = budgets.token_budgets((Fraction(1), *budgets.SHARES), 576)
     assert list(found) == [288, 192, 128, 64]
 
 
@@ -286,7 +295,7 @@ def test_pictures_and_tables(model, processor, result, tmp_path):
 
 
 def test_speed_rows_hold_together(model, processor, monkeypatch):
-    (batch,) = runner.make_batches(processor, make_items(1, 1), 1)
+    (batch,) = prompts.make_batches(processor, make_items(1, 1), 1)
     inputs = dict(batch.text, pixel_values=batch.vision["pixel_values"])
     methods = [vtc.method.resolve(n, keep_tokens=4)[0] for n in ("fastv", "divprune")]
     monkeypatch.setattr(speed, "TEXT_TOKENS", int(batch.text["attention_mask"].sum()) - 16)

@@ -19,8 +19,8 @@ from snapshot import snapshot
 from torch import Tensor
 
 import vtc
+from vtc.benchmarks.budgets import seeded
 from vtc.benchmarks.oracle import compare, logits_and_steps, masked, recording
-from vtc.benchmarks.runner import seeded
 from vtc.cost import decoder_flops
 from vtc.decoder import in_prompt_order, split_lengths
 from vtc.methods.evs import EVS, change

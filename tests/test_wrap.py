@@ -14,7 +14,7 @@ from snapshot import snapshot
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import vtc
-from vtc.benchmarks.runner import seeded
+from vtc.benchmarks.budgets import seeded
 from vtc.cost import decoder_flops, encoder_flops, llm_flops
 
 

@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from ..runner import evaluate, make_batches, prompt_of
+from ..prompts import make_batches, prompt_of
+from ..runner import evaluate
 from ..tasks import scenes
 from ..tasks.base import Item, Task, score
 from .models import ASSETS, Retrieval, load_llava, load_llava_next, load_retrieval, pool

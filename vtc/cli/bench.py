@@ -74,6 +74,8 @@ def bench(
     Example: vtc bench scenes --methods fastv,random --keep 0.33,0.11
     """
     from ..benchmarks import runner, tables
+    from ..benchmarks.budgets import parse_keep, seeded
+    from ..benchmarks.environment import write_json
     from ..benchmarks.tasks.base import TASKS, Task, score
     from ..method import known_methods
 
@@ -85,9 +87,9 @@ def bench(
         names = tuple(known_methods()) if full else DEFAULT_METHODS
     else:
         names = tuple(n.strip() for n in methods.split(",") if n.strip())
-    budgets = valid(lambda: tuple(runner.parse_keep(k) for k in keep.split(",") if k.strip()))
+    budgets = valid(lambda: tuple(parse_keep(k) for k in keep.split(",") if k.strip()))
     for name in names:
-        valid(lambda name=name: runner.seeded(name, None, seed))  # type: ignore[misc]
+        valid(lambda name=name: seeded(name, None, seed))  # type: ignore[misc]
     settings = runner.Settings(
         methods=names,
         keep=budgets,
@@ -109,7 +111,7 @@ def bench(
         with ProgressBar(name, quiet=as_json) as progress:
             result = runner.run(net, processor, name, items, score, settings, progress)
         results.append(result)
-        runner.write_json(result, out_dir / f"{name}.json")
+        write_json(result, out_dir / f"{name}.json")
         if not as_json:
             _print_table(result)
             written = [out_dir / f"{name}.json"]

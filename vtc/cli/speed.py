@@ -36,7 +36,7 @@ def speed(
     Example: vtc speed --full --repeats 3
     """
     from ..benchmarks import speed as harness
-    from ..benchmarks.runner import write_json
+    from ..benchmarks.environment import write_json
 
     with ProgressBar("speed", quiet=as_json) as progress:
         result = harness.run(device_of(device), repeats, seed, progress, full)
