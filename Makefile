@@ -2,6 +2,7 @@
 # make test   the whole test suite
 # make test-oldest   the same with the oldest supported transformers, in .venv-oldest
 # make lint   ruff and mypy
+# make docs   the documentation, in site/
 # PYTHON=python3.12 make ...   another interpreter (3.10 or newer)
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 OLDEST := 5.5
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast test-oldest lint format clean
+.PHONY: help run test test-fast test-oldest lint docs format clean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
@@ -57,9 +58,12 @@ lint: $(VENV)/.dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+docs: $(VENV)/.dev
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 format: $(VENV)/.dev
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-oldest build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache

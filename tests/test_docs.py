@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -14,7 +16,13 @@ import torch
 import vtc
 from vtc.adapters import locate as adapters
 from vtc.benchmarks import mini_families
-from vtc.benchmarks.catalogue import fill_block, method_table, read_block, support_matrix
+from vtc.benchmarks.catalogue import (
+    fill_block,
+    method_rows,
+    method_table,
+    read_block,
+    support_matrix,
+)
 from vtc.benchmarks.mini import mini_llava
 from vtc.benchmarks.oracle import compare, logits_and_steps
 from vtc.method import _REGISTRY
@@ -121,3 +129,29 @@ def test_blocks_can_be_filled_again_and_again(tmp_path):
     assert file.read_text().endswith("\n<!-- x:end -->\nbottom\n")
     with pytest.raises(ValueError, match="no block"):
         fill_block(file, "y", "")
+
+
+def test_the_quick_start_of_the_docs_runs(capsys):
+    first, *_ = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "index.md").read_text(), re.DOTALL
+    )
+    exec(compile(first, "docs/index.md", "exec", dont_inherit=True), {"__name__": "example"})
+    assert "128" in capsys.readouterr().out
+
+
+def test_every_method_has_a_page_from_its_docstring():
+    """What `make docs` builds; here without a site, as text."""
+    pytest.importorskip("mkdocs")
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    table = hooks.index_page()
+    for row in method_rows():
+        page = hooks.method_page(row)
+        assert f"[`{row['name']}`]({row['name']}.md)" in table
+        assert page.startswith(f"# {row['name']}\n")
+        for field in dataclasses.fields(vtc.method.known_methods()[row["name"]]):
+            assert f"`{field.name}`" in page
+        for line in page.splitlines():
+            if line.startswith("| `") and line.count(" | ") == 2:
+                assert not line.endswith("|  |"), f"{row['name']}: no meaning in {line}"

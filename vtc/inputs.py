@@ -28,7 +28,8 @@ def compress_inputs(
     Args:
         model: a supported multimodal LLM that is not wrapped.
         inputs: what its processor gave: ``input_ids`` (B, L), ``pixel_values`` and so on.
-        method, parameters: as in `wrap`; only methods that act before the LLM.
+        method: as in `wrap`; only methods that act before the LLM.
+        parameters: as in `wrap`.
 
     Returns:
         New inputs for ``model.generate(**inputs)``; the images are in ``mm_encoder_outputs``. Make

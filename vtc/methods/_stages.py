@@ -138,8 +138,8 @@ class StagedBlocks(Method):
     """Drops patches behind a few encoder blocks, each time alike ones (S) and then the least (I).
 
     Args:
-        layers: encoder blocks, from 1, behind which patches are pruned, in an encoder of ``of``
-            blocks; others prune at the same relative depths.
+        layers: encoder blocks, from 1, behind which patches are pruned.
+        of: blocks of the encoder that ``layers`` means; others prune at the same relative depths.
         ratios: share of the patches that each I-stage keeps, one for each of ``layers``. Without a
             budget they are used as they are; with one they give the shape of the schedule.
         similar: patches that each S-stage drops: a count, or a fraction of all patches.

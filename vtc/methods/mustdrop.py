@@ -68,9 +68,9 @@ class MustDrop(Method):
     """Merge alike windows in the encoder, filter by text attention in the LLM, evict KV at the end.
 
     Args:
-        theta_global: smallest share of all text attention, and
-        theta_individual: smallest attention from one text token, that save a visual token. Give
-            both for the published adaptive filter; beside a budget they only weigh the ranking.
+        theta_global: smallest share of all text attention that saves a visual token.
+        theta_individual: smallest attention from one text token that does. Give both for the
+            published adaptive filter; beside a budget they only weigh the ranking.
         layers: LLM layers, of 32, after which the filter acts.
         schedule: fractions of the visual tokens that all but the last of them keep; falling
             geometrically when None. Only with a budget.
