@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedded tiny models load with stock classes and see their images."""
 
+import shutil
+
 import pytest
 import torch
 
 from vtc.benchmarks.tasks.base import Task
+from vtc.benchmarks.tiny import models
 from vtc.benchmarks.tiny.models import ASSETS, load_llava, load_retrieval, make_tokenizer
 from vtc.benchmarks.tiny.train import packed_layout
 
@@ -12,6 +15,20 @@ from vtc.benchmarks.tiny.train import packed_layout
 @pytest.fixture(scope="module")
 def llava():
     return load_llava()
+
+
+def test_assets_are_the_published_ones(monkeypatch, tmp_path):
+    pinned = (ASSETS / "SHA256SUMS").read_text().splitlines()
+    assert sorted(pinned) == sorted(f"{d}  {path}" for path, d in models.digests(ASSETS).items())
+    for file in ("config.json", "model.safetensors"):
+        copy = shutil.copytree(ASSETS, tmp_path / file)
+        text = copy / "tiny-text" / file
+        text.write_bytes(text.read_bytes()[:-1] + b"\0")
+        monkeypatch.setattr(models, "ASSETS", copy)
+        models._verify.cache_clear()
+        with pytest.raises(ValueError, match="SHA256SUMS"):
+            models._folder(copy, "tiny-text")
+    models._verify.cache_clear()
 
 
 def test_assets_are_small():

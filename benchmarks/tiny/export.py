@@ -33,6 +33,7 @@ from .models import (
     PAD,
     PINPOINTS,
     VIEW,
+    digests,
     llava_config,
     llava_next_config,
     make_tokenizer,
@@ -129,6 +130,8 @@ def main() -> None:
         export_next(args.next, args.assets)
     if args.trained:
         export(args.tower, args.trained, args.assets)
+    sums = [f"{digest}  {path}\n" for path, digest in digests(args.assets).items()]
+    (args.assets / "SHA256SUMS").write_text("".join(sums))
     size = sum(f.stat().st_size for f in args.assets.rglob("*") if f.is_file())
     print(f"{args.assets}: {size / 1e6:.1f} MB")
 

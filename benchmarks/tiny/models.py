@@ -4,6 +4,8 @@ vision tower."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -299,10 +301,39 @@ class Retrieval(NamedTuple):
 
 
 def _folder(assets: Path, name: str) -> Path:
+    """A folder of weights; one that comes with vtc only with the contents it was published with.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: a file of the package differs from its pinned hash, or has none.
+    """
     folder = Path(assets) / name
     if not folder.exists():
         raise FileNotFoundError(f"{folder} is missing; see benchmarks/tiny/README.md to make it")
+    if Path(assets) == ASSETS:
+        _verify(name)
     return folder
+
+
+def digests(assets: Path, name: str = "tiny-*") -> dict[str, str]:
+    """SHA-256 of every file of the models, by its path within the assets."""
+    return {
+        path.relative_to(assets).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(assets.glob(f"{name}/**/*"))
+        if path.is_file()
+    }
+
+
+@functools.cache
+def _verify(name: str) -> None:
+    lines = (ASSETS / "SHA256SUMS").read_text("utf-8").splitlines()
+    pinned = {path: digest for digest, path in (line.split("  ") for line in lines)}
+    for path, digest in digests(ASSETS, name).items():
+        if digest != pinned.get(path):
+            raise ValueError(
+                f"{ASSETS / path} is not the file that this vtc was published with (SHA256SUMS "
+                "beside it); install vtc again, or pass a folder of your own as assets="
+            )
 
 
 def load_llava(

@@ -168,7 +168,7 @@ class Loop:
         path = self.args.work / "checkpoint.pt"
         if not path.exists():
             return None
-        saved = torch.load(path, map_location="cpu", weights_only=False)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         self.model.load_state_dict(saved["llava"], strict=False)
         self.step, self.elapsed = saved["step"], saved["elapsed"]
         torch.set_rng_state(saved["torch_rng"])

@@ -113,7 +113,7 @@ def load(model: str | None, embedded: str, device: str, dtype: str) -> tuple[Any
             from transformers import AutoModelForImageTextToText, AutoProcessor
 
             processor = AutoProcessor.from_pretrained(model)
-            net = AutoModelForImageTextToText.from_pretrained(model)
+            net = AutoModelForImageTextToText.from_pretrained(model, use_safetensors=True)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise Mistake(f"cannot load {model or 'the embedded model'}: {first}") from None
