@@ -32,20 +32,44 @@ TOWERS = ("pixtral",)
 """The same for encoders of packed images, which work inside a language model only: alone, nobody
 tells which of the tokens that are left belong to which image."""
 
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "LLaVA-1.5": ("LlavaForConditionalGeneration",),
+    "LLaVA-NeXT": ("LlavaNextForConditionalGeneration",),
+    "LLaVA-NeXT-Video": ("LlavaNextVideoForConditionalGeneration",),
+    "LLaVA-OneVision": ("LlavaOnevisionForConditionalGeneration",),
+    "InternVL": ("InternVLForConditionalGeneration",),
+    "Idefics3, SmolVLM": ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
+    "PaliGemma": ("PaliGemmaForConditionalGeneration",),
+    "Gemma 3": ("Gemma3ForConditionalGeneration",),
+    "Mistral 3": ("Mistral3ForConditionalGeneration",),
+    "Aya Vision": ("AyaVisionForConditionalGeneration",),
+    "Qwen2-VL, Qwen2.5-VL, Qwen3-VL": (
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3VLMoeForConditionalGeneration",
+    ),
+    "BLIP, BLIP-2, InstructBLIP": (
+        "BlipForConditionalGeneration",
+        "BlipForQuestionAnswering",
+        "Blip2ForConditionalGeneration",
+        "InstructBlipForConditionalGeneration",
+    ),
+    "Hugging Face encoders": (
+        "CLIPVisionModel",
+        "SiglipVisionModel",
+        "Dinov2Model",
+        "ViTModel",
+        "BlipVisionModel",
+    ),
+    "timm encoders": ("VisionTransformer: vit, deit, dinov2, siglip", "Eva: eva"),
+    "open_clip encoders": ("CLIP: ViT-*",),
+}
+"""What the adapters know, for people; `vtc.inspect` tells of any model."""
+
 SUPPORTED = (
-    "timm ViTs (vit, deit, eva, dinov2, siglip); open_clip ViTs; Hugging Face CLIP, SigLIP, DINOv2 "
-    "and ViT encoders; vision towers of BLIP and BLIP-2; LLaVA-1.5 "
-    "(LlavaForConditionalGeneration), LLaVA-NeXT (LlavaNextForConditionalGeneration), "
-    "LLaVA-NeXT-Video (LlavaNextVideoForConditionalGeneration), "
-    "LLaVA-OneVision (LlavaOnevisionForConditionalGeneration), "
-    "InternVL (InternVLForConditionalGeneration), "
-    "Idefics3 and SmolVLM (Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration), "
-    "PaliGemma (PaliGemmaForConditionalGeneration), Gemma 3 (Gemma3ForConditionalGeneration), "
-    "Mistral 3 (Mistral3ForConditionalGeneration), "
-    "Aya Vision (AyaVisionForConditionalGeneration), Qwen2-VL, Qwen2.5-VL and Qwen3-VL "
-    "(Qwen2VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration, "
-    "Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration); others whose seams are "
-    "like LLaVA's (vtc inspect tells)"
+    f"{'; '.join(FAMILIES)}; others whose seams are like LLaVA's (vtc models has the classes, "
+    "vtc inspect tells of any)"
 )
 
 

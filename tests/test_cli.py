@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
 import vtc
 from vtc import cli
-from vtc.benchmarks import kernels
+from vtc.benchmarks import kernels, mini_families
 from vtc.benchmarks.mini import mini_llava, mini_processor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,6 +63,26 @@ def test_methods_lists_the_registry():
     assert all(r["summary"] and r["acts"] for r in rows)
     table = invoke("methods").stdout
     assert all(name in table for name in names)
+
+
+def test_models_lists_classes_that_exist_and_that_an_adapter_takes():
+    families = json.loads(invoke("models", "--json").stdout)
+    table = invoke("models").stdout
+    for family, classes in families.items():
+        assert family in table
+        for name in classes:
+            if ":" not in name:  # timm, open_clip
+                assert hasattr(transformers, name)
+                assert name in table
+    tested = {family.cls for family in mini_families.EVERY.values()}
+    assert tested <= {name for classes in families.values() for name in classes}
+
+
+def test_every_command_has_an_example():
+    for name in typer.main.get_command(cli.app).commands:
+        done = invoke(name, "--help")
+        assert done.exit_code == 0
+        assert f"Example: vtc {name}" in done.stdout
 
 
 def test_bench_prints_a_table_and_writes_its_files(toy, tmp_path):

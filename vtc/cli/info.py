@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vtc knows: ``vtc methods``, ``vtc inspect``, ``vtc version``."""
+"""What vtc knows: ``vtc methods``, ``vtc models``, ``vtc inspect``, ``vtc version``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from .common import Mistake, command, out
 
 @command
 def version() -> None:
-    """Versions of vtc, torch and transformers."""
+    """Versions of vtc, torch and transformers.
+
+    Example: vtc version
+    """
     import torch
     import transformers
 
@@ -28,7 +31,10 @@ def version() -> None:
 def methods(
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
-    """All methods: where they act, what they need, what they do."""
+    """All methods: where they act, what they need, what they do.
+
+    Example: vtc methods --json
+    """
     from ..benchmarks.catalogue import method_rows
 
     rows = method_rows()
@@ -44,11 +50,35 @@ def methods(
 
 
 @command
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+) -> None:
+    """All model families that vtc has an adapter for; "vtc inspect" tells of any other.
+
+    Example: vtc models
+    """
+    from ..adapters.locate import FAMILIES
+
+    if as_json:
+        print(json.dumps(FAMILIES, indent=1))
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("family")
+    table.add_column("classes", overflow="fold")
+    for family, classes in FAMILIES.items():
+        table.add_row(family, "\n".join(classes))
+    out.print(table)
+
+
+@command
 def inspect(
     model: Annotated[str, typer.Argument(help="Hub id, folder or config.json.")],
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
 ) -> None:
-    """How vtc sees a model and which methods work on it, from its configuration alone."""
+    """How vtc sees a model and which methods work on it, from its configuration alone.
+
+    Example: vtc inspect llava-hf/llava-1.5-7b-hf
+    """
     import transformers
 
     from ..inspecting import inspect as look
