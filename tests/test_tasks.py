@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tasks: named ones, your own files with all that can be wrong in them, local copies of hub sets."""
 
+import importlib.util
 import io
 import json
 import os
 import re
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,7 +132,8 @@ def test_a_good_file(tmp_path):
     keys = task.image_keys()
     assert keys[0] == keys[3] == "a.png"  # the same on any machine
     assert open_task(str(path)).fingerprint == task.fingerprint
-    assert open_task(path, metric="exact-match").metric == "exact-match"
+    other = open_task(path, metric="exact-match")  # wins over what a row names
+    assert other.metric == "exact-match" and other.problems == []
     assert open_task(write(tmp_path, row())).metric == "one-word"
 
 
@@ -407,14 +410,7 @@ def test_parquet_that_datasets_wrote(tmp_path):
     datasets = pytest.importorskip("datasets")
     images = [Image.new("RGB", (4, 4), (i, i, i)) for i in (3, 4, 3)]
     made = datasets.Dataset.from_dict(
-        {"image": images, "question": ["Which?"] * 3, "answers": [["x", "y"]] * 3},
-        features=datasets.Features(
-            {
-                "image": datasets.Image(),
-                "question": datasets.Value("string"),
-                "answers": datasets.List(datasets.Value("string")),
-            }
-        ),
+        {"image": images, "question": ["Which?"] * 3, "answers": [["x", "y"]] * 3}
     )
     made.to_parquet(tmp_path / "theirs.parquet")
     task = open_task(tmp_path / "theirs.parquet")
@@ -611,6 +607,7 @@ def test_a_sample_is_spread_over_all_files(copy, monkeypatch):
     assert (
         ids == [int(i.id) for i in opened(24).entries] != [int(i.id) for i in opened(24, 1).entries]
     )
+    assert len({int(i.id) // 10 for i in opened(5).entries}) > 1
     many = {i // 10 for i in (int(i.id) for i in opened(100).entries)}
     assert hub.SPREAD < len(many) <= 20  # as many groups as have 200 rows
     assert len(opened(400)) == len(opened(999)) == 400
@@ -713,6 +710,45 @@ def test_without_network_the_error_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r'pip install "visual-token-compression\[data\]"'):
         open_task("gqa")
+
+
+LMMS = {
+    "gqa": ["gqa/gqa.yaml"],
+    "textvqa": ["textvqa/textvqa_val.yaml", "textvqa/_default_template_textvqa_yaml"],
+    "pope": ["pope/pope.yaml"],
+    "docvqa": ["docvqa/docvqa_val.yaml", "docvqa/_default_template_docvqa_yaml"],
+    "chartqa": ["chartqa/chartqa.yaml"],
+    "scienceqa": ["scienceqa/scienceqa_img.yaml"],
+    "flickr30k": ["flickr30k/flickr30k_test.yaml"],
+    "coco": ["coco_cap/coco2017_cap_val.yaml"],
+}
+
+
+@pytest.mark.parametrize("name", list(hub.SETS))
+def test_repositories_and_prompts_are_those_of_lmms_eval(name):
+    found = importlib.util.find_spec("lmms_eval")
+    if found is None:
+        pytest.skip("lmms-eval is not installed: nothing to compare with")
+    (folder,) = found.submodule_search_locations
+    text = "\n".join((Path(folder) / "tasks" / file).read_text() for file in LMMS[name])
+    known = hub.SETS[name]
+
+    def field(name):
+        match = re.search(rf"^ *{name} *: *(.+?) *$", text, re.MULTILINE)
+        return match and match[1].strip('"').replace("\\n", "\n")
+
+    assert field("dataset_path") == known.repo
+    assert field("dataset_name") == known.config
+    assert field("test_split") == known.split
+    assert (field("post_prompt") or "") == known.suffix  # the first is that of "default"
+
+
+def test_the_docs_name_every_metric_and_data_set():
+    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    for name in (*METRICS, *hub.SETS, *TASKS):
+        assert f"`{name}`" in text, name
+    for known in hub.SETS.values():
+        assert known.repo in text
 
 
 def test_the_default_metric_is_one():
