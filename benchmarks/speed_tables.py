@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+TEXT_ALONE = "(text alone)"
 Row = dict[str, Any]
 Part = dict[str, Any]
 
@@ -16,6 +17,16 @@ def _number(key: str, form: str, factor: float = 1.0, unit: str = "") -> Callabl
     def cell(row: Row) -> str:
         value = row.get(key)
         return "" if value is None else format(factor * value, form) + unit
+
+    return cell
+
+
+def _ms(key: str) -> Callable[[Row], str]:
+    """A time, with one digit behind the point where it is short."""
+
+    def cell(row: Row) -> str:
+        value = row.get(key)
+        return "" if value is None else f"{value:.{int(value < 99.95)}f}"
 
     return cell
 
@@ -37,30 +48,35 @@ def _pays(row: Row) -> str:
 
 
 COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
-    ("method", lambda row: short(row["method"])),
-    ("FLOPs %", _number("flops_share", ".0f", 100)),
-    ("pro- mised", _number("promised", ".2f", 1, "x")),
-    ("first token ms", _number("ttft_ms", ".1f")),
-    ("±%", _within),
-    ("speed- up", _number("ttft_speedup", ".2f", 1, "x")),
-    ("vision ms", _number("vision_ms", ".1f")),
-    ("choos- ing ms", _number("method_ms", ".1f")),
-    ("LLM ms", _number("llm_prefill_ms", ".1f")),
-    ("decode ms", _number("decode_ms", ".1f")),
-    ("speed- up", _number("decode_speedup", ".2f", 1, "x")),
-    ("tokens /s", _number("tokens_per_second", ".0f")),
-    ("answer ms", _number("answer_ms", ".0f")),
-    ("speed- up", _number("answer_speedup", ".2f", 1, "x")),
-    ("KV MB", _kv),
-    ("peak MB", _number("peak_bytes", ".0f", 1e-6)),
-    ("pays", _pays),
+    ("\nmethod", lambda row: short(row["method"])),
+    ("FLOPs\n%", _number("flops_share", ".0f", 100)),
+    ("first\nms", _ms("ttft_ms")),
+    ("\n±%", _within),
+    ("\ngain", _number("ttft_speedup", ".2f", 1, "x")),
+    ("vision\nms", _ms("vision_ms")),
+    ("select\nms", _ms("method_ms")),
+    ("LLM\nms", _ms("llm_prefill_ms")),
+    ("token\nms", _ms("decode_ms")),
+    ("\ngain", _number("decode_speedup", ".2f", 1, "x")),
+    ("tokens\n/s", _number("tokens_per_second", ".0f")),
+    ("answer\ngain", _number("answer_speedup", ".2f", 1, "x")),
+    ("KV\nMB", _kv),
+    ("peak\nMB", _number("peak_bytes", ".0f", 1e-6)),
+    ("\npays", _pays),
 )
-"""Heading and cell; a heading breaks at its spaces."""
+"""Heading of two lines, and cell. "first" is the first token, "token" each one that is decoded."""
 
 
 def short(method: str) -> str:
-    """A method without its parameters."""
-    return method if method.startswith("(") else method.split("(")[0]
+    """A method without its parameters; `notes` says what stands behind "(text alone)"."""
+    return TEXT_ALONE if method.startswith("(") else method.split("(")[0]
+
+
+def table(part: Part) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of a part, without rows and columns that are empty."""
+    rows = [row for row in part["rows"] if row["rounds"]]
+    columns = [(name, cell) for name, cell in COLUMNS if any(map(cell, rows))]
+    return [name for name, _ in columns], [[cell(row) for _, cell in columns] for row in rows]
 
 
 def notes(part: Part) -> list[str]:
@@ -70,6 +86,8 @@ def notes(part: Part) -> list[str]:
         if row["error"] is not None:
             after = f", ended after {row['rounds']} rounds" if row["rounds"] else ", not timed"
             out.append(f"{short(row['method'])}{after}: {row['error']}")
+        if short(row["method"]) == TEXT_ALONE:
+            out.append(f"{TEXT_ALONE}: {row['method'].strip('()')}; what could be had at all")
     known = [row for row in part["rows"] if row["kernels"] is not None]
     if known:
         used = ", ".join(sorted(set(part["attention"].values())))
@@ -200,8 +218,8 @@ def overview(result: dict[str, Any]) -> str:
     table = [["method", *(name for name, _ in columns)]]
     for row in rows:
         if row["error"] is None:
-            name = short(row["method"])
-            shown = name if name.startswith("(") else f"`{name}`"
+            name = row["method"]
+            shown = name if name.startswith("(") else f"`{short(name)}`"
             table.append([shown, *(cell(row) for _, cell in columns)])
     said = [part["title"]]
     if part.get("image_tokens"):

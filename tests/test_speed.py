@@ -451,6 +451,18 @@ def test_words_say_where_it_does_not_pay(result):
     assert "| `fastv` | 0.90x / 1.40x ✗ |" in tables.speed_overview(sweep)
 
 
+def test_the_table_of_a_part_fits_on_a_narrow_screen(result):
+    (part,) = result["parts"]
+    head, rows = shown.table(part)
+    assert head == [name for name, _ in shown.COLUMNS]
+    assert [r[0] for r in rows] == [STOCK, *METHODS[:-1], "(text alone)"]
+    widths = [max(map(len, (*name.split("\n"), *cells))) for name, *cells in zip(head, *rows)]
+    assert sum(widths) + len(widths) <= 100
+    assert "(text alone): uncompressed, 204 text tokens" in " ".join(shown.notes(part))
+    bare = {**part["rows"][0], **dict.fromkeys(("decode_ms", "decode_speedup", "kv_bytes_held"))}
+    assert "KV\nMB" not in shown.table({**part, "rows": [bare]})[0]
+
+
 def test_overviews_of_old_and_new_files(result):
     old = json.loads((RESULTS / "speed-all-h100.json").read_text())
     text = tables.speed_overview(old)

@@ -156,23 +156,21 @@ def _counts(text: str | None, option: str) -> tuple[int, ...] | None:
 
 
 def _print_tables(result: dict[str, Any], sweep: bool) -> None:
-    from ..benchmarks.speed_tables import COLUMNS, grid, notes, verdicts
+    from ..benchmarks.speed_tables import grid, notes, table, verdicts
 
     wide = out if out.is_terminal else Console(width=150)
 
     def show(title: str, head: list[str], rows: list[list[str]]) -> None:
-        table = Table(
-            title=title, title_justify="left", header_style="bold", box=None, padding=(0, 1, 0, 0)
-        )
+        wide.print(title, style="italic", highlight=False, markup=False)
+        shown = Table(header_style="bold", box=None, padding=(0, 1, 0, 0))
         for i, name in enumerate(head):
-            table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
+            shown.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
         for row in rows:
-            table.add_row(*row)
-        wide.print(table)
+            shown.add_row(*row)
+        wide.print(shown)
 
     for part in result["parts"]:
-        rows = [[cell(row) for _, cell in COLUMNS] for row in part["rows"] if row["rounds"]]
-        show(part["title"], [name for name, _ in COLUMNS], rows)
+        show(part["title"], *table(part))
         for text in notes(part):
             wide.print(text, style="dim", highlight=False, markup=False)
         wide.print()
