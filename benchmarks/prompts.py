@@ -15,14 +15,15 @@ from PIL import Image
 VISION_INPUTS = ("pixel_values", "image_sizes")
 
 
-def prompt_of(processor: Any, question: str) -> str:
-    """The text of one question about one image, as the model was trained to read it."""
+def prompt_of(processor: Any, question: str, images: int = 1) -> str:
+    """The text of one question about an image or more, as the model was trained to read it."""
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": question}]
+        content = [*[{"type": "image"}] * images, {"type": "text", "text": question}]
         return processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
-    return f"USER: <image>\n{question} ASSISTANT:"
+    marks = "<image>\n" * images
+    return f"USER: {marks}{question} ASSISTANT:"
 
 
 @dataclass

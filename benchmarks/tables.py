@@ -15,6 +15,7 @@ from typing import Any
 from .budgets import VARIANTS
 from .catalogue import fill_block
 from .runner import BASELINE
+from .speed_tables import overview as speed_overview
 
 Cell = Callable[[dict[str, Any]], str]
 
@@ -180,24 +181,6 @@ def overview(results: list[dict[str, Any]]) -> str:
     why = failures(results)
     if why:
         lines += ["", "Not run (-):", "", *(f"* {text}" for text in why)]
-    return "\n".join(lines)
-
-
-def speed_overview(result: dict[str, Any]) -> str:
-    """A table for the README from the last part of `vtc speed --full`."""
-    rows = result["parts"][-1]["rows"]
-    lines = [
-        "| method | tokens at the end | LLM FLOPs % | choosing, ms | prefill speed-up |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for row in sorted(rows, key=lambda row: -row.get("whole_measured", 0)):
-        if "whole_measured" in row:
-            tokens, share = row["final_tokens"], 100 * row["flops_share"]
-            name, ms, gain = row["method"].split("(")[0], row["method_ms"], row["whole_measured"]
-            lines.append(f"| `{name}` | {tokens:.0f} | {share:.0f} | {ms:.0f} | {gain:.2f}x |")
-    stock = next(row["whole_stock_ms"] for row in rows if "whole_stock_ms" in row)
-    lines += ["", f"{result['parts'][-1]['title']}; stock prompt {stock:.0f} ms, all included."]
-    lines += [f"* {row['method']}" for row in rows if "stock_ms" not in row]
     return "\n".join(lines)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Milliseconds of prompts, with stock model and methods in turns, and bytes of KV caches."""
+"""Milliseconds of prompts and decoded tokens, and bytes of KV caches."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes that a KV cache really holds: its storages, each counted once."""
+    """Bytes that a KV cache really holds: its storages, packed ones too, each counted once."""
     seen: dict[int, int] = {}
     for layer in cache.layers:
-        for tensor in (layer.keys, layer.values):
+        stores = [store for level in getattr(layer, "levels", None) or () for store in level.stores]
+        packed = [tensor for store in stores for tensor in store.data.values()]
+        for tensor in (layer.keys, layer.values, getattr(layer, "important", None), *packed):
             if tensor is not None and tensor.numel():
                 storage = tensor.untyped_storage()
                 seen[storage.data_ptr()] = storage.nbytes()
@@ -35,13 +37,37 @@ def cache_bytes(cache: Any) -> int:
 
 
 @torch.no_grad()
-def timed_prefill(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[float, int]:
-    """Milliseconds from pixels to the first logits, and bytes of the cache left behind."""
+def forward(model: Any, inputs: dict[str, Any]) -> tuple[float, Any]:
+    """Milliseconds of one call, and its output."""
     synchronize(model.device)
     start = time.perf_counter()
-    out = model(**inputs, use_cache=True, logits_to_keep=1)
+    out = model(**inputs)
     synchronize(model.device)
-    return 1e3 * (time.perf_counter() - start), cache_bytes(out.past_key_values)
+    return 1e3 * (time.perf_counter() - start), out
+
+
+def timed_prefill(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[float, int]:
+    """Milliseconds from pixels to the first logits, and bytes of the cache left behind."""
+    ms, out = forward(model, {**inputs, "use_cache": True, "logits_to_keep": 1})
+    return ms, cache_bytes(out.past_key_values)
+
+
+@torch.no_grad()
+def timed_decode(model: Any, token: torch.Tensor, cache: Any, steps: int) -> float:
+    """Milliseconds of so many decoding steps behind a prompt, on the cache that it left.
+
+    Args:
+        token: (B, 1), fed at every step: which token it is makes no difference to the time, and one
+            that the model would choose may be a placeholder of images.
+        cache: grows by ``steps``.
+    """
+    synchronize(model.device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        model(input_ids=token, past_key_values=cache, use_cache=True)
+        # generate() waits for every token too, to see whether it ends the answer.
+        synchronize(model.device)
+    return 1e3 * (time.perf_counter() - start)
 
 
 def measure(

@@ -21,7 +21,6 @@ from vtc.benchmarks import (
     prompts,
     runner,
     show,
-    speed,
     tables,
     timing,
 )
@@ -292,22 +291,6 @@ def test_pictures_and_tables(model, processor, result, tmp_path):
         for c in result["rows"]
         if c["method"] == "random" and c["asked_tokens"] == r["asked_tokens"]
     )
-
-
-def test_speed_rows_hold_together(model, processor, monkeypatch):
-    (batch,) = prompts.make_batches(processor, make_items(1, 1), 1)
-    inputs = dict(batch.text, pixel_values=batch.vision["pixel_values"])
-    methods = [vtc.method.resolve(n, keep_tokens=4)[0] for n in ("fastv", "divprune")]
-    monkeypatch.setattr(speed, "TEXT_TOKENS", int(batch.text["attention_mask"].sum()) - 16)
-    *rows, floor = speed.compare(model, lambda: model(**inputs, use_cache=True), methods, repeats=2)
-    assert len(speed.cells(floor)) == len(speed.COLUMNS)
-    assert floor["promised"] == max(row["promised"] for row in rows)
-    for row in rows:
-        assert row["promised"] == pytest.approx(1 / row["flops_share"])
-        assert row["measured"] == pytest.approx(row["stock_ms"] / row["ms"])
-        assert row["reached"] == pytest.approx(row["measured"] / row["promised"])
-        assert row["kv_bytes_reported"] == row["kv_bytes_measured"] < row["kv_bytes_stock"]
-        assert len(speed.cells(row)) == len(speed.COLUMNS)
 
 
 def test_methods_without_a_budget_and_those_that_cannot_run(model, processor):

@@ -6,53 +6,179 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import shlex
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from .common import Mistake, ProgressBar, command, device_of, out
+from .common import Mistake, ProgressBar, command, device_of, err, load, out, valid
 
 
 @command
 def speed(
-    full: Annotated[
-        bool, typer.Option("--full", help="Every method at 22 % instead of a few.")
+    full: Annotated[bool, typer.Option("--full", help="Every method instead of a few.")] = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="A grid of batches and prompts: where does it pay?")
     ] = False,
+    methods: Annotated[
+        str | None, typer.Option(help="Names, separated by commas.", show_default=False)
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Kept share (0.22, 2/9) or token count.", show_default="0.22"),
+    ] = None,
+    shapes: Annotated[
+        str | None,
+        typer.Option(help="Of vit-large, half-billion, seven-billion.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Your own model instead: folder or hub id.", show_default=False),
+    ] = None,
+    image_size: Annotated[
+        int, typer.Option(min=1, help="With --model: edge in pixels of the random images.")
+    ] = 336,
+    batch: Annotated[
+        str | None, typer.Option(help="Prompts at once, such as 1,4,8.", show_default=False)
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="Text tokens, such as 16,64,512.", show_default="64"),
+    ] = None,
+    images: Annotated[
+        str | None, typer.Option(help="Images of a prompt, such as 1,2.", show_default="1")
+    ] = None,
+    decode: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Tokens after the first.",
+            show_default="16, on a GPU 64 without --full and --sweep",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help='"cpu", "cuda" or "auto".')] = "auto",
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 7,
-    seed: Annotated[int, typer.Option(help="Of random weights and methods.")] = 0,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the weights.", show_default="float32, on a GPU bfloat16"),
+    ] = None,
+    repeats: Annotated[
+        int | None,
+        typer.Option(min=1, help="Timed rounds.", show_default="5, 3 with --full or --sweep"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, methods and the order of runs.")] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Only JSON on the standard output.")
     ] = False,
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for results.")] = Path("results"),
 ) -> None:
-    """How much of the speed-up that FLOPs promise is really there, with random weights.
+    """Time to the first token, decoding, memory: what is gained, and where nothing is.
 
-    On a ViT-L/14 and a 0.5 B decoder; on a GPU also on a 7 B LLaVA.
+    With random weights, on a ViT-L/14 and a 0.5 B decoder; on a GPU also on a 7 B LLaVA.
 
-    Example: vtc speed --full --repeats 3
+    Example: vtc speed --sweep --methods fastv,visionzip --batch 1,4 --text 16,512
     """
-    from ..benchmarks import speed as harness
-    from ..benchmarks.environment import write_json
+    import torch
 
+    from ..benchmarks import speed as harness
+    from ..benchmarks.budgets import parse_keep
+    from ..benchmarks.environment import write_json
+    from ..benchmarks.speed_shapes import dtype_on, own
+
+    where = device_of(device)
+    kind = dtype or str(dtype_on(where)).removeprefix("torch.")
+    if kind not in ("float32", "bfloat16", "float16"):
+        raise Mistake(f'unknown dtype "{kind}"; use float32, bfloat16 or float16')
+    if model is not None and shapes is not None:
+        raise Mistake("give --model or --shapes, not both")
+    settings = valid(
+        lambda: harness.Settings(
+            device=where,
+            dtype=getattr(torch, kind),
+            shapes=_names(shapes),
+            methods=_names(methods),
+            keep=None if keep is None else parse_keep(keep),
+            batches=_counts(batch, "--batch"),
+            texts=_counts(text, "--text"),
+            images=_counts(images, "--images"),
+            decode=decode,
+            full=full,
+            sweep=sweep,
+            repeats=repeats,
+            seed=seed,
+        )
+    )
+    mine = None
+    if model is not None:
+        mine = own(*load(model, "load_llava", where, kind), Path(model).name, image_size)
+    path = out_dir / f"speed{'-all' if full else ''}{'-sweep' if sweep else ''}.json"
+    unwritten: list[str] = []
+
+    def save(result: dict[str, Any]) -> None:
+        """A full disk does not end the measurements."""
+        try:
+            write_json(result, path)
+            unwritten.clear()
+        except OSError as error:
+            unwritten[:] = [f"cannot write {path}: {error.strerror}"]
+
+    line = shlex.join(["vtc", *sys.argv[1:]])
     with ProgressBar("speed", quiet=as_json) as progress:
-        result = harness.run(device_of(device), repeats, seed, progress, full)
-    path = out_dir / ("speed-all.json" if full else "speed.json")
-    write_json(result, path)
+        result = harness.run(settings, mine, progress, save, line)
+    save(result)
     if as_json:
         print(json.dumps(result, indent=1))
-        return
+    else:
+        _print_tables(result, sweep)
+        if not unwritten:
+            out.print(f"[dim]written: {path}[/dim]", soft_wrap=True)
+    if unwritten:
+        raise Mistake(unwritten[0])
+    if not result["finished"]:
+        err.print("interrupted: what was measured until then is in the result", style="yellow")
+        raise typer.Exit(130)
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(n.strip() for n in text.split(",") if n.strip())
+
+
+def _counts(text: str | None, option: str) -> tuple[int, ...] | None:
+    """Positive numbers, separated by commas."""
+    if text is None:
+        return None
+    if not all(n.strip().isdecimal() and int(n) > 0 for n in text.split(",")):
+        raise Mistake(f'{option} takes numbers above 0, such as 1,4; got "{text}"')
+    return tuple(int(n) for n in text.split(","))
+
+
+def _print_tables(result: dict[str, Any], sweep: bool) -> None:
+    from ..benchmarks.speed_tables import grid, notes, table, verdicts
+
+    wide = out if out.is_terminal else Console(width=150)
+
+    def show(title: str, head: list[str], rows: list[list[str]]) -> None:
+        wide.print(title, style="italic", highlight=False, markup=False)
+        shown = Table(header_style="bold", box=None, padding=(0, 1, 0, 0))
+        for i, name in enumerate(head):
+            shown.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        for row in rows:
+            shown.add_row(*row)
+        wide.print(shown)
+
     for part in result["parts"]:
-        table = Table(title=part["title"], title_justify="left", header_style="bold", box=None)
-        for i, name in enumerate(harness.COLUMNS):
-            table.add_column(name, justify="left" if i == 0 else "right")
-        for row in part["rows"]:
-            table.add_row(*harness.cells(row))
-        (out if out.is_terminal else Console(width=150)).print(table)
-    out.print(f"[dim]written: {path}[/dim]", soft_wrap=True)
+        show(part["title"], *table(part))
+        for text in notes(part):
+            wide.print(text, style="dim", highlight=False, markup=False)
+        wide.print()
+    if sweep:
+        show("Times as fast as the stock model: first token / whole answer", *grid(result))
+        wide.print(f"Without a cross, {result['rule']}.", style="dim", highlight=False)
+        for text in verdicts(result):
+            wide.print(text, highlight=False, markup=False)
 
 
 @command
