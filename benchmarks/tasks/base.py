@@ -1,53 +1,119 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every task yields: items with an image, a question and a one-word answer."""
+"""What every task yields: items with an image, a question and its reference answers."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from PIL import Image
 
-NUMBER_WORDS = {
-    word: str(number)
-    for number, word in enumerate(
-        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    )
-}
+from ..metrics import metric as find_metric
+from ..metrics import normalize, one_word
+
+__all__ = ["TASKS", "BadItem", "Entry", "Item", "Task", "normalize", "open_task", "score"]
+
+
+class BadItem(ValueError):
+    """A row or an image that cannot be read; the text says where and why."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question about one image."""
+    """One question about one image.
+
+    `answers` holds all references, `answer` the first of them; `id` is unique in its task.
+    """
 
     image: Image.Image
     question: str
     answer: str
     kind: str
+    answers: tuple[str, ...] = ()
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.answers:
+            object.__setattr__(self, "answers", (self.answer,))
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An item whose image is made on demand; entries with equal `image_id` share it."""
+    """An item whose image is made on demand; entries with equal `image_id` share it.
 
-    image_id: int
+    `load` raises `BadItem` if it cannot. Without an `id`, the image's and a number make one.
+    """
+
+    image_id: Hashable
     load: Callable[[], Image.Image]
     question: str
     answer: str
     kind: str
-
-
-def normalize(text: str) -> str:
-    """Return `text` in lower case without punctuation or articles, number words as digits."""
-    words = re.findall(r"[a-z0-9]+", text.lower())
-    return " ".join(NUMBER_WORDS.get(w, w) for w in words if w not in ("a", "an", "the"))
+    answers: tuple[str, ...] = ()
+    id: str = ""
 
 
 def score(prediction: str, answer: str) -> bool:
-    """Return whether the normalised prediction equals the normalised answer."""
-    return normalize(prediction) == normalize(answer)
+    """Return whether the metric "one-word" takes the prediction for the answer."""
+    return bool(one_word(prediction, (answer,)))
+
+
+class Questions(Sequence[Item]):
+    """A deterministic sequence of items, their images made on demand.
+
+    Attributes:
+        name: of the task. metric: name of its metric in `metrics.METRICS`.
+        problems: (where, why) of rows that were refused on loading.
+        fingerprint: equal for equal questions, answers, ids, order and seed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        entries: Sequence[Entry],
+        metric: str,
+        seed: int = 0,
+        problems: Sequence[tuple[str, str]] = (),
+        keys: Callable[[], list[Hashable]] | None = None,
+    ):
+        self.name, self.metric, self.problems = name, metric, list(problems)
+        self.entries = _with_ids(entries)
+        self._keys = keys
+        asked = [[e.id, e.question, e.answers or (e.answer,)] for e in self.entries]
+        text = json.dumps([name, seed, asked], ensure_ascii=True)
+        self.fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        self._last: tuple[Hashable, Image.Image] | None = None
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        entry = self.entries[index]
+        if self._last is None or self._last[0] != entry.image_id:
+            self._last = (entry.image_id, entry.load())
+        image = self._last[1]
+        return Item(image, entry.question, entry.answer, entry.kind, entry.answers, entry.id)
+
+    def image_keys(self) -> list[Hashable]:
+        """A key for the image of each item, equal for one image; none is decoded."""
+        return [e.image_id for e in self.entries] if self._keys is None else self._keys()
+
+
+def _with_ids(entries: Sequence[Entry]) -> list[Entry]:
+    """Entries that all have an id: that of the image and, counting from 0, of the question."""
+    count: Counter[Hashable] = Counter()
+    result = []
+    for entry in entries:
+        number, count[entry.image_id] = count[entry.image_id], count[entry.image_id] + 1
+        result.append(entry if entry.id else replace(entry, id=f"{entry.image_id}-{number}"))
+    return result
 
 
 # name -> module with `entries(split, n, seed, **options)`, options
@@ -59,25 +125,42 @@ TASKS: dict[str, tuple[str, dict]] = {
 }
 
 
-class Task(Sequence[Item]):
-    """A deterministic sequence of `n` items (all of them if None) of a registered task."""
+class Task(Questions):
+    """`n` items (all of them if None) of a task of this package."""
 
     def __init__(self, name: str, split: str = "test", n: int | None = 500, seed: int = 0):
         if name not in TASKS:
             raise ValueError(f"unknown task {name!r}; one of {', '.join(TASKS)}")
         module_name, options = TASKS[name]
         module = importlib.import_module(f"{__package__}.{module_name}")
-        self.name, self.split = name, split
-        self.entries: list[Entry] = module.entries(split, n, seed, **options)
-        self._last: tuple[int, Image.Image] | None = None
+        self.split = split
+        super().__init__(name, module.entries(split, n, seed, **options), "one-word", seed)
 
-    def __len__(self) -> int:
-        return len(self.entries)
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        entry = self.entries[index]
-        if self._last is None or self._last[0] != entry.image_id:
-            self._last = (entry.image_id, entry.load())
-        return Item(self._last[1], entry.question, entry.answer, entry.kind)
+def open_task(
+    spec: str | Path,
+    n: int | None = None,
+    seed: int = 0,
+    *,
+    split: str | None = None,
+    metric: str | None = None,
+) -> Questions:
+    """Open a task by its name, or your own data by its path.
+
+    Args:
+        spec: a name of `TASKS` or a data set of the hub (`hub.SETS`), or the path of a .jsonl or
+            .parquet file or of an image folder.
+        n: as many questions, drawn with `seed`; None for all.
+        split: of a named task; its own if None.
+        metric: a name of `metrics.METRICS` in place of the task's.
+
+    Raises:
+        ValueError: nothing of this name, or nothing that can be asked.
+    """
+    if metric is not None:
+        find_metric(metric)
+    if str(spec) not in TASKS:
+        raise ValueError(f"unknown task {str(spec)!r}; one of {', '.join(TASKS)}")
+    task: Questions = Task(str(spec), split or "test", n, seed)
+    task.metric = metric or task.metric
+    return task
