@@ -25,6 +25,7 @@ from . import vqa
 
 Score = Callable[[str, Sequence[str]], float]
 Summary = Callable[[Sequence[str], Sequence[Sequence[str]]], dict[str, float]]
+Check = Callable[[Sequence[str]], None]
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,22 @@ class Metric:
 
     Attributes:
         name: what `metric` finds it by.
-        score: (prediction, references) -> 0 to 1. ValueError if there are fewer than `least`
-            references.
+        score: (prediction, references) -> 0 to 1; ValueError where `check` raises it.
         summary: (predictions, references of each) -> further figures of the whole set, or None.
         note: one sentence for people.
-        least: references that a question must have.
+        check: raises a ValueError for references that no answer could match.
     """
 
     name: str
     score: Score
     summary: Summary | None = None
     note: str = ""
-    least: int = 1
+    check: Check = lambda references: None
 
 
 METRICS: dict[str, Metric] = {}
+RECALL = "recall"
+"""In place of a metric: the task holds images and captions, to rank with `recall_at_k`."""
 
 
 def metric(name: str) -> Metric:
@@ -56,26 +58,36 @@ def metric(name: str) -> Metric:
     Raises:
         ValueError: there is none; the message lists all names.
     """
+    if name == RECALL:
+        raise ValueError("recall ranks captions and images, and scores no answers to questions")
     if name not in METRICS:
         raise ValueError(f"unknown metric {name!r}; one of {', '.join(METRICS)}")
     return METRICS[name]
 
 
+def _some(references: Sequence[str]) -> None:
+    if not references:
+        raise ValueError("there is no reference answer")
+
+
+def _annotators(references: Sequence[str]) -> None:
+    if len(references) < 4:
+        raise ValueError(
+            f"VQA accuracy needs the answers of four or more people, not {len(references)}"
+        )
+
+
 def _register(
-    name: str, note: str, summary: Summary | None = None, least: int = 1
+    name: str, note: str, summary: Summary | None = None, check: Check = _some
 ) -> Callable[[Score], Score]:
-    """Enter a score under `name`; it is refused fewer than `least` references."""
+    """Enter a score under `name`."""
 
     def add(score: Score) -> Score:
         def checked(prediction: str, references: Sequence[str]) -> float:
-            if len(references) < least:
-                raise ValueError(
-                    f"metric {name!r} needs {least} or more reference answers, not "
-                    f"{len(references)}"
-                )
+            check(references)
             return float(score(prediction, references))
 
-        METRICS[name] = Metric(name, checked, summary, note, least)
+        METRICS[name] = Metric(name, checked, summary, note, check)
         return score
 
     return add
@@ -128,7 +140,7 @@ def _soft(prediction: str, references: Sequence[str]) -> float:
     return (hits * min(1, (hits - 1) / 3) + (n - hits) * min(1, hits / 3)) / n
 
 
-@_register("vqa", "VQA soft accuracy as in the official evaluation (VQAv2)", least=4)
+@_register("vqa", "VQA soft accuracy as in the official evaluation (VQAv2)", check=_annotators)
 def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
     """VQA soft accuracy as VQAEval computes it: Antol et al. 2015 (arXiv:1505.00468), section 5.
 
@@ -147,7 +159,9 @@ def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
 
 
 @_register(
-    "vqa-always", "VQA soft accuracy, references normalised too (lmms-eval's VQAv2)", least=4
+    "vqa-always",
+    "VQA soft accuracy, all answers normalised (lmms-eval's VQAv2)",
+    check=_annotators,
 )
 def vqa_always(prediction: str, references: Sequence[str]) -> float:
     """VQA soft accuracy with prediction and references normalised alike, whether equal or not.
@@ -158,7 +172,9 @@ def vqa_always(prediction: str, references: Sequence[str]) -> float:
 
 
 @_register(
-    "vqa-evalai", "VQA soft accuracy with EvalAI's normaliser (TextVQA, VizWiz, OK-VQA)", least=4
+    "vqa-evalai",
+    "VQA soft accuracy with EvalAI's normaliser (TextVQA, VizWiz, OK-VQA)",
+    check=_annotators,
 )
 def vqa_evalai(prediction: str, references: Sequence[str]) -> float:
     """VQA soft accuracy with EvalAI's normaliser on both sides, that of Pythia and M4C.
@@ -272,6 +288,11 @@ def _whole(text: str) -> str:
     return text if text in ("yes", "no") else ""
 
 
+def _check_yes_no(references: Sequence[str]) -> None:
+    if len(references) != 1 or not _whole(references[0]):
+        raise ValueError(f'the answer must be "yes" or "no", not {", ".join(references)!r}')
+
+
 def _pope_summary(read: Callable[[str], str]) -> Summary:
     def summary(
         predictions: Sequence[str], references: Sequence[Sequence[str]]
@@ -298,9 +319,7 @@ def _pope_summary(read: Callable[[str], str]) -> Summary:
     return summary
 
 
-@_register(
-    "pope", "yes or no by the first word; with precision, recall, F1", _pope_summary(_yes_no)
-)
+@_register("pope", "yes or no by the first word", _pope_summary(_yes_no), _check_yes_no)
 def pope(prediction: str, references: Sequence[str]) -> float:
     """POPE, 1 if the first word is the right one of yes and no: Li et al. 2023 (arXiv:2305.10355).
 
@@ -312,7 +331,7 @@ def pope(prediction: str, references: Sequence[str]) -> float:
     return _yes_no(prediction) == _whole(references[0])
 
 
-@_register("pope-whole", "yes or no as the whole answer (lmms-eval)", _pope_summary(_whole))
+@_register("pope-whole", "yes or no as the whole answer", _pope_summary(_whole), _check_yes_no)
 def pope_whole(prediction: str, references: Sequence[str]) -> float:
     """POPE of lmms-eval, where "Yes, there is." is wrong.
 
@@ -333,14 +352,20 @@ def _letter(text: str) -> str:
     return (found[1] or found[2]).lower() if found else ""
 
 
-@_register("choice", "the letter of a multiple choice (ScienceQA)")
+def _check_letter(references: Sequence[str]) -> None:
+    _some(references)
+    for text in references:
+        if not re.fullmatch("[A-Za-z]", text.strip()):
+            raise ValueError(f"the answer must be the letter of the right option, not {text!r}")
+
+
+@_register("choice", "the letter of a multiple choice (ScienceQA)", check=_check_letter)
 def choice(prediction: str, references: Sequence[str]) -> float:
     """1 if the answer starts with the right letter: "B", "b", "(B)", "B. a dog", "Answer: B".
 
     "A dog" names no letter. lmms-eval's ScienceQA takes "B", "b" and "B. ..." alone.
     """
-    said = _letter(prediction)
-    return said != "" and said in map(_letter, references)
+    return _letter(prediction) in (r.strip().lower() for r in references)
 
 
 # ------------------------------------------------------------------------------ rankings

@@ -79,11 +79,11 @@ class Questions(Sequence[Item]):
         metric: str,
         seed: int = 0,
         problems: Sequence[tuple[str, str]] = (),
-        keys: Callable[[], list[Hashable]] | None = None,
+        key_of: Callable[[Hashable], Hashable] = lambda image_id: image_id,
     ):
         self.name, self.metric, self.problems = name, metric, list(problems)
         self.entries = _with_ids(entries)
-        self._keys = keys
+        self._key_of = key_of
         asked = [[e.id, e.question, e.answers or (e.answer,)] for e in self.entries]
         text = json.dumps([name, seed, asked], ensure_ascii=True)
         self.fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -103,7 +103,7 @@ class Questions(Sequence[Item]):
 
     def image_keys(self) -> list[Hashable]:
         """A key for the image of each item, equal for one image; none is decoded."""
-        return [e.image_id for e in self.entries] if self._keys is None else self._keys()
+        return [self._key_of(e.image_id) for e in self.entries]
 
 
 def _with_ids(entries: Sequence[Entry]) -> list[Entry]:
@@ -142,25 +142,45 @@ def open_task(
     n: int | None = None,
     seed: int = 0,
     *,
-    split: str | None = None,
     metric: str | None = None,
+    split: str | None = None,
+    suffix: str | None = None,
+    data_dir: str | Path | None = None,
 ) -> Questions:
-    """Open a task by its name, or your own data by its path.
+    """Open a task by its name, a data set of the hub by its name, or your own data by its path.
 
     Args:
-        spec: a name of `TASKS` or a data set of the hub (`hub.SETS`), or the path of a .jsonl or
-            .parquet file or of an image folder.
-        n: as many questions, drawn with `seed`; None for all.
-        split: of a named task; its own if None.
+        spec: a name of `TASKS` or of `hub.SETS`, or the path of a .jsonl or .parquet file or of an
+            image folder. A name wins over a path; write ./scenes for a folder called so.
+        n: as many questions, drawn with `seed`, or fewer where there are not so many; None for
+            all (500 of a rendered task).
         metric: a name of `metrics.METRICS` in place of the task's.
+        split: of a named task; its own if None.
+        suffix: what is put behind the questions of a hub set, in place of its own.
+        data_dir: a local copy of a hub set, laid out as the hub has it.
 
     Raises:
-        ValueError: nothing of this name, or nothing that can be asked.
+        ValueError: nothing of this name, nothing that can be asked, an option that does not apply.
     """
+    from . import files, hub
+
+    name, path = str(spec), Path(spec).expanduser()
     if metric is not None:
         find_metric(metric)
-    if str(spec) not in TASKS:
-        raise ValueError(f"unknown task {str(spec)!r}; one of {', '.join(TASKS)}")
-    task: Questions = Task(str(spec), split or "test", n, seed)
-    task.metric = metric or task.metric
+    unused = {"suffix": suffix, "data_dir": data_dir}
+    if name in hub.SETS:
+        return hub.open_set(name, n, seed, metric, split, suffix, data_dir)
+    if name in TASKS:
+        task: Questions = Task(name, split or "test", n, seed)
+        task.metric = metric or task.metric
+    elif path.suffix in files.FORMATS or path.is_dir():
+        task = files.open_path(path, n, seed, metric)
+        unused["split"] = split
+    else:
+        raise ValueError(
+            f"unknown task {name!r}: neither a name ({', '.join([*TASKS, *hub.SETS])}) nor a "
+            f"{', '.join(files.FORMATS)} file or an image folder"
+        )
+    if given := [option for option, value in unused.items() if value is not None]:
+        raise ValueError(f"{name} takes no {' and no '.join(given)}: that is for hub data sets")
     return task

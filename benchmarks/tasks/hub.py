@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets of the Hugging Face hub by name, read with `datasets`; docs/data.md lists them.
+
+Repositories, splits, prompts and columns are those of lmms-eval 0.7.3, so that figures compare. No
+code of a repository is run. A local copy is read by the same code, from the Parquet files that the
+repository has: FOLDER/{split}-*.parquet or FOLDER/data/{split}-*.parquet, in a subfolder of the
+name of the configuration where there are several.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..metrics import RECALL
+from .base import Questions
+from .files import Encoded, Row, check_rows, sample, text_of
+
+FOLDER = "VTC_DATA"
+"""Environment variable: a folder with local copies, each in a subfolder of the task's name."""
+BUFFER = 4
+"""A sample of n is drawn from this many times n rows."""
+SHORT = "\nAnswer the question using a single word or phrase."
+WORD = "\nAnswer the question with a single word."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+
+
+def _question(row: Row) -> str:
+    return text_of(row, "question")
+
+
+def _capitalized(row: Row) -> str:
+    return text_of(row, "question").capitalize()
+
+
+def _options(row: Row) -> str:
+    """ScienceQA: the hint, the question and the options, one a line."""
+    context = f"Context: {row['hint']}\n" if row.get("hint") else ""
+    options = "\n".join(f"{_letter(i)}. {text}" for i, text in enumerate(row["choices"]))
+    return f"{context}{text_of(row, 'question')}\n{options}"
+
+
+def _letter(index: int) -> str:
+    return chr(ord("A") + index)
+
+
+def _describe(row: Row) -> str:
+    return "Provide a one-sentence caption for the provided image."
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """Where a data set lies and what its columns hold.
+
+    Attributes:
+        repo, config, split: for `datasets.load_dataset`.
+        metric: its name; `metrics.RECALL` for images with captions.
+        answer: column of one answer, of a list of them, or of the index of the right option.
+        question: makes the question of a row; suffix: put behind it.
+        ids: columns that make an id together; image_ids: columns that tell images apart, where
+            there are any; kind: column to break figures down by. One that a copy lacks is done
+            without.
+        images: configuration that has the images in a table of their own, by `id`.
+    """
+
+    repo: str
+    split: str
+    metric: str
+    answer: str = "answer"
+    question: Callable[[Row], str] = _question
+    suffix: str = SHORT
+    config: str | None = None
+    ids: tuple[str, ...] = ()
+    image_ids: tuple[str, ...] = ()
+    kind: str | None = None
+    images: str | None = None
+
+
+SETS: dict[str, HubSet] = {
+    "gqa": HubSet(
+        "lmms-lab-encoder/GQA",
+        "testdev",
+        "exact-match",
+        config="testdev_balanced_instructions",
+        images="testdev_balanced_images",
+        ids=("id",),
+        image_ids=("imageId",),
+    ),
+    "textvqa": HubSet(
+        "lmms-lab-encoder/textvqa",
+        "validation",
+        "vqa-evalai",
+        answer="answers",
+        question=_capitalized,
+        ids=("question_id",),
+        image_ids=("image_id",),
+    ),
+    "pope": HubSet(
+        "lmms-lab-encoder/POPE",
+        "test",
+        "pope",
+        ids=("category", "question_id"),
+        image_ids=("image_source",),
+        kind="category",
+    ),
+    "docvqa": HubSet(
+        "lmms-lab-encoder/DocVQA",
+        "validation",
+        "anls",
+        answer="answers",
+        config="DocVQA",
+        ids=("questionId",),
+        image_ids=("ucsf_document_id", "ucsf_document_page_no"),
+    ),
+    "chartqa": HubSet("lmms-lab-encoder/ChartQA", "test", "relaxed", suffix=WORD, kind="type"),
+    "scienceqa": HubSet(
+        "lmms-lab-encoder/ScienceQA",
+        "test",
+        "choice",
+        question=_options,
+        suffix=LETTER,
+        config="ScienceQA-IMG",
+        kind="subject",
+    ),
+    "flickr30k": HubSet(
+        "lmms-lab-encoder/flickr30k",
+        "test",
+        RECALL,
+        answer="caption",
+        question=_describe,
+        suffix="",
+        ids=("img_id",),
+        image_ids=("img_id",),
+    ),
+    "coco": HubSet(
+        "lmms-lab-encoder/COCO-Caption2017",
+        "val",
+        RECALL,
+        question=_describe,
+        suffix="",
+        ids=("question_id",),
+        image_ids=("question_id",),
+    ),
+}
+
+
+def open_set(
+    name: str,
+    n: int | None = None,
+    seed: int = 0,
+    metric: str | None = None,
+    split: str | None = None,
+    suffix: str | None = None,
+    data_dir: str | Path | None = None,
+) -> Questions:
+    """Open a data set of `SETS`.
+
+    Args:
+        n: as many questions, drawn with `seed`; None for all, which downloads all. A sample is
+            streamed: the order of the files is shuffled, and n of the first 4 n rows are drawn, so
+            that no more is downloaded; their encoded images stay in memory, and nothing is kept on
+            disk. GQA's questions are few bytes: they are all read, and the sample is even.
+        metric, split, suffix: in place of the set's own.
+        data_dir: a local copy; without it, $VTC_DATA/NAME if there is such a folder.
+
+    Raises:
+        ValueError: it cannot be fetched or is not in the copy, or no row of it can be asked.
+        ImportError: `datasets` is not installed.
+    """
+    known = SETS[name]
+    split, copy = split or known.split, _copy(name, data_dir)
+    label, streaming = f"{name}/{split}", n is not None and known.images is None
+    places: dict[str, int] = {}
+    with _explained(name, copy):
+        table = _load(known.repo, known.config, split, copy, streaming)
+        if n is not None and streaming:
+            label += f", sample {seed}"
+            rows = images = list(_encoded(table).shuffle(seed, buffer_size=BUFFER * n).take(n))
+        elif known.images is None:
+            rows, images = table.remove_columns("image"), _encoded(table.select_columns("image"))
+        else:
+            rows, images = table, _encoded(_load(known.repo, known.images, split, copy))
+            places = {key: place for place, key in enumerate(images["id"], 1)}
+
+    def read(place: int) -> bytes:
+        image = images[place - 1]["image"] or {}
+        if not image.get("bytes"):
+            raise ValueError("there is no image")
+        return image["bytes"]
+
+    encoded = Encoded(f"{known.images}/{split}" if places else label, read)
+
+    def find_image(number: int, row: Row) -> tuple[Hashable, Callable[[], Image.Image]]:
+        key = row["image_id"]
+        if places and key not in places:
+            raise ValueError(f"there is no image {key!r}")
+        return key or number, partial(encoded.load, places.get(key, number))
+
+    captions = known.metric == RECALL and metric is None
+    scored = None if captions else metric or known.metric
+    asked = _asked(rows, known, known.suffix if suffix is None else suffix)
+    entries, found, problems = check_rows(label, asked, find_image, scored)
+    entries = sample(entries, n, seed, name)
+    return Questions(name, entries, RECALL if captions else found, seed, problems, encoded.key)
+
+
+def _copy(name: str, data_dir: str | Path | None) -> Path | None:
+    """The folder of the local copy, None for the hub."""
+    if data_dir is None:
+        copy = Path(os.environ[FOLDER]).expanduser() / name if os.environ.get(FOLDER) else None
+        return copy if copy and copy.is_dir() else None
+    copy = Path(data_dir).expanduser()
+    if not copy.is_dir():
+        raise ValueError(f"{copy}: no such folder with a copy of {name}")
+    return copy
+
+
+def _load(
+    repo: str, config: str | None, split: str, copy: Path | None, streaming: bool = False
+) -> Any:
+    """A split of a configuration as a `datasets.Dataset`, or as a stream."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(
+            'data sets of the hub need: pip install "visual-token-compression[data]"'
+        ) from error
+    if copy is None:
+        return load_dataset(repo, config, split=split, streaming=streaming)
+    base = copy / config if config and (copy / config).is_dir() else copy
+    files = [str(f) for d in (base, base / "data") for f in sorted(d.glob(f"{split}-*.parquet"))]
+    if not files:
+        raise ValueError(f"there is no {split}-*.parquet in {base} or {base / 'data'}")
+    return load_dataset("parquet", data_files={split: files}, split=split, streaming=streaming)
+
+
+def _encoded(table: Any) -> Any:
+    """The table with its images as {"bytes", "path"}."""
+    from datasets import Image as Feature
+
+    return table.cast_column("image", Feature(decode=False))
+
+
+@contextmanager
+def _explained(name: str, copy: Path | None) -> Iterator[None]:
+    """Turn what `datasets` raises, of many kinds, into a ValueError that says what to do."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if copy is not None:
+            raise ValueError(f"{copy}: cannot be read as a copy of {name}: {reason}") from error
+        raise ValueError(
+            f"{name} cannot be read from the hub: {reason}. Without network, give the folder of a "
+            f"local copy as data_dir, or put it into ${FOLDER} as {name}; this makes one: "
+            f"hf download {SETS[name].repo} --repo-type dataset --local-dir {name}"
+        ) from error
+
+
+def _asked(
+    rows: Iterable[Row], known: HubSet, suffix: str
+) -> Iterator[tuple[int, Row | ValueError]]:
+    """The rows with the fields that files of one's own have, and `image_id`."""
+    seen: Counter[str] = Counter()
+    for number, row in enumerate(rows, 1):
+        try:
+            answer = row[known.answer]
+            if isinstance(answer, int):
+                answer = _letter(answer)
+            question = known.question(row) + suffix
+        except (KeyError, TypeError, ValueError) as error:
+            yield number, ValueError(f"not as {known.repo} has it: {error}")
+            continue
+        name = _joined(row, known.ids) or _digest(f"{question}\n{answer}")
+        seen[name] += 1
+        yield (
+            number,
+            {
+                "question": question,
+                "answers" if isinstance(answer, list) else "answer": answer,
+                "id": name if seen[name] == 1 else f"{name}#{seen[name]}",
+                "kind": row.get(known.kind) if known.kind else None,
+                "image_id": _joined(row, known.image_ids),
+            },
+        )
+
+
+def _joined(row: Row, columns: Iterable[str]) -> str | None:
+    return "-".join(str(row[c]) for c in columns if row.get(c) is not None) or None
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(errors="replace"), digest_size=8).hexdigest()
