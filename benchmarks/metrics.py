@@ -59,7 +59,7 @@ def metric(name: str) -> Metric:
         ValueError: there is none; the message lists all names.
     """
     if name == RECALL:
-        raise ValueError("recall ranks captions and images, and scores no answers to questions")
+        raise ValueError("recall ranks captions and images (vtc retrieval); it scores no answers")
     if name not in METRICS:
         raise ValueError(f"unknown metric {name!r}; one of {', '.join(METRICS)}")
     return METRICS[name]
@@ -341,10 +341,8 @@ def pope_whole(prediction: str, references: Sequence[str]) -> float:
     return _whole(prediction) == _whole(references[0])
 
 
-_LETTER = re.compile(
-    r"(?:the |correct )*(?:answer|option|choice)(?: is)?:? *\(?([a-z])\b|\(?([a-z])(?:[.):,]|$)",
-    re.IGNORECASE,
-)
+_SAID = r"(?i:(?:the |correct )*(?:answer|option|choice)(?: is)?:? *)"
+_LETTER = re.compile(rf"{_SAID}\(?([A-Z])\b|(?:{_SAID})?\(?([A-Za-z])(?:[.):,]|$)")
 
 
 def _letter(text: str) -> str:

@@ -51,7 +51,7 @@ def open_path(
     if path.is_dir() and not source.is_file():
         raise ValueError(
             f"{path}: there is no {METADATA}, so there are no questions. A folder with a subfolder "
-            "of images for each class is for classification (vtc bench --help)"
+            "of images for each class is for vtc classify"
         )
     if not source.is_file():
         raise ValueError(f"{source}: no such file")
@@ -61,8 +61,11 @@ def open_path(
         table = ParquetFile(source)
         rows, find_image, more = table.rows(), table.find_image, {"key_of": table.encoded.key}
     else:
-        rows, find_image, more = _json_lines(source), partial(find_file, source, field), {}
-    entries, found, problems = check_rows(source.name, rows, find_image, metric)
+        rows, find_image, more = json_lines(source), partial(find_file, source, field), {}
+    try:
+        entries, found, problems = check_rows(source.name, rows, find_image, metric)
+    except OSError as error:
+        raise ValueError(f"{source}: cannot be read: {error}") from error
     name = path.resolve().name if path.is_dir() else path.stem
     return Questions(name, sample(entries, n, seed, name), found, seed, problems, **more)
 
@@ -118,7 +121,7 @@ class Encoded:
     """Images that a table holds as bytes, read by row number when they are wanted.
 
     Args:
-        label: of the table. read: returns the bytes of a row; ValueError or OSError if it cannot.
+        label: of the table. read: returns the bytes of a row, from a file or over the network.
     """
 
     def __init__(self, label: str, read: Callable[[int], bytes]):
@@ -129,7 +132,7 @@ class Encoded:
         where = f"{self.label}:{number}"
         try:
             data = self.read(number)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # file systems of the network raise kinds of their own
             raise BadItem(f"{where}: {error}") from error
         return open_image(data, where)
 
@@ -139,7 +142,7 @@ class Encoded:
             return image_id
         try:
             return hashlib.blake2b(self.read(image_id), digest_size=16).hexdigest()
-        except (OSError, ValueError):
+        except Exception:  # as above; taking the item will say so
             return image_id
 
 
@@ -158,6 +161,15 @@ def text_of(row: Row, field: str) -> str:
         raise ValueError(f'"{field}" is empty')
     value.encode()  # UnicodeEncodeError, a ValueError: a lone surrogate
     return value
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Row | ValueError]]:
+    """Line numbers from 1, with the object of the line or what is wrong with it."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                yield number, _parse(line)
 
 
 def check_rows(
@@ -196,7 +208,7 @@ def check_rows(
             if named not in (None, chosen.name):
                 raise ValueError(f"one file has one metric: {chosen.name!r} above, {named!r} here")
             if entry.id in lines:
-                raise ValueError(f"the id {entry.id!r} is that of {lines[entry.id]} already")
+                raise ValueError(f"the id {entry.id!r} is that of row {lines[entry.id]} already")
             chosen.check(entry.answers)
         except ValueError as error:
             problems[number] = str(error)
@@ -230,15 +242,6 @@ def _entry(number: int, row: Row, find_image: FindImage) -> Entry:
     if not isinstance(name, str | int) or name == "":
         raise ValueError(f'"id" must be a string or a whole number, not {name!r:.60}')
     return Entry(key, load, question, answers[0], kind, answers, str(name))
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, Row | ValueError]]:
-    """Line numbers from 1, with the object of the line or what is wrong with it."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            line = line.removeprefix(codecs.BOM_UTF8)
-            if line.strip():
-                yield number, _parse(line)
 
 
 def _parse(line: bytes) -> Row | ValueError:

@@ -1,34 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets of the Hugging Face hub by name, read with `datasets`; docs/data.md lists them.
+"""Data sets of the Hugging Face hub by name; docs/data.md lists them.
 
-Repositories, splits, prompts and columns are those of lmms-eval 0.7.3, so that figures compare. No
-code of a repository is run. A local copy is read by the same code, from the Parquet files that the
-repository has: FOLDER/{split}-*.parquet or FOLDER/data/{split}-*.parquet, in a subfolder of the
-name of the configuration where there are several.
+Repositories, splits, prompts and columns are those of lmms-eval 0.7.3, so that figures compare.
+`datasets` finds and downloads the Parquet files of a repository; no code of it is run. A local copy
+is read by the same code from the same files: FOLDER/{split}-*.parquet or
+FOLDER/data/{split}-*.parquet, in a subfolder named like the configuration where there are several.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import random
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from ..metrics import RECALL
 from .base import Questions
 from .files import Encoded, Row, check_rows, sample, text_of
+from .parquet import Table
 
 FOLDER = "VTC_DATA"
 """Environment variable: a folder with local copies, each in a subfolder of the task's name."""
-BUFFER = 4
-"""A sample of n is drawn from this many times n rows."""
+SPREAD = 8
+"""Row groups, of a hundred rows or so, that a sample is drawn from."""
 SHORT = "\nAnswer the question using a single word or phrase."
 WORD = "\nAnswer the question with a single word."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -62,7 +64,7 @@ class HubSet:
     """Where a data set lies and what its columns hold.
 
     Attributes:
-        repo, config, split: for `datasets.load_dataset`.
+        repo, config, split: of the hub.
         metric: its name; `metrics.RECALL` for images with captions.
         answer: column of one answer, of a list of them, or of the index of the right option.
         question: makes the question of a row; suffix: put behind it.
@@ -83,6 +85,12 @@ class HubSet:
     image_ids: tuple[str, ...] = ()
     kind: str | None = None
     images: str | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that questions are made of."""
+        made = ("question", "hint", "choices", self.answer, *self.ids, *self.image_ids)
+        return tuple(dict.fromkeys(made if self.kind is None else (*made, self.kind)))
 
 
 SETS: dict[str, HubSet] = {
@@ -165,38 +173,35 @@ def open_set(
     """Open a data set of `SETS`.
 
     Args:
-        n: as many questions, drawn with `seed`; None for all, which downloads all. A sample is
-            streamed: the order of the files is shuffled, and n of the first 4 n rows are drawn, so
-            that no more is downloaded; their encoded images stay in memory, and nothing is kept on
-            disk. GQA's questions are few bytes: they are all read, and the sample is even.
+        n: as many questions, drawn with `seed`; None for all. All downloads the files and keeps
+            them in the cache of `datasets`. A sample puts nothing on disk: it draws `SPREAD` row
+            groups evenly from all files, or as many as have 2 n rows, and the questions from these.
+            A group's images are read when one of them is wanted, and those asked about stay in
+            memory. GQA's questions are few bytes, so all are drawn from, and its images are
+            downloaded. A local copy gives the same sample.
         metric, split, suffix: in place of the set's own.
         data_dir: a local copy; without it, $VTC_DATA/NAME if there is such a folder.
 
     Raises:
         ValueError: it cannot be fetched or is not in the copy, or no row of it can be asked.
-        ImportError: `datasets` is not installed.
+        ImportError: `datasets` or pyarrow is not installed.
     """
     known = SETS[name]
     split, copy = split or known.split, _copy(name, data_dir)
-    label, streaming = f"{name}/{split}", n is not None and known.images is None
+    few = n is not None and known.images is None
     places: dict[str, int] = {}
     with _explained(name, copy):
-        table = _load(known.repo, known.config, split, copy, streaming)
-        if n is not None and streaming:
-            label += f", sample {seed}"
-            rows = images = list(_encoded(table).shuffle(seed, buffer_size=BUFFER * n).take(n))
-        elif known.images is None:
-            rows, images = table.remove_columns("image"), _encoded(table.select_columns("image"))
-        else:
-            rows, images = table, _encoded(_load(known.repo, known.images, split, copy))
-            places = {key: place for place, key in enumerate(images["id"], 1)}
+        table = Table(_files(known.repo, known.config, split, copy, download=not few))
+        images = table
+        if known.images is not None:
+            images = Table(_files(known.repo, known.images, split, copy, download=True))
+            ids = images.rows(["id"])
+            places = {row["id"]: place for place, row in ids if isinstance(row, dict)}
+        groups = _groups(table, n, seed, name) if n is not None and few else None
+        rows = list(table.rows([c for c in known.columns if c in table.schema.names], groups))
 
-    def read(place: int) -> bytes:
-        image = images[place - 1]["image"] or {}
-        if not image.get("bytes"):
-            raise ValueError("there is no image")
-        return image["bytes"]
-
+    label = f"{name}/{split}"
+    read = cache(images.image) if few else images.image  # fetched once, however often it is asked
     encoded = Encoded(f"{known.images}/{split}" if places else label, read)
 
     def find_image(number: int, row: Row) -> tuple[Hashable, Callable[[], Image.Image]]:
@@ -213,6 +218,15 @@ def open_set(
     return Questions(name, entries, RECALL if captions else found, seed, problems, encoded.key)
 
 
+def _groups(table: Table, n: int, seed: int, name: str) -> list[int]:
+    """Row groups to draw n rows from: `SPREAD` of them, and 2 n rows or more."""
+    order = list(range(len(table.groups)))
+    random.Random(f"{name}/{seed}/groups").shuffle(order)
+    sizes = accumulate(table.size(group) for group in order)
+    enough = next((i for i, size in enumerate(sizes, 1) if i >= SPREAD and size >= 2 * n), None)
+    return sorted(order[:enough])
+
+
 def _copy(name: str, data_dir: str | Path | None) -> Path | None:
     """The folder of the local copy, None for the hub."""
     if data_dir is None:
@@ -224,35 +238,34 @@ def _copy(name: str, data_dir: str | Path | None) -> Path | None:
     return copy
 
 
-def _load(
-    repo: str, config: str | None, split: str, copy: Path | None, streaming: bool = False
-) -> Any:
-    """A split of a configuration as a `datasets.Dataset`, or as a stream."""
+def _files(
+    repo: str, config: str | None, split: str, copy: Path | None, download: bool
+) -> list[str]:
+    """The Parquet files of a split: paths, or URLs if they are not to be downloaded."""
+    if copy is not None:
+        base = copy / config if config and (copy / config).is_dir() else copy
+        found = [
+            str(f) for d in (base, base / "data") for f in sorted(d.glob(f"{split}-*.parquet"))
+        ]
+        if not found:
+            raise ValueError(f"there is no {split}-*.parquet in {base} or {base / 'data'}")
+        return found
     try:
-        from datasets import load_dataset
+        import datasets
     except ImportError as error:
         raise ImportError(
             'data sets of the hub need: pip install "visual-token-compression[data]"'
         ) from error
-    if copy is None:
-        return load_dataset(repo, config, split=split, streaming=streaming)
-    base = copy / config if config and (copy / config).is_dir() else copy
-    files = [str(f) for d in (base, base / "data") for f in sorted(d.glob(f"{split}-*.parquet"))]
-    if not files:
-        raise ValueError(f"there is no {split}-*.parquet in {base} or {base / 'data'}")
-    return load_dataset("parquet", data_files={split: files}, split=split, streaming=streaming)
-
-
-def _encoded(table: Any) -> Any:
-    """The table with its images as {"bytes", "path"}."""
-    from datasets import Image as Feature
-
-    return table.cast_column("image", Feature(decode=False))
+    splits = datasets.load_dataset_builder(repo, config).config.data_files
+    if split not in splits:
+        raise ValueError(f"there is no split {split!r}, only {', '.join(map(str, splits))}")
+    urls = [str(url) for url in splits[split]]
+    return datasets.DownloadManager().download(urls) if download else urls
 
 
 @contextmanager
 def _explained(name: str, copy: Path | None) -> Iterator[None]:
-    """Turn what `datasets` raises, of many kinds, into a ValueError that says what to do."""
+    """Turn what `datasets` and `fsspec` raise, of many kinds, into a ValueError that helps."""
     try:
         yield
     except ImportError:
@@ -269,12 +282,14 @@ def _explained(name: str, copy: Path | None) -> Iterator[None]:
 
 
 def _asked(
-    rows: Iterable[Row], known: HubSet, suffix: str
+    rows: Iterable[tuple[int, Row | ValueError]], known: HubSet, suffix: str
 ) -> Iterator[tuple[int, Row | ValueError]]:
     """The rows with the fields that files of one's own have, and `image_id`."""
     seen: Counter[str] = Counter()
-    for number, row in enumerate(rows, 1):
+    for number, row in rows:
         try:
+            if isinstance(row, ValueError):
+                raise row
             answer = row[known.answer]
             if isinstance(answer, int):
                 answer = _letter(answer)
