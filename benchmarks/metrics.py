@@ -392,16 +392,18 @@ def hits_at_k(
         raise ValueError(f"k starts at 1, not {min(ks)}")
     if similarity.isnan().any():
         raise ValueError("similarity has NaN: the embeddings are broken")
-    order = similarity.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order)
-    rank.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-    best = []
+    best = []  # the column of each query's most similar positive
     for query, columns in enumerate(positives):
         if not len(columns):
             raise ValueError(f"query {query} has no positives")
-        best.append(rank[query, list(columns)].min())
-    ranks = torch.stack(best).cpu()
-    return {k: ranks < k for k in ks}
+        ordered = sorted(columns)
+        best.append(ordered[int(similarity[query, ordered].argmax())])
+    column = torch.tensor(best, device=similarity.device)[:, None]
+    reached = similarity.gather(1, column)
+    earlier = torch.arange(similarity.shape[1], device=similarity.device) < column
+    ahead = (similarity > reached) | ((similarity == reached) & earlier)
+    rank = ahead.sum(1).cpu()
+    return {k: rank < k for k in ks}
 
 
 def recall_at_k(

@@ -327,6 +327,17 @@ def test_ties_go_to_the_lower_index_and_k_may_exceed_the_gallery():
     assert recall_at_k(flat, [(0,), (1,), (2,)], (1, 2, 9)) == {1: 1 / 3, 2: 2 / 3, 9: 1.0}
 
 
+def test_ranks_are_those_of_a_stable_sort():
+    generator = torch.Generator().manual_seed(0)
+    similarity = torch.randint(0, 6, (40, 25), generator=generator).float()  # many ties
+    sets = [torch.randperm(25, generator=generator)[: 1 + q % 5].tolist() for q in range(40)]
+    order = similarity.argsort(dim=1, descending=True, stable=True).tolist()
+    hits = hits_at_k(similarity, sets, (1, 3, 10, 25))
+    for k, hit in hits.items():
+        assert hit.tolist() == [bool(set(o[:k]) & set(s)) for o, s in zip(order, sets)]
+    assert 0 < hits[1].sum() < hits[10].sum() < 40 == hits[25].sum()
+
+
 def test_rankings_refuse_what_cannot_be_ranked():
     for similarity, positives, ks, why in [
         (torch.zeros(2, 3), [(0,)], (1,), "row for each"),

@@ -66,6 +66,9 @@ def score(prediction: str, answer: str) -> bool:
 class Questions(Sequence[Item]):
     """A deterministic sequence of items, their images made on demand.
 
+    Taking one whose image cannot be read raises `BadItem`, which ends a loop over all: to go on,
+    take them by index.
+
     Attributes:
         name: of the task. metric: name of its metric in `metrics.METRICS`.
         problems: (where, why) of rows that were refused on loading.
@@ -152,8 +155,8 @@ def open_task(
     Args:
         spec: a name of `TASKS` or of `hub.SETS`, or the path of a .jsonl or .parquet file or of an
             image folder. A name wins over a path; write ./scenes for a folder called so.
-        n: as many questions, drawn with `seed`, or fewer where there are not so many; None for
-            all (500 of a rendered task).
+        n: as many questions, drawn with `seed`; None for all (500 of a rendered task). Of files
+            and hub sets, all if there are no more.
         metric: a name of `metrics.METRICS` in place of the task's.
         split: of a named task; its own if None.
         suffix: what is put behind the questions of a hub set, in place of its own.
