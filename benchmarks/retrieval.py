@@ -27,7 +27,7 @@ from .timing import Progress
 from .towers import TwoTower
 
 KS = (1, 5, 10)
-DIRECTIONS = {"image_to_text": "image->text", "text_to_image": "text->image"}
+DIRECTIONS = {"image_to_text": "i->t", "text_to_image": "t->i"}
 CHUNK = 1024
 """Queries that are ranked at once."""
 
