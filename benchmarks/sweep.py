@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..method import Method
-from ..wrapping import Session, compressing, observe
+from ..wrapping import compressing, observe
 from .budgets import seeded, token_budgets
 from .environment import machine, versions
 from .runner import BASELINE
@@ -116,15 +116,16 @@ class _Run(Generic[R]):
     times: list[float] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
 
-    def encode(self, model: ImageModel, pixels: Tensor) -> tuple[Tensor, float, Session | None]:
-        """Output (B, D) fp32 on the CPU, milliseconds, and the session that saw it."""
+    def encode(self, model: ImageModel, pixels: Tensor) -> tuple[Tensor, float]:
+        """Output (B, D) fp32 on the CPU, and milliseconds."""
         how: Any = nullcontext() if self.method is None else compressing(model.vision, self.method)
-        with how as session:
+        with how:
             synchronize(model.device)
             start = time.perf_counter()
             output = model.encode(pixels)
             synchronize(model.device)
-            return output.float().cpu(), 1e3 * (time.perf_counter() - start), session
+            ms = 1e3 * (time.perf_counter() - start)
+        return output.float().cpu(), ms
 
 
 def sweep(
@@ -156,12 +157,12 @@ def sweep(
 
     pixels = model.pixels([item.image for item in batch])
     with observe(model.vision) as session:
-        model.encode(pixels)
+        stock = model.encode(pixels).float().cpu()
         total = round(session.report().visual_tokens)
     runs = _plan(model, settings, total, row_type)
     found = Swept([run.row for run in runs], total, len(batch), skipped=skipped)
     steps = settings.repeats + 1 + -(-len(items) // settings.batch_size)
-    _warm_up(model, pixels, runs)
+    _warm_up(model, pixels, stock, runs)
     done = 1
     for _ in range(settings.repeats):
         tell("timing", done, steps)
@@ -199,9 +200,7 @@ def _alive(runs: Sequence[_Run[R]]) -> list[_Run[R]]:
     return [run for run in runs if run.row.error is None]
 
 
-def _batches(
-    items: Questions, size: int, skipped: list[dict[str, str]]
-) -> Iterator[list[Item]]:
+def _batches(items: Questions, size: int, skipped: list[dict[str, str]]) -> Iterator[list[Item]]:
     """The readable ones of every ``size`` items; the others are noted in ``skipped``."""
     for start in range(0, len(items), size):
         batch = []
@@ -235,17 +234,22 @@ def _plan(
     return runs
 
 
-def _warm_up(model: ImageModel, pixels: Tensor, runs: Sequence[_Run[R]]) -> None:
-    """One round: tokens and FLOPs of each configuration, and which of them do not work here."""
-    stock, _, _ = runs[0].encode(model, pixels)
-    for run in _alive(runs[1:]):
+def _warm_up(model: ImageModel, pixels: Tensor, stock: Tensor, runs: Sequence[_Run[R]]) -> None:
+    """One round: tokens and FLOPs of each configuration, and which of them do not work here.
+
+    Args:
+        stock: output of the uncompressed model.
+    """
+    for run in runs:
+        if run.method is None:  # the stock model, or one that is refused
+            continue
         try:
-            output, _, session = run.encode(model, pixels)
+            with compressing(model.vision, run.method) as session:
+                output = model.encode(pixels).float().cpu()
+                report = session.report()
         except ValueError as error:  # this budget is out of the method's reach
             run.row.error = str(error)
             continue
-        assert session is not None and run.method is not None
-        report = session.report()
         run.row.final_tokens = report.final_tokens
         run.row.flops_share = report.flops_all / report.flops_all_full
         if (output - stock).abs().max() < SAME * stock.abs().max():
@@ -270,7 +274,11 @@ def result_of(
         "finished": found.finished,
         "skipped": found.skipped,
         "problems": [{"where": where, "why": why} for where, why in task.problems],
-        "settings": {**asdict(settings), "keep": [str(k) for k in settings.keep]},
+        "settings": {
+            **asdict(settings),
+            "methods": list(settings.methods),
+            "keep": [str(k) for k in settings.keep],
+        },
         "timing": {
             "from": "preprocessed pixels",
             "to": "output of the image encoder",

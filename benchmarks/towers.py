@@ -169,12 +169,12 @@ def _embedded(device: str | torch.device, dtype: torch.dtype) -> TwoTower:
     def forward(pixels: Tensor) -> Tensor:
         hidden = parts.vision(pixels).last_hidden_state
         session = getattr(parts.vision, "vtc", None)
-        state = session and session.vision and session.vision.state
-        # A merged token counts as many times as it holds patches.
-        left = state.reduction if state else None
-        size = None if left is None else state.size
-        if left is not None and left.valid is not None:
-            size = size * left.valid
+        state: Any = getattr(getattr(session, "vision", None), "state", None)
+        left = None if state is None else state.reduction
+        if left is None:
+            return parts.projection(pool(hidden))
+        # A merged token counts as many times as it holds patches, a padding slot not at all.
+        size = state.size if left.valid is None else state.size * left.valid
         return parts.projection(pool(hidden, size))
 
     def text(texts: Sequence[str]) -> Tensor:

@@ -4,32 +4,98 @@
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
-from . import scenes
-from .base import BadItem, Entry, Questions
+from ..metrics import RECALL
+from . import hub, scenes
+from .base import Entry, Questions
+from .files import FORMATS, FindImage, Row, _json_lines, find_file, open_image, sample, text_of
 
-CAPTIONS = 200
+SCENES = 200
 """Embedded scenes where no number is asked for."""
+ACCURACY = "top-1"
+"""The metric of a folder of classes."""
 
 
-def captioned_scenes(n: int | None = None, seed: int = 0) -> Questions:
-    """The first ``n`` (200) held-out scenes, each with its caption."""
+def open_captions(spec: str | Path, n: int | None = None, seed: int = 0) -> Questions:
+    """Open images with captions: items whose ``answers`` are the captions of their image.
+
+    Args:
+        spec: "scenes"; the path of a .jsonl or .parquet file whose rows have an "image" and its
+            "captions", a list of strings; or a data set of the hub that has captions.
+        n: as many images, drawn with ``seed``; None for all (200 scenes).
+
+    Raises:
+        ValueError: no such data, or not one row that can be used; the first three say why.
+    """
+    if spec == "scenes":
+        return _captioned_scenes(n or SCENES, seed)
+    path = Path(spec).expanduser()
+    if path.suffix in FORMATS:
+        return _captioned_file(path, n, seed)
+    captioned = [name for name, known in hub.SETS.items() if known.metric == RECALL]
+    if spec not in captioned:
+        names = ", ".join(["scenes", *captioned])
+        raise ValueError(
+            f"no captions called {spec}; take {names} or a {' or '.join(FORMATS)} file"
+        )
+    return hub.open_set(str(spec), n, seed)
+
+
+def _captioned_file(path: Path, n: int | None, seed: int) -> Questions:
+    """Rows of one image, by its path, are joined to one entry."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    find_image: FindImage
+    if path.suffix == ".parquet":
+        from .parquet import ParquetFile
+
+        table = ParquetFile(path)
+        wanted = ("image", "captions") if table.paths else ("captions",)
+        table.columns = [c for c in table.file.schema_arrow.names if c in wanted]
+        rows, find_image = table.rows(), table.find_image
+    else:
+        rows, find_image = _json_lines(path), partial(find_file, path, "image")
+    entries: dict[Hashable, Entry] = {}
+    problems = []
+    for number, row in rows:
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            key, load = find_image(number, row)
+            captions = _captions(row)
+        except ValueError as error:
+            problems.append((f"{path.name}:{number}", str(error)))
+            continue
+        if key in entries:
+            captions = entries[key].answers + captions
+        entries[key] = Entry(key, load, "", captions[0], "caption", captions, id=str(key))
+    if not entries:
+        first = "; ".join(f"{where}: {why}" for where, why in problems[:3])
+        raise ValueError(f"{path}: no row can be used. {first or 'It is empty'}")
+    chosen = sample(list(entries.values()), n, seed, path.stem)
+    return Questions(path.stem, chosen, RECALL, seed, problems)
+
+
+def _captions(row: Row) -> tuple[str, ...]:
+    values = row.get("captions")
+    if not isinstance(values, list) or not values:
+        raise ValueError(f'"captions" must be a list of strings, not {values!r:.60}')
+    return tuple(text_of({"captions": value}, "captions") for value in values)
+
+
+def _captioned_scenes(n: int, seed: int) -> Questions:
+    """The first ``n`` scenes of the split "test", which no model of ours was trained on."""
     entries = []
-    for i in range(n or CAPTIONS):
-        caption = scenes.caption(scenes.make_scene(i, "test", seed))
-        load = partial(_render, i, seed)
-        entries.append(Entry(i, load, "", caption, "caption"))
-    return Questions("scenes", entries, "", seed)
-
-
-def _render(index: int, seed: int) -> Image.Image:
-    return scenes.render(scenes.make_scene(index, "test", seed))
+    for i in range(n):
+        scene = scenes.make_scene(i, "test", seed)
+        load = partial(scenes.render, scene)
+        entries.append(Entry(i, load, "", scenes.caption(scene), "caption"))
+    return Questions("scenes", entries, RECALL, seed)
 
 
 class ClassFolder(Questions):
@@ -66,21 +132,13 @@ class ClassFolder(Questions):
                 problems.append((name, "a class without images"))
         if not found:
             raise ValueError(f"{root}: no images in its {len(self.classes)} subfolders")
-        if n is not None and n < len(found):
-            found = sorted(random.Random(f"classes/{seed}").sample(found, n))
         entries = []
         for name, path in found:
             where = path.relative_to(root).as_posix()
-            entries.append(Entry(where, partial(_open, path, where), "", name, "class", id=where))
-        super().__init__(root.name, entries, "", seed, problems)
-
-
-def _open(path: Path, where: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadItem(f"{where}: {error}") from error
+            load = partial(open_image, path, where)
+            entries.append(Entry(where, load, "", name, "class", id=where))
+        title = root.resolve().name
+        super().__init__(title, sample(entries, n, seed, title), ACCURACY, seed, problems)
 
 
 def _mapping(file: str | Path, classes: Sequence[str]) -> dict[str, str | int]:
@@ -160,9 +218,3 @@ def class_outputs(
             raise ValueError(f"{file}: two folders are mapped to output {output}")
         made[folder] = int(output)
     return made
-
-
-def open_captions(spec: str, n: int | None = None, seed: int = 0) -> Questions:
-    if spec == "scenes":
-        return captioned_scenes(n, seed)
-    raise ValueError("todo")

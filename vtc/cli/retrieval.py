@@ -95,7 +95,7 @@ def classify(
     template: Annotated[
         list[str] | None,
         typer.Option(
-            help='Prompt of a two-tower model, {} being the name; more than once: their mean. '
+            help="Prompt of a two-tower model, {} being the name; more than once: their mean. "
             'Default: "a photo of a {}."',
             show_default=False,
         ),
