@@ -28,7 +28,7 @@ from .towers import TwoTower
 
 KS = (1, 5, 10)
 DIRECTIONS = {"image_to_text": "i->t", "text_to_image": "t->i"}
-CHUNK = 1024
+CHUNK = 256
 """Queries that are ranked at once."""
 
 Recalls = dict[str, dict[str, float]]
@@ -114,13 +114,13 @@ def run(
         return torch.cat([model.encode_texts(part).float().cpu() for part in parts])
 
     found: Swept[RetrievalRow] = sweep.sweep(
-        model, task, settings, RetrievalRow, progress, texts_of
+        model, task, settings, RetrievalRow, progress, beside=texts_of
     )
     owners = [i for i, captions in enumerate(found.answers) for _ in captions]
-    texts = torch.cat(found.beside)[: len(owners)]
+    texts = torch.cat(found.beside)[: len(owners)].to(model.device)
     for row, images in zip(found.rows, found.outputs):
         if images is not None:
-            score(row, images, texts, owners, settings.seed)
+            score(row, images.to(model.device), texts, owners, settings.seed)
     return {
         "benchmark": "retrieval",
         "captions": len(owners),

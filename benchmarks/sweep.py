@@ -89,7 +89,8 @@ class Swept(Generic[R]):
 
     Attributes:
         rows: the stock model first.
-        outputs: (N, D) fp32 on the CPU for each row, None where there is an error.
+        outputs: for each row what was kept of its output, (N, ...) on the CPU, None where there is
+            an error.
         answers: of each of the N images that were read, its captions or its class.
         beside: what the caller computed beside each batch.
         skipped: "where" and "why" of the images that could not be read.
@@ -134,6 +135,7 @@ def sweep(
     settings: Settings,
     row_type: Callable[..., R],
     progress: Progress | None = None,
+    keep: Callable[[Tensor], Tensor] = lambda output: output,
     beside: Callable[[Sequence[Item]], Any] = lambda batch: None,
 ) -> Swept[R]:
     """Encode all images with the stock model and with each method at each budget.
@@ -141,6 +143,7 @@ def sweep(
     Args:
         items: ``items[i]`` raises `BadItem` for an image that cannot be read.
         row_type: `Row` or a subclass, whose further fields the caller fills.
+        keep: what to keep of an output (B, D), fp32.
         beside: called once with the items of each batch.
 
     Raises:
@@ -180,7 +183,7 @@ def sweep(
             pixels = model.pixels([item.image for item in batch])
             for run in _alive(runs):
                 try:
-                    run.outputs.append(run.encode(model, pixels)[0])
+                    run.outputs.append(keep(run.encode(model, pixels)[0]))
                 except UnsupportedError as error:
                     run.row.error = str(error)
             found.beside.append(beside(batch))
@@ -253,10 +256,9 @@ def _warm_up(model: ImageModel, pixels: Tensor, stock: Tensor, runs: Sequence[_R
         run.row.final_tokens = report.final_tokens
         run.row.flops_share = report.flops_all / report.flops_all_full
         if (output - stock).abs().max() < SAME * stock.abs().max():
-            behind = run.method.stages <= {"features"}
             run.row.error = (
                 f"changes nothing here: {type(model.vision).__name__} reads {READS[model.reads]}, "
-                f"and {run.method.name} acts {'behind the last block' if behind else 'elsewhere'}"
+                f"which {run.method.name} leaves as it is"
             )
 
 

@@ -24,6 +24,7 @@ import vtc
 from vtc import cli
 from vtc.benchmarks import classification, retrieval, sweep, towers
 from vtc.benchmarks.budgets import seeded
+from vtc.benchmarks.metrics import top_k_accuracy
 from vtc.benchmarks.runner import BASELINE
 from vtc.benchmarks.tasks.base import Entry, Item, Questions
 from vtc.benchmarks.tasks.galleries import (
@@ -231,6 +232,11 @@ def test_what_cannot_be_loaded_says_why(saved: dict[str, str], tmp_path: Path) -
     hf.BertModel(tiny).save_pretrained(tmp_path / "bert")
     with pytest.raises(UnsupportedError, match="dual encoder"):
         towers.load(str(tmp_path / "bert"))
+    shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    flexible = hf.Siglip2Config(text_config=shape | {"vocab_size": 9}, vision_config=shape)
+    hf.Siglip2Model(flexible).save_pretrained(tmp_path / "naflex")
+    with pytest.raises(UnsupportedError, match="no adapter for the encoder Siglip2Model"):
+        towers.load(str(tmp_path / "naflex"))
     headless = save_timm(tmp_path / "headless", global_pool="")
     with pytest.raises(UnsupportedError, match="pools no embedding"):
         towers.load(headless)
@@ -515,6 +521,28 @@ def test_captions_in_parquet(tmp_path: Path) -> None:
         assert [where for where, _ in task.problems] == [f"{name}.parquet:3"]
 
 
+def test_captions_of_the_hub(tmp_path: Path, monkeypatch: Any) -> None:
+    pytest.importorskip("datasets")
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    write_images(tmp_path, 2)
+    rows = [
+        {
+            "image": {"bytes": (tmp_path / f"{i}.png").read_bytes(), "path": None},
+            "caption": [f"{i} a", f"{i} b"],
+            "img_id": str(i),
+        }
+        for i in range(2)
+    ]
+    (tmp_path / "flickr30k" / "data").mkdir(parents=True)
+    pq.write_table(
+        pa.Table.from_pylist(rows), tmp_path / "flickr30k" / "data" / "test-0-of-1.parquet"
+    )
+    monkeypatch.setenv("VTC_DATA", str(tmp_path))
+    task = open_captions("flickr30k")
+    assert [item.answers for item in task] == [("0 a", "0 b"), ("1 a", "1 b")]
+    assert np.array_equal(task[1].image, pictures(2)[1])
+
+
 def test_scenes_are_the_same_for_the_same_seed() -> None:
     a, b = open_captions("scenes", 3), open_captions("scenes", 3)
     assert len(open_captions("scenes")) == 200
@@ -616,13 +644,19 @@ def test_names_and_outputs_of_classes(tmp_path: Path) -> None:
 def test_accuracy_by_hand() -> None:
     logits = torch.tensor([[3.0, 1, 2, 0, 0, 0], [0, 1, 0, 0, 0, 9], [5, 4, 3, 2, 1, 0]])
     row = classification.ClassificationRow("hand", [], None)
-    classification.score(row, logits, [0, 1, 5], seed=0)
+    classification.score(row, classification.best(logits), [0, 1, 5], seed=0)
     assert (row.accuracy, row.top5) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
     assert row.accuracy_low < row.accuracy < row.accuracy_high
-    classification.score(
-        row := classification.ClassificationRow("", [], None), logits[:, :5], [0, 1, 2], 0
-    )
-    assert row.top5 is None
+
+
+def test_accuracy_is_that_of_the_metrics() -> None:
+    """Rounded, so that there are ties; and with fewer than five classes."""
+    torch.manual_seed(0)
+    for classes in (9, 3):
+        logits, labels = torch.randn(40, classes).round(), [i % classes for i in range(40)]
+        row = classification.ClassificationRow("random", [], None)
+        classification.score(row, classification.best(logits), labels, seed=0)
+        assert {1: row.accuracy, 5: row.top5} == pytest.approx(top_k_accuracy(logits, labels))
 
 
 def test_classifier_on_the_labels_it_gives(loaded: dict[str, Any], folder: Path) -> None:
