@@ -165,6 +165,7 @@ def sweep(
     runs = _plan(model, settings, total, row_type)
     found = Swept([run.row for run in runs], total, len(batch), skipped=skipped)
     steps = settings.repeats + 1 + -(-len(items) // settings.batch_size)
+    tell("warm-up", 0, steps)
     _warm_up(model, pixels, stock, runs)
     done = 1
     for _ in range(settings.repeats):

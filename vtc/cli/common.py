@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
@@ -17,6 +17,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Table
 
 app = typer.Typer(
     help="Visual token compression for multimodal LLMs.",
@@ -118,6 +119,29 @@ def load(model: str | None, embedded: str, device: str, dtype: str) -> tuple[Any
         first = str(error).strip().splitlines()[0]
         raise Mistake(f"cannot load {model or 'the embedded model'}: {first}") from None
     return net.to(device, kinds[dtype]).eval(), processor
+
+
+def print_rows(
+    rows: Sequence[dict[str, Any]],
+    columns: Sequence[tuple[str, Callable[[dict[str, Any]], str]]],
+    width: int = 180,
+) -> None:
+    """A table of result rows: two columns of words, then numbers; a gap behind each method.
+
+    Args:
+        width: in characters, where the standard output is no terminal.
+    """
+    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1))
+    for i, (name, _) in enumerate(columns):
+        table.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
+    previous = None
+    for row in rows:
+        if previous not in (None, row["method"]):
+            table.add_section()
+        cells = [cell(row) for _, cell in columns]
+        table.add_row(*cells, style="bold" if previous is None else None)
+        previous = row["method"]
+    (out if out.is_terminal else Console(width=width)).print(table)
 
 
 class ProgressBar:

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from .common import Mistake, ProgressBar, command, device_of, out, valid
+from .common import Mistake, ProgressBar, command, device_of, out, print_rows, valid
 
 DEFAULT_METHODS = "pitome,tome,zero-tprune,random,downsample,pool"
 DEFAULT_KEEP = "0.5,0.33,0.22"
@@ -187,24 +185,15 @@ def _show(
     if as_json:
         print(json.dumps(result, indent=1))
     else:
-        table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1))
-        for i, (name, _) in enumerate(columns):
-            table.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
-        previous = None
-        for row in result["rows"]:
-            if previous not in (None, row["method"]):
-                table.add_section()
-            cells = [cell(row) for _, cell in columns]
-            table.add_row(*cells, style="bold" if previous is None else None)
-            previous = row["method"]
-        wide = out if out.is_terminal else Console(width=180)
-        wide.print(table)
+        print_rows(result["rows"], columns)
         for text in failures([result]):
-            wide.print(text, style="yellow", highlight=False, soft_wrap=True)
-        wide.print(caption(result), style="dim", highlight=False, soft_wrap=True)
+            out.print(text, style="yellow", highlight=False, soft_wrap=True, markup=False)
+        out.print(caption(result), style="dim", highlight=False, soft_wrap=True, markup=False)
     try:
         write_json(result, path)
     except OSError as error:
         raise Mistake(f"cannot write {path}: {error.strerror}") from None
     if not as_json:
         out.print(f"[dim]written: {path}[/dim]", soft_wrap=True)
+    if not result["finished"]:
+        raise typer.Exit(130)
