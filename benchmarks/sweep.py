@@ -126,7 +126,18 @@ class _Run(Generic[R]):
             output = model.encode(pixels)
             synchronize(model.device)
             ms = 1e3 * (time.perf_counter() - start)
-        return output.float().cpu(), ms
+        return _finite(output), ms
+
+
+def _finite(output: Tensor) -> Tensor:
+    """The output in fp32 on the CPU.
+
+    Raises:
+        ValueError: it has a NaN or is infinite, as half precision may make it.
+    """
+    if not output.isfinite().all():
+        raise ValueError(f"its output has NaN or infinity in {output.dtype}; float32 may do")
+    return output.float().cpu()
 
 
 def sweep(
@@ -147,7 +158,7 @@ def sweep(
         beside: called once with the items of each batch.
 
     Raises:
-        ValueError: an unknown method, or no image can be read.
+        ValueError: an unknown method, no image can be read, or the stock model makes NaN of them.
         KeyboardInterrupt: no batch was done yet.
     """
     tell = progress or (lambda text, done, total: None)
@@ -160,7 +171,7 @@ def sweep(
 
     pixels = model.pixels([item.image for item in batch])
     with observe(model.vision) as session:
-        stock = model.encode(pixels).float().cpu()
+        stock = _finite(model.encode(pixels))
         total = round(session.report().visual_tokens)
     runs = _plan(model, settings, total, row_type)
     found = Swept([run.row for run in runs], total, len(batch), skipped=skipped)
@@ -185,7 +196,7 @@ def sweep(
             for run in _alive(runs):
                 try:
                     run.outputs.append(keep(run.encode(model, pixels)[0]))
-                except UnsupportedError as error:
+                except ValueError as error:
                     run.row.error = str(error)
             found.beside.append(beside(batch))
             found.answers += [item.answers for item in batch]
@@ -249,7 +260,7 @@ def _warm_up(model: ImageModel, pixels: Tensor, stock: Tensor, runs: Sequence[_R
             continue
         try:
             with compressing(model.vision, run.method) as session:
-                output = model.encode(pixels).float().cpu()
+                output = _finite(model.encode(pixels))
                 report = session.report()
         except ValueError as error:  # this budget is out of the method's reach
             run.row.error = str(error)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from fractions import Fraction
@@ -376,6 +377,22 @@ def test_budgets_out_of_reach_are_rows_with_errors(loaded: dict[str, Any]) -> No
     half, one = found.rows[1:]
     assert half.error is None
     assert "layer" in one.error
+
+
+def test_nan_is_an_error_of_its_row(loaded: dict[str, Any]) -> None:
+    """Merged tokens of later images overflow, say, in half precision."""
+    model = loaded["clip"]
+
+    def forward(pixels: torch.Tensor) -> torch.Tensor:
+        out = model.forward(pixels)
+        return out / 0 if len(pixels) == 1 and hasattr(model.vision, "vtc") else out
+
+    broken = dataclasses.replace(model, forward=forward)
+    found = sweep.sweep(broken, gallery(4), settings("tome"), sweep.Row)
+    assert found.rows[0].error is None and found.outputs[0].shape == (4, 16)
+    assert "NaN" in found.rows[1].error and found.outputs[1] is None
+    with pytest.raises(ValueError, match="NaN"):
+        sweep.sweep(broken, gallery(1), settings("tome"), sweep.Row)
 
 
 class Interrupting(Questions):

@@ -13,7 +13,7 @@ from PIL import Image
 from ..metrics import RECALL
 from . import hub, scenes
 from .base import Entry, Questions
-from .files import FORMATS, FindImage, Row, _json_lines, find_file, open_image, sample, text_of
+from .files import FORMATS, FindImage, Row, find_file, json_lines, open_image, sample, text_of
 
 SCENES = 200
 """Embedded scenes where no number is asked for."""
@@ -55,11 +55,9 @@ def _captioned_file(path: Path, n: int | None, seed: int) -> Questions:
         from .parquet import ParquetFile
 
         table = ParquetFile(path)
-        wanted = ("image", "captions") if table.paths else ("captions",)
-        table.columns = [c for c in table.file.schema_arrow.names if c in wanted]
-        rows, find_image = table.rows(), table.find_image
+        rows, find_image = table.rows(("captions",)), table.find_image
     else:
-        rows, find_image = _json_lines(path), partial(find_file, path, "image")
+        rows, find_image = json_lines(path), partial(find_file, path, "image")
     entries: dict[Hashable, Entry] = {}
     problems = []
     for number, row in rows:
