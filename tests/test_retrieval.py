@@ -753,6 +753,19 @@ def test_vtc_classify(saved: dict[str, str], folder: Path, tmp_path: Path) -> No
     assert written["rows"][1]["final_tokens"] == 16
 
 
+def test_missing_libraries_are_named(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "own.parquet").touch()
+    for module, args, extra in (
+        ("pyarrow.parquet", (tmp_path / "own.parquet",), "data"),
+        ("open_clip", ("--model", "open_clip:ViT-B-32/openai"), "open-clip"),
+    ):
+        monkeypatch.setitem(sys.modules, module, None)
+        done = invoke("retrieval", *args)
+        assert done.exit_code == 2
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        assert f"[{extra}]" in done.stderr
+
+
 def test_mistakes_are_one_clear_line(
     saved: dict[str, str], folder: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -62,11 +62,13 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(2) from None
         except ImportError as error:
             missing = (error.name or "").split(".")[0]
-            if missing not in EXTRAS:
+            if missing in EXTRAS:
+                extra = f'"visual-token-compression[{EXTRAS[missing]}]"'
+                text = f"{missing} is missing; pip install {extra}"
+            elif error.name is None:  # one of ours, which says what to install
+                text = str(error)
+            else:
                 raise
-            text = (
-                f'{missing} is missing; pip install "visual-token-compression[{EXTRAS[missing]}]"'
-            )
             err.print(f"error: {text}", style="red", highlight=False, soft_wrap=True, markup=False)
             raise typer.Exit(2) from None
 
