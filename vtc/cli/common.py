@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
@@ -17,6 +17,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Table
 
 app = typer.Typer(
     help="Visual token compression for multimodal LLMs.",
@@ -61,11 +62,13 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(2) from None
         except ImportError as error:
             missing = (error.name or "").split(".")[0]
-            if missing not in EXTRAS:
+            if missing in EXTRAS:
+                extra = f'"visual-token-compression[{EXTRAS[missing]}]"'
+                text = f"{missing} is missing; pip install {extra}"
+            elif error.name is None:  # one of ours, which says what to install
+                text = str(error)
+            else:
                 raise
-            text = (
-                f'{missing} is missing; pip install "visual-token-compression[{EXTRAS[missing]}]"'
-            )
             err.print(f"error: {text}", style="red", highlight=False, soft_wrap=True, markup=False)
             raise typer.Exit(2) from None
 
@@ -118,6 +121,29 @@ def load(model: str | None, embedded: str, device: str, dtype: str) -> tuple[Any
         first = str(error).strip().splitlines()[0]
         raise Mistake(f"cannot load {model or 'the embedded model'}: {first}") from None
     return net.to(device, kinds[dtype]).eval(), processor
+
+
+def print_rows(
+    rows: Sequence[dict[str, Any]],
+    columns: Sequence[tuple[str, Callable[[dict[str, Any]], str]]],
+    width: int = 180,
+) -> None:
+    """A table of result rows: two columns of words, then numbers; a gap behind each method.
+
+    Args:
+        width: in characters, where the standard output is no terminal.
+    """
+    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1))
+    for i, (name, _) in enumerate(columns):
+        table.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
+    previous = None
+    for row in rows:
+        if previous not in (None, row["method"]):
+            table.add_section()
+        cells = [cell(row) for _, cell in columns]
+        table.add_row(*cells, style="bold" if previous is None else None)
+        previous = row["method"]
+    (out if out.is_terminal else Console(width=width)).print(table)
 
 
 class ProgressBar:
