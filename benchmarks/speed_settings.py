@@ -132,7 +132,7 @@ class Settings:
         """For the result file, defaults filled in; the plan is told by the parts."""
         return asdict(self) | {
             "dtype": str(self.weights).removeprefix("torch."),
-            "keep": None if self.keep is None else str(self.keep),
+            "keep": str(self.keep or KEEP),
             "decode": self.decoded,
             "repeats": self.rounds,
         }

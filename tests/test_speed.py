@@ -284,6 +284,18 @@ def test_peak_of_known_allocations():
     del b, c
 
 
+def test_peak_on_a_gpu_is_that_of_its_allocator(monkeypatch):
+    calls = []
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: calls.append(name))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5 * MEGA)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7 * MEGA)
+    seen = speed_memory.Allocations()
+    with speed_memory.watched(torch.device("cuda"), seen):
+        assert calls == ["synchronize", "reset_peak_memory_stats"]
+    assert seen.peak == 2 * MEGA
+
+
 def test_peak_of_a_model_that_allocates_more(model, shape):
     usual, more = (run_of(shape, model, "fastv") for _ in range(2))
     look(model, usual, 2)
