@@ -100,7 +100,7 @@ class SimpleVTC(lmms):
         return collator.get_original(results)
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
-        """(mean negative log-likelihood of its tokens, whether greedy decoding writes it) by choice.
+        """(mean negative log-likelihood, whether greedy decoding writes it) of each continuation.
 
         A loss, not a likelihood: lmms-eval takes the smallest (`Task.process_results`). In a
         `GenerationResult`, as lmms-eval 0.7 makes a string of any other pair

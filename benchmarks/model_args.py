@@ -161,7 +161,7 @@ def _convert(value: Any, hint: Any) -> Any:
             raise ValueError
         return None
     if hint is bool:
-        return {"true": True, "false": False}[str(value).lower()]
+        return ("false", "true").index(str(value).lower()) == 1
     if hint is int:
         number = float(value)
         if isinstance(value, bool) or not number.is_integer():
