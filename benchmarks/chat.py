@@ -119,8 +119,69 @@ class ChatModel:
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
 
-    def inputs(self, chats: Sequence[Chat]) -> tuple[dict[str, Tensor], list[str]]:
-        """What the model takes for a left-padded batch, on its device; and the prompts."""
+    def answer(self, chats: Sequence[Chat], **generation: Any) -> list[Answer]:
+        """Answers in the order of the chats; ``generation`` goes to `generate`.
+
+        Raises:
+            UnsupportedError: a prompt that the processor or the method cannot take.
+            RuntimeError: other numbers of tokens ran than the method was asked for.
+        """
+        found: dict[int, Answer] = {}
+        for rows in _alike(chats):
+            inputs, out = self._generate([chats[i] for i in rows], **generation)
+            new = out.sequences[:, inputs["input_ids"].shape[1] :]
+            texts = self.processor.batch_decode(new, skip_special_tokens=True)
+            read = inputs["attention_mask"].sum(1).tolist()
+            written = self._lengths(new).tolist()
+            answers = [Answer(text.strip(), *n) for text, *n in zip(texts, read, written)]
+            found.update(zip(rows, answers))
+        return [found[i] for i in range(len(chats))]
+
+    def losses(self, chats: Sequence[Chat], texts: Sequence[str]) -> list[tuple[float, bool]]:
+        """For each text behind its chat the mean negative log-likelihood in nats per token, and
+        whether greedy decoding writes it.
+
+        The texts are decoded, not read with the prompts: so they have no say in which tokens a
+        method keeps.
+
+        Raises:
+            ValueError: a text without tokens.
+        """
+        found: dict[int, tuple[float, bool]] = {}
+        tokenizer = self.processor.tokenizer
+        for rows in _alike(chats):
+            chosen = [chats[i] for i in rows]
+            ids = []
+            for i, chat in zip(rows, chosen):
+                prompt = chat_prompt(self.processor, chat)
+                start = len(tokenizer(prompt)["input_ids"])
+                ids.append(tokenizer(prompt + texts[i])["input_ids"][start:])
+            if not all(ids):
+                raise ValueError("a continuation without tokens has no likelihood")
+            longest = max(map(len, ids))
+            padded = [row + [tokenizer.pad_token_id] * (longest - len(row)) for row in ids]
+            _, out = self._generate(
+                chosen,
+                max_new_tokens=longest,
+                do_sample=False,
+                output_logits=True,  # not changed by penalties
+                forced=padded,
+            )
+            logits = torch.stack(out.logits, 1).float()
+            new = out.sequences[:, -logits.shape[1] :].tolist()
+            if any(row != n[: len(row)] for row, n in zip(ids, new)):
+                raise UnsupportedError(
+                    "the generation settings of the model forbid a token of a continuation; change "
+                    "its generation_config"
+                )
+            for i, row, p in zip(rows, ids, logits.log_softmax(-1)):
+                p, target = p[: len(row)], torch.tensor(row, device=p.device)
+                greedy = bool((p.argmax(-1) == target).all())
+                found[i] = -p.gather(1, target[:, None]).mean().item(), greedy
+        return [found[i] for i in range(len(chats))]
+
+    def inputs(self, chats: Sequence[Chat]) -> dict[str, Tensor]:
+        """What the model takes for a left-padded batch, on its device."""
         prompts = [chat_prompt(self.processor, chat) for chat in chats]
         images = [[load_image(image) for image in images_of(chat)] for chat in chats]
         start = self.processor.tokenizer.bos_token  # some templates write it, the tokenizer too
@@ -132,110 +193,60 @@ class ChatModel:
             padding_side="left",
             add_special_tokens=not (start and prompts[0].startswith(start)),
         )
-        return dict(inputs.to(self.model.device, self.model.dtype)), prompts
+        return dict(inputs.to(self.model.device, self.model.dtype))
 
     @torch.no_grad()
-    def answer(self, chats: Sequence[Chat], **generation: Any) -> list[Answer]:
-        """Answers in the order of the chats; ``generation`` goes to `generate`.
+    def _generate(
+        self, chats: list[Chat], forced: list[list[int]] | None = None, **generation: Any
+    ) -> tuple[dict[str, Tensor], Any]:
+        """One batch of prompts, all with images or all without: (inputs, what `generate` gives).
 
-        Raises:
-            UnsupportedError: a prompt that the processor or the method cannot take.
-            RuntimeError: other numbers of tokens ran than the method was asked for.
+        Args:
+            forced: the new tokens of each row, if they are not the model's to choose.
         """
-        shown = [bool(images_of(chat)) for chat in chats]
-        if len(set(shown)) > 1:  # processors take images for all prompts of a batch or for none
-            parts: dict[bool, list[Chat]] = {True: [], False: []}
-            for chat, flag in zip(chats, shown):
-                parts[flag].append(chat)
-            answers = {flag: iter(self.answer(part, **generation)) for flag, part in parts.items()}
-            return [next(answers[flag]) for flag in shown]
-        inputs, _ = self.inputs(chats)
+        inputs = self.inputs(chats)
+        width = inputs["input_ids"].shape[1]
+        if forced is not None:
+            generation["prefix_allowed_tokens_fn"] = lambda row, ids: [
+                forced[row][len(ids) - width]
+            ]
         first = FirstLogits(self.model.device)
         synchronize(self.model.device)
         start = time.perf_counter()
-        out = self.model.generate(**inputs, **generation, logits_processor=[first])
+        out = self.model.generate(
+            **inputs, **generation, logits_processor=[first], return_dict_in_generate=True
+        )
         synchronize(self.model.device)
         seconds = time.perf_counter() - start
-        if len(out) != len(chats):
+        new = out.sequences[:, width:]
+        if len(new) != len(chats):
             raise ValueError("one answer for each prompt: leave num_return_sequences at 1")
-        new = out[:, inputs["input_ids"].shape[1] :]
-        ends = torch.isin(new, self._ends())
-        lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, new.shape[1]).tolist()
-        read = inputs["attention_mask"].sum(1).tolist()
-        texts = self.processor.batch_decode(new, skip_special_tokens=True)
         self.facts.append(
             Facts(
                 samples=len(chats),
                 seconds=seconds,
                 first=first.time - start,
                 steps=new.shape[1] - 1,
-                tokens=sum(lengths),
-                report=self._report(shown[0]),
+                tokens=int(self._lengths(new).sum()) if forced is None else 0,
+                report=self._report() if images_of(chats[0]) else None,
             )
         )
-        return [Answer(text.strip(), *n) for text, *n in zip(texts, read, lengths)]
+        return inputs, out
 
-    @torch.no_grad()
-    def losses(self, chat: Chat, continuations: Sequence[str]) -> list[tuple[float, bool]]:
-        """For each continuation its mean negative log-likelihood in nats per token, and whether
-        greedy decoding would write it.
-
-        The prompt runs once; the continuations are decoded behind its cache, so that they have no
-        say in which tokens a method keeps.
-        """
-        inputs, (prompt,) = self.inputs([chat])
-        tokenizer = self.processor.tokenizer
-        head = tokenizer(prompt)["input_ids"]
-        ids = [tokenizer(prompt + text)["input_ids"][len(head) :] for text in continuations]
-        if not all(ids):
-            raise ValueError("a continuation without tokens has no likelihood")
-        synchronize(self.model.device)
-        start = time.perf_counter()
-        out = self.model(**inputs, use_cache=True, logits_to_keep=1)
-        synchronize(self.model.device)
-        first = time.perf_counter() - start
-        longest = max(map(len, ids))
-        rows = torch.tensor(
-            [row + [tokenizer.pad_token_id] * (longest - len(row)) for row in ids],
-            device=self.model.device,
-        )
-        logits = out.logits[:, -1:].float().expand(len(ids), -1, -1)
-        if longest > 1:
-            cache = out.past_key_values
-            cache.batch_repeat_interleave(len(ids))
-            mask = inputs["attention_mask"].repeat(len(ids), 1)
-            behind = self.model(
-                input_ids=rows[:, :-1],
-                attention_mask=torch.cat([mask, torch.ones_like(rows[:, :-1])], 1),
-                past_key_values=cache,
-            )
-            logits = torch.cat([logits, behind.logits.float()], 1)
-        log_p = logits.log_softmax(-1)
-        synchronize(self.model.device)
-        seconds = time.perf_counter() - start
-        report = self._report(bool(images_of(chat)))
-        self.facts.append(Facts(1, seconds, first, steps=0, tokens=0, report=report))
-        found = []
-        for row, p in zip(ids, log_p):
-            target = torch.tensor(row, device=p.device)
-            p = p[: len(row)]
-            greedy = bool((p.argmax(-1) == target).all())
-            found.append((-p.gather(1, target[:, None]).mean().item(), greedy))
-        return found
-
-    def _ends(self) -> Tensor:
-        """The ids that end an answer."""
+    def _lengths(self, new: Tensor) -> Tensor:
+        """(B,) tokens of each answer in (B, T), up to its end."""
         end = self.model.generation_config.eos_token_id
         end = self.processor.tokenizer.eos_token_id if end is None else end
-        return torch.as_tensor(end, device=self.model.device)
+        ends = torch.isin(new, torch.as_tensor(end, device=new.device))
+        return torch.where(ends.any(1), ends.int().argmax(1) + 1, new.shape[1])
 
-    def _report(self, shown: bool) -> Report | None:
-        """What the method did to the last batch, None without method or images.
+    def _report(self) -> Report | None:
+        """What the method did to the last batch.
 
         Raises:
             RuntimeError: the tokens that ran are not those that were asked for.
         """
-        if self.session is None or not shown:
+        if self.session is None:
             return None
         report: Report = self.session.report()
         kept = min(report.final_tokens, report.kv_tokens or 0)  # some act on the cache alone
@@ -246,6 +257,13 @@ class ChatModel:
                 "this as a bug of vtc"
             )
         return report
+
+
+def _alike(chats: Sequence[Chat]) -> list[list[int]]:
+    """Indices of chats with images and without: processors take no batch of both."""
+    shown = [bool(images_of(chat)) for chat in chats]
+    rows = [[i for i, s in enumerate(shown) if s is flag] for flag in (True, False)]
+    return [part for part in rows if part]
 
 
 def summarize(facts: Sequence[Facts]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.protocol import ChatMessages
-from lmms_eval.utils import Collator
+from lmms_eval.utils import Collator, chunks
 from loguru import logger
 from tqdm import tqdm
 from transformers import GenerationConfig
@@ -106,27 +106,23 @@ class SimpleVTC(lmms):
         `GenerationResult`, as lmms-eval 0.7 makes a string of any other pair
         (`unwrap_generation_output`) and then cannot score it.
         """
-        self.chat.facts.clear()
-        prompts: dict[Any, list[int]] = {}
-        for i, request in enumerate(requests):
+        for request in requests:
             if len(request.args) != 6:
                 raise NotImplementedError(
                     f"{request.task_name}: acc_mutual_info asks for choices without a prompt, and "
                     "lmms-eval computes it from likelihoods where its models give losses; use acc"
                 )
-            context, _, _, *document = request.args
-            prompts.setdefault((context, *document), []).append(i)
-        results: list[Any] = [None] * len(requests)
+        self.chat.facts.clear()
+        results: list[GenerationResult] = []
         with tqdm(total=len(requests), disable=self.rank != 0, desc="vtc") as bar:
-            for members in prompts.values():
-                context, _, visuals, *document = requests[members[0]].args
-                doc = self._document(*document)
-                choices = [requests[i].args[1] for i in members]
-                texts = [choice(doc) if callable(choice) else choice for choice in choices]
-                losses = self.chat.losses(user_turn(visuals(doc) or [], context), texts)
-                for i, loss in zip(members, losses):
-                    results[i] = GenerationResult(loss)
-                bar.update(len(members))
+            for batch in chunks(requests, self.batch_size):
+                chats, texts = [], []
+                for context, choice, visuals, *document in (request.args for request in batch):
+                    doc = self._document(*document)
+                    chats.append(user_turn(visuals(doc) or [], context))
+                    texts.append(choice(doc) if callable(choice) else choice)
+                results += [GenerationResult(loss) for loss in self.chat.losses(chats, texts)]
+                bar.update(len(batch))
         self._log()
         return results
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import mini_qwen
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 import vtc
 from vtc.benchmarks import prompts
 from vtc.benchmarks.chat import ChatModel, chat_prompt, images_of, summarize, user_turn
-from vtc.benchmarks.mini import mini_llava, mini_processor
+from vtc.benchmarks.mini import WORDS, mini_llava, mini_processor
 from vtc.methods.fastv import FastV
 from vtc.methods.prefixkv import PrefixKV
 from vtc.methods.tome import ToMe
@@ -89,16 +91,16 @@ def test_a_template_that_writes_the_start_token_gets_no_second_one():
     model = made()
     model.processor.tokenizer._tokenizer.post_processor = None
     chat = user_turn([picture(0)], "what colour ?")
-    plain = model.inputs([chat])[0]["input_ids"]
+    plain = model.inputs([chat])["input_ids"]
     from tokenizers.processors import TemplateProcessing
 
     model.processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
-    with_start = model.inputs([chat])[0]["input_ids"]
+    with_start = model.inputs([chat])["input_ids"]
     assert with_start[0, 0] == 1 and with_start[0, 1:].tolist() == plain[0].tolist()
     model.processor.chat_template = "<s> " + TEMPLATE
-    assert (model.inputs([chat])[0]["input_ids"] == 1).sum() == 1
+    assert (model.inputs([chat])["input_ids"] == 1).sum() == 1
 
 
 # ---- answers -------------------------------------------------------------------------------------
@@ -138,7 +140,7 @@ def test_tokens_are_counted_without_padding_and_up_to_the_end():
     (want,) = model.answer([chats()[0]], max_new_tokens=5, do_sample=False)
     # image placeholders, and the words: USER: what colour ? ASSISTANT:
     assert want.input_tokens == 16 + 5 and want.output_tokens == 5
-    inputs, _ = model.inputs([chats()[0]])
+    inputs = model.inputs([chats()[0]])
     new = model.model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :].tolist()
     model.model.generation_config.eos_token_id = [new[2], 62]
     stop = new.index(new[2]) + 1
@@ -218,7 +220,7 @@ CHOICES = [" red", " blue square", " no", " a circle is red ?"]
 @torch.no_grad()
 def slow_loss(model: ChatModel, chat, text: str) -> tuple[float, bool]:
     """Token by token behind a prefill of the prompt, batch 1."""
-    inputs, (prompt,) = model.inputs([chat])
+    inputs, prompt = model.inputs([chat]), chat_prompt(model.processor, chat)
     ids = model.processor.tokenizer(prompt + text)["input_ids"]
     ids = ids[len(model.processor.tokenizer(prompt)["input_ids"]) :]
     out = model.model(**inputs, use_cache=True)
@@ -232,35 +234,104 @@ def slow_loss(model: ChatModel, chat, text: str) -> tuple[float, bool]:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
-@pytest.mark.parametrize("which", [0, 1, 2])
-def test_losses_are_those_of_decoding_one_by_one(method, which):
-    model, chat = made(method), chats()[which]
-    for choices in (CHOICES, CHOICES[:1]):
-        for (loss, greedy), text in zip(model.losses(chat, choices), choices):
-            assert (loss, greedy) == (
-                pytest.approx(slow_loss(model, chat, text)[0], abs=1e-4),
-                greedy,
-            )
-            assert greedy == slow_loss(model, chat, text)[1]
-    report = model.facts[0].report
-    if method is not None and which != 2:
-        assert min(report.final_tokens, report.kv_tokens) == pytest.approx(report.asked)
-    else:
-        assert report is None
+def test_losses_are_those_of_decoding_one_by_one(method):
+    """Prompts and continuations of all lengths in one batch; a penalty changes no likelihood."""
+    model = made(method)
+    model.model.generation_config.repetition_penalty = 1.5
+    pairs = [(chat, text) for text in CHOICES for chat in chats()]
+    found = model.losses([chat for chat, _ in pairs], [text for _, text in pairs])
+    for (loss, greedy), (chat, text) in zip(found, pairs):
+        want = slow_loss(model, chat, text)
+        assert (loss, greedy) == (pytest.approx(want[0], abs=1e-4), want[1])
+    with_images, without = (facts.report for facts in model.facts)
+    assert without is None and model.facts[0].tokens == 0
+    if method is not None:
+        kept = min(with_images.final_tokens, with_images.kv_tokens)
+        assert kept == pytest.approx(with_images.asked)
+
+
+def test_continuations_have_no_say_in_what_is_kept():
+    """FastV asks the last token of the prompt: the same patches as when the model itself answers."""
+    model, chat = made(FastV(keep_tokens=4, k=1)), chats()[0]
+    model.answer([chat], **GREEDY)
+    model.losses([chat] * 2, [" red", " is there a circle ?"])
+    free, forced = (facts.report.kept for facts in model.facts)
+    assert [k.tolist() for k in forced] == [k.tolist() for k in free] * 2
+
+
+def test_a_continuation_that_the_model_may_not_write_is_refused():
+    model = made()
+    model.model.generation_config.suppress_tokens = [
+        model.processor.tokenizer("red")["input_ids"][0]
+    ]
+    with pytest.raises(vtc.UnsupportedError, match="forbid a token"):
+        model.losses(chats()[:1], [" red circle"])
 
 
 def test_what_greedy_decoding_writes_is_greedy():
     model, chat = made(FastV(keep_tokens=4, k=1)), chats()[0]
     words = {i: w for w, i in model.processor.tokenizer.get_vocab().items()}
     (answer,) = model.answer([chat], max_new_tokens=1, do_sample=False)
-    inputs, _ = model.inputs([chat])
+    inputs = model.inputs([chat])
     first = model.model.generate(**inputs, max_new_tokens=1, do_sample=False)[0, -1].item()
     if first not in words or words[first].startswith("<"):
         pytest.fail("choose another seed: the answer is no word")
-    (loss, greedy), (_, other) = model.losses(chat, [" " + words[first], " no no"])
+    (loss, greedy), (_, other) = model.losses([chat] * 2, [" " + words[first], " no no"])
     assert greedy and not other and answer.text == words[first] and loss > 0
 
 
 def test_a_choice_without_tokens_is_refused():
     with pytest.raises(ValueError, match="without tokens"):
-        made().losses(chats()[0], [" red", ""])
+        made().losses(chats()[:2], [" red", ""])
+
+
+# ---- images of any size, positions in three dimensions -------------------------------------------
+
+
+def qwen_processor():
+    """For the models of mini_qwen: a few words, patches of 4 x 4 pixels."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    names = ["<pad>", "<s>", "</s>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>"]
+    vocab = {
+        w: i
+        for i, w in enumerate(dict.fromkeys([*names, "<|vision_end|>", "<unk>", *WORDS.split()]))
+    }
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=[*names[3:], "<|vision_end|>"],
+        extra_special_tokens={"image_token": names[3], "video_token": names[4]},
+    )
+    shape = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    pixels = {"min_pixels": 8 * 8 * 4, "max_pixels": 8 * 8 * 40}
+    return transformers.Qwen2VLProcessor(
+        transformers.Qwen2VLImageProcessor(**shape, **pixels),
+        tokenizer,
+        transformers.Qwen2VLVideoProcessor(**shape),
+        chat_template=TEMPLATE.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>"),
+    )
+
+
+@pytest.mark.parametrize("method", [None, FastV(keep_tokens=4, k=1)], ids=str)
+def test_images_of_any_size(method):
+    model = mini_qwen.build("qwen2.5")
+    model.generation_config.update(eos_token_id=59, pad_token_id=0)
+    chat_model = ChatModel(model, qwen_processor(), method)
+    shown = [
+        user_turn([picture(0).resize((40, 32))], "what colour ?"),
+        user_turn([picture(1).resize((24, 64)), picture(2)], "is there a red circle ?"),
+        user_turn([], "what shape ?"),
+    ]
+    together = chat_model.answer(shown, **GREEDY)
+    assert together == [chat_model.answer([chat], **GREEDY)[0] for chat in shown]
+    for text in (" red", " blue square ?"):
+        for chat, (loss, greedy) in zip(shown[:2], chat_model.losses(shown, [text] * 3)):
+            want = slow_loss(chat_model, chat, text)
+            assert (loss, greedy) == (pytest.approx(want[0], abs=1e-4), want[1])
+    if method is not None:
+        assert summarize(chat_model.facts)["final_tokens"] == pytest.approx((4 + 8) / 2)

@@ -185,8 +185,9 @@ def test_likelihoods_of_choices(mini):
     results = [unwrap_generation_output(r)[0] for r in plugin.loglikelihood(requests)]
     for i in (0, 1):
         chat = user_turn([DOCS[i]["image"]], QUESTIONS[i])
-        want = plugin.chat.losses(chat, [" red", " a blue circle", " no"])
-        assert results[1 - i :: 2] == want
+        want = plugin.chat.losses([chat] * 3, [" red", " a blue circle", " no"])
+        for (loss, greedy), (slow, flag) in zip(results[1 - i :: 2], want, strict=True):
+            assert (loss, greedy) == (pytest.approx(slow, abs=1e-4), flag)
     assert results[0] != results[1]
     metrics = gen_metrics.summarize_logged_metrics()
     assert metrics["avg_final_tokens"] == 4 and metrics["total_gen_tokens"] == 0

@@ -8,6 +8,7 @@ from dataclasses import fields
 import pytest
 import torch
 import transformers
+from test_chat import qwen_processor
 
 from vtc.benchmarks.mini import mini_llava, mini_processor
 from vtc.benchmarks.model_args import Loading, parse
@@ -133,13 +134,9 @@ def test_embedded_models_load_by_name():
 
 def test_pixels_reach_a_processor_that_takes_them(tmp_path, monkeypatch):
     """Qwen-VL's; the model itself is not looked at."""
-    mini = mini_llava()
-    tokenizer = mini_processor(mini).tokenizer
-    transformers.Qwen2VLProcessor(
-        transformers.Qwen2VLImageProcessor(), tokenizer, transformers.Qwen2VLVideoProcessor()
-    ).save_pretrained(tmp_path)
+    qwen_processor().save_pretrained(tmp_path)
     auto = transformers.AutoModelForImageTextToText
-    monkeypatch.setattr(auto, "from_pretrained", lambda *args, **kwargs: mini)
+    monkeypatch.setattr(auto, "from_pretrained", lambda *args, **kwargs: mini_llava())
     given = {"pretrained": str(tmp_path), "min_pixels": 3136, "max_pixels": "50176"}
     _, processor = parse(given)[0].load(torch.device("cpu"))
     size = processor.image_processor.size
