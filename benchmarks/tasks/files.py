@@ -82,7 +82,8 @@ def open_image(source: Path | bytes, where: str) -> Image.Image:
     """Decode an image, upright (EXIF) and in RGB.
 
     Raises:
-        BadItem: it cannot be read, or has more pixels than Pillow takes for harmless.
+        BadItem: it cannot be read, is cut short (but for `ImageFile.LOAD_TRUNCATED_IMAGES`), or has
+            more pixels than Pillow takes for harmless.
     """
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
