@@ -85,10 +85,10 @@ def notes(result: dict[str, Any]) -> list[str]:
     if not result.get("finished", True):
         asked, given = result["questions"], result["questions_given"]
         lines.append(f"{result['task']}: stopped early, {asked} of {given} questions")
-    for key, what in (("skipped", "questions could not be asked"), ("problems", "rows refused")):
+    for key, what in (("skipped", "questions that could not be asked"), ("problems", "bad rows")):
         if found := result.get(key):
             first = f"{found[0]['where']}: {found[0]['why']}"
-            lines.append(f"{result['task']}: {len(found)} {what}, the first: {first}")
+            lines.append(f"{result['task']}: {what}: {len(found)}, the first: {first}")
     return lines
 
 

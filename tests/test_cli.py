@@ -31,11 +31,11 @@ def invoke(*args: str):
     return CliRunner().invoke(cli.app, list(args))
 
 
-def toy_task(spec: str, n: int, seed: int, metric: str | None = None) -> base.Questions:
+def toy_task(spec: str, n: int | None, seed: int, metric: str | None = None) -> base.Questions:
     rng = np.random.default_rng(seed)
     image = Image.fromarray(rng.integers(0, 255, (56, 56, 3), dtype=np.uint8))
     questions = ("what shape ?", "is there a red circle ?")
-    entries = [base.Entry(0, lambda: image, questions[i % 2], "yes", "k") for i in range(n)]
+    entries = [base.Entry(0, lambda: image, questions[i % 2], "yes", "k") for i in range(n or 3)]
     chosen = metrics.metric(metric or "one-word").name
     return base.Questions(Path(spec).stem, entries, chosen, seed)
 
@@ -45,7 +45,7 @@ def toy(monkeypatch):
     """A mini random model instead of the embedded one, and toy tasks."""
     model, real = mini_llava(), base.open_task
 
-    def open_task(spec: str, n: int, seed: int, metric: str | None = None) -> base.Questions:
+    def open_task(spec: str, n: int | None, seed: int, metric: str | None = None):
         known = spec in base.TASKS or spec.endswith(".jsonl")
         return (toy_task if known else real)(spec, n, seed, metric=metric)
 
@@ -190,9 +190,11 @@ def test_readme_block_is_filled(toy, tmp_path, monkeypatch):
 
 
 def test_a_metric_can_be_chosen(toy, tmp_path):
-    args = ("bench", "own.jsonl", "--methods", "random", "--keep", "4", "--samples", "2")
-    done = invoke(*args, "--repeats", "0", "--metric", "ocr", "--json", "--out", str(tmp_path))
-    assert json.loads(done.stdout)[0]["metric"] == "ocr"
+    args = ("bench", "own.jsonl", "--methods", "random", "--keep", "4", "--repeats", "0")
+    done = invoke(*args, "--metric", "ocr", "--json", "--out", str(tmp_path))
+    (result,) = json.loads(done.stdout)
+    assert result["metric"] == "ocr"
+    assert result["questions"] == 3  # your own data is asked whole
     assert (tmp_path / "own.json").exists()
 
 

@@ -60,7 +60,7 @@ def unfinished(folder: Path, whole: Path, lines: int, torn: str = "") -> None:
 
 @pytest.mark.parametrize("answers", [1, 17, 60])
 def test_a_killed_process_goes_on_from_its_last_answer(tmp_path, whole, answers):
-    process = start(slow_bench, tmp_path, 0.01)
+    process = start(slow_bench, tmp_path, 0.05)
     wait_for_lines(tmp_path, answers)
     process.kill()
     process.join()
@@ -276,7 +276,7 @@ def interrupted(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("interrupted")
     args = ["toy", "--methods", "fastv,random", "--keep", "4", "--repeats", "0"]
     args += ["--batch-size", "4", "--out", str(folder)]
-    process = start(command, args, None, 0.02)
+    process = start(command, args, None, 0.05)
     wait_for_lines(folder, 30)
     os.kill(process.pid, request.param)
     return folder, args, process.answer()

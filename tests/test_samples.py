@@ -76,7 +76,7 @@ def test_bad_images_are_counted_and_survived(tmp_path):
     without = {k: v for k, v in answered("good").items() if k[1] % 11 not in (0, 4)}
     assert answered("bad") == without  # all ids, and what they answered, are those of a whole task
     (note,) = tables.notes(bad)
-    assert "4 questions could not be asked, the first: toy.jsonl:0: no such image" in note
+    assert "questions that could not be asked: 4, the first: toy.jsonl:0: no such image" in note
     assert note in tables.markdown(bad)
 
 
@@ -159,7 +159,7 @@ def test_a_row_with_too_few_answers_for_the_metric_is_left_out():
     samples = Samples(PROCESSOR, items, 3, metrics.metric("vqa"))
     batch, bad = samples.load(0)
     assert batch.indices == [2]
-    assert "needs 4 or more reference answers" in bad[0]["why"]
+    assert "of four or more people, not 1" in bad[0]["why"]
 
 
 def test_fingerprint_of_a_plain_list_tells_what_is_asked():
@@ -188,6 +188,4 @@ def test_problems_of_the_task_are_in_the_result():
     task.problems = [("toy.jsonl:3", "no answer")]
     result = bench(None, task, QUICK)
     assert result["problems"] == [{"where": "toy.jsonl:3", "why": "no answer"}]
-    assert any(
-        "1 rows refused, the first: toy.jsonl:3: no answer" in x for x in tables.notes(result)
-    )
+    assert any("bad rows: 1, the first: toy.jsonl:3: no answer" in x for x in tables.notes(result))

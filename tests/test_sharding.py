@@ -51,7 +51,7 @@ def test_two_processes_give_the_files_of_one(tmp_path, alone):
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
 def test_a_killed_run_goes_on_with_another_number_of_processes(tmp_path, alone, before, after):
-    processes = in_world(shared_bench, before, tmp_path, 0.02)
+    processes = in_world(shared_bench, before, tmp_path, 0.05)
     wait_for_lines(tmp_path, 40)
     for process in processes:
         process.kill()
@@ -75,7 +75,7 @@ def test_an_error_in_one_process_ends_all(tmp_path, alone):
 
 
 def test_a_process_that_dies_ends_the_others(tmp_path, alone):
-    one, two = in_world(shared_bench, 2, tmp_path, 0.02)
+    one, two = in_world(shared_bench, 2, tmp_path, 0.05)
     wait_for_lines(tmp_path, 40)
     two.kill()
     assert one.answer(30).startswith("LostError: another process of this run is gone")
@@ -84,7 +84,7 @@ def test_a_process_that_dies_ends_the_others(tmp_path, alone):
 
 
 def test_an_interrupt_of_one_process_stops_all_with_a_partial_result(tmp_path, alone):
-    one, two = in_world(shared_bench, 2, tmp_path, 0.02)
+    one, two = in_world(shared_bench, 2, tmp_path, 0.05)
     wait_for_lines(tmp_path, 80)
     os.kill(two.pid, signal.SIGINT)
     first, second = one.answer(30), two.answer(30)
@@ -99,7 +99,7 @@ def test_an_interrupt_of_one_process_stops_all_with_a_partial_result(tmp_path, a
 def test_an_interrupt_of_one_process_stops_the_command_in_all(tmp_path):
     args = ["toy", "next", "--methods", "random", "--keep", "4", "--repeats", "0"]
     args += ["--batch-size", "2", "--device", "cpu", "--fresh", "--out", str(tmp_path)]
-    one, two = in_world(command, 2, args, None, 0.02)
+    one, two = in_world(command, 2, args, None, 0.05)
     wait_for_lines(tmp_path, 20)
     os.kill(two.pid, signal.SIGINT)
     code, out, err = one.answer(30)
