@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import sweep
-from .runner import bootstrap
+from .rows import bootstrap
 from .sweep import Row, Settings, Swept, result_of
 from .tables import interval, number
 from .tasks.galleries import ClassFolder

@@ -7,7 +7,7 @@ import copy
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..adapters.locate import locate
@@ -21,13 +21,14 @@ class Encoder:
     Attributes:
         tower: the module; layer: the hidden state that the model reads.
         looked_into: attention modules that some method captures.
-        memory: for each batch the tower's output and the calls of those attention modules.
+        memory: of the last batch its key, the tower's output and the calls of those attention
+            modules.
     """
 
     tower: Any
     layer: int
     looked_into: list[Any]
-    memory: dict[int, tuple[Any, list[tuple[tuple, dict[str, Any]]]]] = field(default_factory=dict)
+    memory: tuple[int, Any, list[tuple[tuple, dict[str, Any]]]] | None = None
 
     @classmethod
     def of(cls, model: Any, methods: Sequence[Method]) -> Encoder | None:
@@ -44,14 +45,18 @@ class Encoder:
     def remembered(self, key: int) -> Iterator[None]:
         """Inside the block the tower's output comes from memory, or goes there if it is new.
 
+        Only one batch is remembered: a new key forgets the last one.
+
         Hooks on the tower, on the captured attention modules and behind the tower see no
         difference; hooks on its blocks do not run.
         """
         forward = self.tower.forward
+        if self.memory is not None and self.memory[0] != key:
+            self.memory = None
 
         @functools.wraps(forward)
         def recall(*args: Any, **kwargs: Any) -> Any:
-            if key not in self.memory:
+            if self.memory is None:
                 calls: list[tuple[tuple, dict[str, Any]]] = []
                 hooks = [
                     module.register_forward_pre_hook(
@@ -71,12 +76,12 @@ class Encoder:
                 wanted = self.layer % len(out.hidden_states)
                 states = tuple(h if i == wanted else None for i, h in enumerate(out.hidden_states))
                 stored = type(out)(last_hidden_state=out.last_hidden_state, hidden_states=states)
-                self.memory[key] = stored, calls
+                self.memory = key, stored, calls
             else:
-                for module, (given, named) in zip(self.looked_into, self.memory[key][1]):
+                for module, (given, named) in zip(self.looked_into, self.memory[2]):
                     if module._forward_pre_hooks:
                         module(*given, **named)
-            return copy.copy(self.memory[key][0])
+            return copy.copy(self.memory[1])
 
         self.tower.forward = recall
         try:

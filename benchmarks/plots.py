@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .runner import rows_of
+from .rows import rows_of
 
 CONTROLS = ("random", "uniform", "pool", "downsample")
 """Drawn in grey: what every method has to beat."""

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions as prompts, padded batches of them, and the greedy answers of a model."""
+"""Questions as prompts, and padded batches of them in which each image is held once."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,13 +30,14 @@ class Batch:
     """Questions about a few images, ready for the model.
 
     ``vision`` holds each image once (pixel values, and sizes where the model cuts crops);
-    ``image_of`` says which of them a question is about.
+    ``image_of`` says which of them a question is about, ``indices`` where it stands in its task.
     """
 
     items: list[Any]
     text: dict[str, torch.Tensor]
     vision: dict[str, torch.Tensor]
     image_of: list[int]
+    indices: list[int] = field(default_factory=list)
 
     def inputs(self, model: Any) -> dict[str, torch.Tensor]:
         """What the model takes, on its device."""
@@ -58,41 +58,38 @@ def image_key(image: Image.Image) -> str:
     return f"{image.mode}{image.size}{digest.hexdigest()}"
 
 
+def arrange(keys: Sequence[Hashable], size: int) -> list[list[int]]:
+    """Batches of at most ``size`` positions, sorted so that questions with equal keys of their
+    images share one."""
+    first: dict[Hashable, int] = {}
+    for i, key in enumerate(keys):
+        first.setdefault(key, i)
+    order = sorted(range(len(keys)), key=lambda i: (first[keys[i]], i))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def make_batch(
+    processor: Any, items: Sequence[Any], keys: Sequence[Hashable], indices: Sequence[int] = ()
+) -> Batch:
+    """One left-padded batch; items with equal ``keys`` are about the same image."""
+    inputs = processor(
+        text=[prompt_of(processor, item.question) for item in items],
+        images=[item.image.convert("RGB") for item in items],
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+    )
+    unique = list(dict.fromkeys(keys))
+    image_of = [unique.index(key) for key in keys]
+    rows = [image_of.index(u) for u in range(len(unique))]
+    vision = {k: inputs.pop(k)[rows] for k in VISION_INPUTS if k in inputs}
+    return Batch(list(items), dict(inputs), vision, image_of, list(indices))
+
+
 def make_batches(processor: Any, items: Sequence[Any], size: int) -> list[Batch]:
-    """Left-padded batches of at most ``size`` questions, sorted so that images are shared."""
+    """All batches of some items at once; `samples.Samples` reads them one by one."""
     keys = [image_key(item.image) for item in items]
-    first = {key: i for i, key in reversed(list(enumerate(keys)))}
-    order = sorted(range(len(items)), key=lambda i: (first[keys[i]], i))
-    batches = []
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        unique = list(dict.fromkeys(keys[i] for i in chosen))
-        inputs = processor(
-            text=[prompt_of(processor, items[i].question) for i in chosen],
-            images=[items[i].image.convert("RGB") for i in chosen],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-        )
-        image_of = [unique.index(keys[i]) for i in chosen]
-        rows = [image_of.index(u) for u in range(len(unique))]
-        vision = {k: inputs.pop(k)[rows] for k in VISION_INPUTS if k in inputs}
-        batches.append(Batch([items[i] for i in chosen], dict(inputs), vision, image_of))
-    return batches
-
-
-@torch.no_grad()
-def answer_batch(model: Any, processor: Any, batch: Batch, max_new_tokens: int) -> list[str]:
-    """Greedy answers to a batch; the encoder runs once for each of its images."""
-    text = {k: v.to(model.device) for k, v in batch.text.items()}
-    images = batch.images(model)
-    if "mm_encoder_outputs" in inspect.signature(model.forward).parameters:
-        encoded = model.get_image_features(**images)
-        features = [encoded.pooler_output[i] for i in batch.image_of]
-        outputs = {"image": type(encoded)(pooler_output=features)}
-        vision: dict[str, Any] = {"mm_encoder_outputs": outputs}
-    else:  # transformers before 5.18: one encoder pass for each question
-        vision = {k: v[batch.image_of] for k, v in images.items()}
-    out = model.generate(**text, **vision, do_sample=False, max_new_tokens=max_new_tokens)
-    new = out[:, text["input_ids"].shape[1] :]
-    return [t.strip() for t in processor.batch_decode(new, skip_special_tokens=True)]
+    return [
+        make_batch(processor, [items[i] for i in chosen], [keys[i] for i in chosen], chosen)
+        for chosen in arrange(keys, size)
+    ]

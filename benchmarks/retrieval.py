@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import sweep
 from .metrics import hits_at_k
-from .runner import bootstrap
+from .rows import bootstrap
 from .sweep import Row, Settings, Swept, result_of
 from .tables import Cell
 from .tasks.base import Item, Questions

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,34 @@ from PIL import Image
 from ..method import Method
 from ..overlay import Fit, contact_sheet, kept_overlay, merge_groups
 from ..wrapping import compressing
+from .answers import answer_batch
 from .budgets import seeded, token_budgets
-from .prompts import Batch, answer_batch, make_batches
-from .runner import BASELINE, Settings
+from .plans import Settings
+from .prompts import Batch, make_batches
+from .rows import BASELINE
+from .samples import BAD
+from .tasks.base import BadItem
+
+
+def example(items: Sequence[Any]) -> Any:
+    """An item whose answer has to be found in the picture, if there is one; else the first.
+
+    Raises:
+        BadItem: none of the items can be read.
+    """
+    dull, first = ("yes", "no", "0", "none"), None
+    for i in range(len(items)):
+        try:
+            item = items[i]
+            item.image.load()
+        except BAD:
+            continue
+        if item.answer not in dull:
+            return item
+        first = first or item
+    if first is None:
+        raise BadItem("no image can be read")
+    return first
 
 
 def show_kept(

@@ -29,7 +29,7 @@ from ..method import Method
 from ..wrapping import compressing, observe
 from .budgets import seeded, token_budgets
 from .environment import machine, versions
-from .runner import BASELINE
+from .rows import BASELINE
 from .tables import Cell, number
 from .tasks.base import BadItem, Item, Questions
 from .timing import Progress, synchronize

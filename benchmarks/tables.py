@@ -14,7 +14,7 @@ from typing import Any
 
 from .budgets import VARIANTS
 from .catalogue import fill_block
-from .runner import BASELINE
+from .rows import BASELINE
 from .speed_tables import overview as speed_overview
 
 Cell = Callable[[dict[str, Any]], str]
@@ -24,7 +24,7 @@ def number(name: str, digits: int = 0, scale: float = 1.0, unit: str = "") -> Ce
     """A cell that shows a field, empty where nothing was measured."""
 
     def cell(row: dict[str, Any]) -> str:
-        value = row[name]
+        value = row.get(name)  # older result files lack some
         return "" if value is None else f"{value * scale:.{digits}f}{unit}"
 
     return cell
@@ -59,6 +59,7 @@ COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("KV %", number("kv_share", 0, 100)),
     ("accuracy % [95 %]", interval),
     ("same %", number("agreement", 1, 100)),
+    ("KL nats", number("kl", 4)),
 )
 
 
@@ -78,13 +79,28 @@ def failures(results: list[dict[str, Any]]) -> list[str]:
     return [f"{method} on {', '.join(on)}: {why}" for (method, why), on in tasks.items()]
 
 
+def notes(result: dict[str, Any]) -> list[str]:
+    """What is missing from a result: a line each for an early end and for what was left out."""
+    lines = []
+    if not result.get("finished", True):
+        asked, given = result["questions"], result["questions_given"]
+        lines.append(f"{result['task']}: stopped early, {asked} of {given} questions")
+    for key, what in (("skipped", "questions that could not be asked"), ("problems", "bad rows")):
+        if found := result.get(key):
+            first = f"{found[0]['where']}: {found[0]['why']}"
+            lines.append(f"{result['task']}: {what}: {len(found)}, the first: {first}")
+    return lines
+
+
 def caption(result: dict[str, Any]) -> str:
     """What the table is about: questions, model, machine."""
     base, where = result["rows"][0], result["machine"]
     blank = base["blank_accuracy"]
+    metric = f"; metric {result['metric']}" if "metric" in result else ""
     return (
         f"{result['task']}: {result['questions']} questions about {result['images']} images, "
-        f"{result['visual_tokens']} visual tokens; a blank image scores {100 * blank:.1f} %. "
+        f"{result['visual_tokens']} visual tokens{metric}; a blank image scores "
+        f"{100 * blank:.1f} %. "
         f"{where.get('gpu', where['cpu'])}, {result['model']['dtype']}; prefill: one prompt, "
         f"pixels to first logits, median of {result['timing']['rounds']} after a warm-up."
     )
@@ -97,7 +113,7 @@ def markdown(result: dict[str, Any]) -> str:
         "|" + "|".join("---" if i < 2 else "---:" for i in range(len(COLUMNS))) + "|",
     ]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in result["rows"]]
-    lines += [f"\n{text}" for text in failures([result])]
+    lines += [f"\n{text}" for text in [*failures([result]), *notes(result)]]
     return "\n".join([*lines, "", caption(result)])
 
 
@@ -193,6 +209,7 @@ __all__ = [
     "interval",
     "markdown",
     "merged",
+    "notes",
     "overview",
     "speed_overview",
     "speedup",

@@ -14,8 +14,10 @@ from PIL import Image
 
 import vtc
 from vtc.benchmarks import prompts
+from vtc.benchmarks.answers import answer_batch
 from vtc.benchmarks.chat import ChatModel, chat_prompt, images_of, summarize, user_turn
 from vtc.benchmarks.mini import WORDS, mini_llava, mini_processor
+from vtc.benchmarks.tasks.base import Item
 from vtc.methods.fastv import FastV
 from vtc.methods.prefixkv import PrefixKV
 from vtc.methods.tome import ToMe
@@ -118,13 +120,11 @@ def test_a_batch_answers_as_its_prompts_alone_do(method):
 
 
 def test_answers_are_those_of_vtc_bench():
-    from test_runner import Item
-
     model = made()
     items = [Item(picture(i), q, "", "") for i, q in enumerate(("what colour ?", "is there a ?"))]
     (batch,) = prompts.make_batches(model.processor, items, 2)
     answers = model.answer([user_turn([i.image], i.question) for i in items], **GREEDY)
-    assert [a.text for a in answers] == prompts.answer_batch(model.model, model.processor, batch, 5)
+    assert [a.text for a in answers] == answer_batch(model.model, model.processor, batch, 5)
 
 
 def test_images_may_be_files(tmp_path):

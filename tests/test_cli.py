@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +20,9 @@ from typer.testing import CliRunner
 
 import vtc
 from vtc import cli
-from vtc.benchmarks import kernels, mini_families
+from vtc.benchmarks import kernels, metrics, mini_families
 from vtc.benchmarks.mini import mini_llava, mini_processor
+from vtc.benchmarks.tasks import base
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,21 +31,25 @@ def invoke(*args: str):
     return CliRunner().invoke(cli.app, list(args))
 
 
-def items(n: int, seed: int) -> list[types.SimpleNamespace]:
+def toy_task(spec: str, n: int | None, seed: int, metric: str | None = None) -> base.Questions:
     rng = np.random.default_rng(seed)
     image = Image.fromarray(rng.integers(0, 255, (56, 56, 3), dtype=np.uint8))
     questions = ("what shape ?", "is there a red circle ?")
-    return [
-        types.SimpleNamespace(image=image, question=questions[i % 2], answer="yes", kind="k")
-        for i in range(n)
-    ]
+    entries = [base.Entry(0, lambda: image, questions[i % 2], "yes", "k") for i in range(n or 3)]
+    chosen = metrics.metric(metric or "one-word").name
+    return base.Questions(Path(spec).stem, entries, chosen, seed)
 
 
 @pytest.fixture
 def toy(monkeypatch):
     """A mini random model instead of the embedded one, and toy tasks."""
-    model = mini_llava()
-    monkeypatch.setattr("vtc.benchmarks.tasks.base.Task", lambda name, n, seed: items(n, seed))
+    model, real = mini_llava(), base.open_task
+
+    def open_task(spec: str, n: int | None, seed: int, metric: str | None = None):
+        known = spec in base.TASKS or spec.endswith(".jsonl")
+        return (toy_task if known else real)(spec, n, seed, metric=metric)
+
+    monkeypatch.setattr(base, "open_task", open_task)
     monkeypatch.setattr(cli.bench, "load", lambda *_: (model, mini_processor(model)))
 
 
@@ -98,7 +102,7 @@ def test_bench_prints_a_table_and_writes_its_files(toy, tmp_path):
     assert written == {
         f"{task}{end}"
         for task in ("easy-vqa", "scenes", "small-text")
-        for end in (".json", "-pareto.png", "-kept.png")
+        for end in (".json", ".predictions.jsonl", "-pareto.png", "-kept.png")
     }
 
 
@@ -112,6 +116,8 @@ def test_json_is_all_there_is_on_stdout(toy, tmp_path):
     (result,) = json.loads(done.stdout)
     assert result["task"] == "scenes"
     assert len(result["rows"]) == 2
+    assert json.loads((tmp_path / "scenes.json").read_text()) == result
+    assert result["command"].startswith("vtc ")
 
 
 def test_kernels_prints_its_tables(monkeypatch, tmp_path):
@@ -135,6 +141,8 @@ def test_kernels_prints_its_tables(monkeypatch, tmp_path):
         (["bench", "--keep", "many"], "many"),
         (["bench", "nonsense"], "easy-vqa"),
         (["bench", "--device", "warp"], "warp"),
+        (["bench", "--metric", "nonsense"], "one-word"),
+        (["bench", "a/test.jsonl", "b/test.jsonl"], "--out"),
     ],
 )
 def test_mistakes_are_one_clear_line(toy, args, says):
@@ -157,7 +165,7 @@ def test_a_model_that_is_not_there_is_one_clear_line(tmp_path):
 def test_full_runs_every_method(toy, tmp_path, monkeypatch):
     seen = {}
 
-    def run(model, processor, task, items, score, settings, progress=None):
+    def run(model, processor, task, items, metric, settings, progress, **_):
         seen[task] = (len(items), settings)
         raise cli.common.Mistake("enough")
 
@@ -179,6 +187,50 @@ def test_readme_block_is_filled(toy, tmp_path, monkeypatch):
     assert "| random |" in text
     assert text.startswith("a\n")
     assert text.endswith("b\n")
+
+
+def test_a_metric_can_be_chosen(toy, tmp_path):
+    args = ("bench", "own.jsonl", "--methods", "random", "--keep", "4", "--repeats", "0")
+    done = invoke(*args, "--metric", "ocr", "--json", "--out", str(tmp_path))
+    (result,) = json.loads(done.stdout)
+    assert result["metric"] == "ocr"
+    assert result["questions"] == 3  # your own data is asked whole
+    assert (tmp_path / "own.json").exists()
+
+
+def test_an_unfinished_run_of_other_settings_is_a_mistake_and_fresh_starts_over(toy, tmp_path):
+    args = ("bench", "scenes", "--methods", "random", "--keep", "4", "--samples", "2")
+    args = (*args, "--repeats", "0", "--json", "--out", str(tmp_path))
+    assert invoke(*args).exit_code == 0
+    book = tmp_path / "scenes.predictions.jsonl"
+    book.write_text(book.read_text().replace('"open": false', '"open": true'))
+    done = invoke(*args, "--seed", "1")
+    assert done.exit_code == 2 and done.stdout == ""
+    assert "settings.seed was 0, is 1" in done.stderr and "--fresh" in done.stderr
+    assert invoke(*args, "--seed", "1", "--fresh").exit_code == 0
+
+
+def test_progress_on_no_terminal_is_a_line_every_half_minute(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(cli.common.time, "monotonic", lambda: now[0])
+    with cli.common.ProgressBar("scenes", quiet=False) as progress:
+        for done in range(10, 101):  # ten of a hundred steps were done by an earlier run
+            progress("fastv, 64", done, 100)
+            now[0] += 2.0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "scenes ..."
+    assert lines[1] == "scenes: 25/100 (25%), about 0:02:30 left; fastv, 64"
+    assert len(lines) == 1 + 180 // 30
+    with cli.common.ProgressBar("scenes", quiet=True) as progress:
+        progress("fastv, 64", 1, 2)
+        now[0] += 100
+        progress("fastv, 64", 2, 2)
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_on_a_terminal_estimates_the_time_that_remains():
+    bar = cli.common.ProgressBar("scenes", quiet=False).bar
+    assert any(isinstance(c, cli.common.TimeRemainingColumn) for c in bar.columns)
 
 
 def test_python_dash_m_vtc_cli_and_the_console_script():

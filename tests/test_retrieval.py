@@ -26,7 +26,7 @@ from vtc import cli
 from vtc.benchmarks import classification, retrieval, sweep, towers
 from vtc.benchmarks.budgets import seeded
 from vtc.benchmarks.metrics import top_k_accuracy
-from vtc.benchmarks.runner import BASELINE
+from vtc.benchmarks.rows import BASELINE
 from vtc.benchmarks.tasks.base import Entry, Item, Questions
 from vtc.benchmarks.tasks.galleries import (
     ClassFolder,

@@ -5,20 +5,25 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mini_bench import METRIC, MODEL, PROCESSOR, bench, make_items
 from PIL import Image
 
 import vtc
 from vtc.benchmarks import (
+    answers,
     budgets,
     environment,
+    metrics,
     plots,
     prompts,
+    rows,
     runner,
     show,
     tables,
@@ -27,43 +32,6 @@ from vtc.benchmarks import (
 from vtc.benchmarks.encoder import Encoder, leaves_encoder_alone
 from vtc.benchmarks.mini import mini_llava, mini_processor
 from vtc.wrapping import observe
-
-QUESTIONS = ("is there a red circle ?", "what shape ?", "is there a blue square ?", "what colour ?")
-
-
-@dataclass
-class Item:
-    image: Image.Image
-    question: str
-    answer: str
-    kind: str
-
-
-def make_items(images: int = 3, questions: int = 3) -> list[Item]:
-    rng = np.random.default_rng(0)
-    pictures = [
-        Image.fromarray(rng.integers(0, 255, (56, 56, 3), dtype=np.uint8)) for _ in range(images)
-    ]
-    return [  # questions about one image do not lie next to each other
-        Item(picture, QUESTIONS[(i + q) % 4], "yes", f"kind{q % 2}")
-        for q in range(questions)
-        for i, picture in enumerate(pictures)
-    ]
-
-
-def score(prediction: str, answer: str) -> float:
-    return float(len(prediction) % 2)  # random weights never answer; any rule will do
-
-
-@pytest.fixture(scope="module")
-def model():
-    return mini_llava()
-
-
-@pytest.fixture(scope="module")
-def processor(model):
-    return mini_processor(model)
-
 
 SETTINGS = runner.Settings(
     methods=("fastv", "divprune", "pitome", "random"),
@@ -75,8 +43,18 @@ SETTINGS = runner.Settings(
 
 
 @pytest.fixture(scope="module")
-def result(model, processor):
-    return runner.run(model, processor, "toy", make_items(), score, SETTINGS)
+def model():
+    return MODEL
+
+
+@pytest.fixture(scope="module")
+def processor(model):
+    return PROCESSOR
+
+
+@pytest.fixture(scope="module")
+def result():
+    return bench(None, make_items(), SETTINGS)
 
 
 def test_batches_hold_every_question_once_and_every_image_once(processor):
@@ -102,7 +80,7 @@ def test_sharing_the_encoder_between_questions_changes_no_answer(model, processo
     plain = dict(batch.text, pixel_values=batch.vision["pixel_values"][batch.image_of])
 
     def ask() -> tuple[list[str], torch.Tensor]:
-        shared = prompts.answer_batch(model, processor, batch, 4)
+        shared = answers.answer_batch(model, processor, batch, 4)
         return shared, model.generate(**plain, do_sample=False, max_new_tokens=4)
 
     if method is None:
@@ -198,13 +176,14 @@ def test_result_is_json_and_says_where_it_comes_from(result, tmp_path):
     assert again["settings"]["seed"] == 0
     assert again["settings"]["keep"] == ["1", "1/2", "4"]
     assert again["timing"]["warmup_rounds"] == 1
+    assert again["benchmark"] == "task" and again["metric"] == "odd" and again["finished"]
 
 
-def test_accuracy_does_not_depend_on_the_run(model, processor, result):
+def test_accuracy_does_not_depend_on_the_run(result):
     settings = runner.Settings(
         methods=("random",), keep=(4,), batch_size=2, max_new_tokens=3, repeats=0
     )
-    again = runner.run(model, processor, "toy", make_items(), score, settings)
+    again = bench(None, make_items(), settings)
     for row in again["rows"]:
         (before,) = [
             r
@@ -213,13 +192,15 @@ def test_accuracy_does_not_depend_on_the_run(model, processor, result):
         ]
         for name in ("accuracy", "accuracy_low", "accuracy_high", "agreement", "kv_bytes"):
             assert row[name] == before[name]
+        assert row["kl"] == pytest.approx(before["kl"], rel=1e-2, abs=1e-6)  # other padding
         assert row["prefill_ms"] is None  # not measured, not estimated
 
 
 def test_a_method_that_cannot_run_keeps_its_row_and_says_why():
     model = mini_llava("siglip")
     settings = runner.Settings(methods=("fastervlm", "random"), keep=(8,), repeats=1)
-    result = runner.run(model, mini_processor(model), "toy", make_items(1, 2), score, settings)
+    args = (model, mini_processor(model), "toy", make_items(1, 2), METRIC, settings)
+    result = runner.run(*args)
     bad, good = result["rows"][1:]
     assert "CLS" in bad["error"]
     assert bad["accuracy"] is bad["prefill_ms"] is bad["final_tokens"] is None
@@ -229,9 +210,36 @@ def test_a_method_that_cannot_run_keeps_its_row_and_says_why():
     assert "vtc" not in vars(model)
 
 
-def test_no_questions_is_an_error(model, processor):
+def test_a_method_that_fails_on_some_images_keeps_its_row_and_stops(monkeypatch, tmp_path):
+    seen = []
+
+    def compressing(model, method):
+        seen.append(method.name)
+        if method.name == "pitome" and seen.count("pitome") == 2:
+            raise vtc.UnsupportedError("not these images")
+        return vtc.compressing(model, method)
+
+    monkeypatch.setattr("vtc.benchmarks.exam.compressing", compressing)
+    settings = replace(SETTINGS, methods=("pitome", "random"), keep=(4,), repeats=0)
+    result = bench(tmp_path, make_items(3, 4), settings)
+    _, failed, fine = result["rows"]
+    assert failed["error"] == "not these images" and failed["accuracy"] is None
+    assert fine["error"] is None and fine["accuracy"] is not None
+    assert seen == ["pitome", "random", "pitome", "random", "random"]
+    assert "pitome" not in (tmp_path / "toy.predictions.jsonl").read_text().split("\n", 1)[1]
+
+
+def test_summary_of_the_metric_is_in_the_rows():
+    metric = metrics.Metric("count", lambda p, r: 0.0, lambda p, r: {"n": len(p), "refs": len(r)})
+    settings = replace(SETTINGS, methods=("random",), repeats=0)
+    args = (MODEL, PROCESSOR, "toy", make_items(), metric, settings)
+    for row in runner.run(*args)["rows"]:
+        assert row["summary"] == {"n": 9, "refs": 9}
+
+
+def test_no_questions_is_an_error():
     with pytest.raises(ValueError, match="no questions"):
-        runner.run(model, processor, "toy", [], score, SETTINGS)
+        bench(None, [], SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -265,10 +273,10 @@ def test_literature_budgets_of_576_tokens():
 
 def test_bootstrap_draws_images_not_questions():
     scores = np.repeat([1.0, 0.0] * 10, 8)  # eight questions about each of twenty images
-    grouped = runner.bootstrap(scores, np.repeat(np.arange(20), 8).tolist(), 0)
-    alone = runner.bootstrap(scores, list(range(160)), 0)
+    grouped = rows.bootstrap(scores, np.repeat(np.arange(20), 8).tolist(), 0)
+    alone = rows.bootstrap(scores, list(range(160)), 0)
     assert grouped[0] < alone[0] < 0.5 < alone[1] < grouped[1]
-    assert grouped == runner.bootstrap(scores, np.repeat(np.arange(20), 8).tolist(), 0)
+    assert grouped == rows.bootstrap(scores, np.repeat(np.arange(20), 8).tolist(), 0)
 
 
 def test_pictures_and_tables(model, processor, result, tmp_path):
@@ -293,11 +301,11 @@ def test_pictures_and_tables(model, processor, result, tmp_path):
     )
 
 
-def test_methods_without_a_budget_and_those_that_cannot_run(model, processor):
+def test_methods_without_a_budget_and_those_that_cannot_run():
     settings = runner.Settings(
         methods=("mod", "random", "vidkv"), keep=(Fraction(1, 2),), repeats=0
     )
-    result = runner.run(model, processor, "toy", make_items(1, 2), score, settings)
+    result = bench(None, make_items(1, 2), settings)
     _, mod, random, vidkv = result["rows"]
     assert "routers" in mod["error"] and mod["accuracy"] is None
     assert random["asked_tokens"] == 8 and vidkv["asked_tokens"] is None
@@ -308,10 +316,10 @@ def test_methods_without_a_budget_and_those_that_cannot_run(model, processor):
     assert tables.failures([result])[0] in tables.markdown(result)
 
 
-def test_equal_flops(model, processor):
+def test_equal_flops():
     names = ("fastv", "divprune", "random", "prefixkv")
     settings = runner.Settings(methods=names, flops=0.6, repeats=0)
-    result = runner.run(model, processor, "toy", make_items(1, 2), score, settings)
+    result = bench(None, make_items(1, 2), settings)
     *found, cache = result["rows"][1:]
     for row in found:  # a token more or less on 16
         assert row["flops_share"] == pytest.approx(0.6, abs=0.05), row["method"]
@@ -319,6 +327,21 @@ def test_equal_flops(model, processor):
     assert found[0]["final_tokens"] < found[1]["final_tokens"] == found[2]["final_tokens"]
     assert cache["accuracy"] is None and "prefixkv" in cache["error"]
     assert "toy, equal FLOPs" in tables.overview([result])
+
+
+@pytest.mark.parametrize("name", ["easy-vqa", "scenes", "small-text", "flops-scenes"])
+def test_results_of_earlier_releases_can_still_be_read(name, tmp_path):
+    """They lack the fields that came later."""
+    pytest.importorskip("matplotlib")
+    folder = Path(environment.__file__).parent / "results"
+    result = json.loads((folder / f"{name}.json").read_text())
+    assert "kl" not in result["rows"][0]
+    assert "| fastv |" in tables.overview(tables.merged([result]))
+    text = tables.markdown(result)
+    assert text.count("\n|") == len(result["rows"]) + 1
+    assert tables.notes(result) == []
+    with Image.open(plots.pareto(result, tmp_path / "p.png")) as image:
+        assert min(image.size) > 100
 
 
 def test_runs_of_one_task_are_merged(result):

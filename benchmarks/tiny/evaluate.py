@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from ..answers import answer_batch
 from ..prompts import make_batches, prompt_of
-from ..runner import evaluate
 from ..tasks import scenes
 from ..tasks.base import Item, Task, score
 from .models import ASSETS, Retrieval, load_llava, load_llava_next, load_retrieval, pool
@@ -34,8 +34,9 @@ def accuracy(
         gray = Image.new("RGB", (336, 336), (128,) * 3)
         items = [replace(item, image=gray) for item in items]
     batches = make_batches(processor, items, batch)
-    _, scores = evaluate(model, processor, batches, score, max_new_tokens=4)
-    return by_kind((i for b in batches for i in b.items), scores)
+    asked = [item for b in batches for item in b.items]
+    answers = [text for b in batches for text in answer_batch(model, processor, b, 4)]
+    return by_kind(asked, [float(score(a, i.answer)) for a, i in zip(answers, asked)])
 
 
 def by_kind(items: Iterable[Item], scores: Iterable[float]) -> dict[str, float]:

@@ -3,15 +3,26 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from .common import Mistake, ProgressBar, command, device_of, err, load, out, valid
+from .common import (
+    Mistake,
+    ProgressBar,
+    command,
+    device_of,
+    err,
+    load,
+    out,
+    print_rows,
+    valid,
+)
 
 DEFAULT_TASKS = ("easy-vqa", "scenes", "small-text")
 EMBEDDED = {"small-text": "load_llava_next"}
@@ -26,7 +37,11 @@ FULL_SAMPLES = 500
 def bench(
     tasks: Annotated[
         list[str] | None,
-        typer.Argument(help="Tasks, such as easy-vqa or scenes.", show_default=False),
+        typer.Argument(
+            help="Tasks: names such as easy-vqa or scenes, files or folders of your own, or data "
+            "sets of the hub.",
+            show_default=False,
+        ),
     ] = None,
     methods: Annotated[
         str | None, typer.Option(help="Names, separated by commas.", show_default=False)
@@ -44,12 +59,21 @@ def bench(
         ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Questions of each task.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1,
+            help="Questions of each task; default: 80 of the package's own, all of other data.",
+            show_default=False,
+        ),
     ] = None,
     full: Annotated[
         bool,
         typer.Option("--full", help="All methods on 500 questions of each task."),
     ] = False,
+    metric: Annotated[
+        str | None,
+        typer.Option(help="What an answer is worth; default: the task's.", show_default=False),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(help="Folder or hub id of a LLaVA; default: the embedded one."),
@@ -57,6 +81,7 @@ def bench(
     device: Annotated[str, typer.Option(help='"cpu", "cuda" or "auto".')] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 20,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 6,
     repeats: Annotated[
         int | None, typer.Option(min=0, help="Timed rounds.", show_default=False)
     ] = None,
@@ -65,111 +90,153 @@ def bench(
         bool, typer.Option("--json", help="Only JSON on the standard output.")
     ] = False,
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for results.")] = Path("results"),
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over; do not go on with an unfinished run.")
+    ] = False,
     readme: Annotated[
         bool, typer.Option("--readme", help="Write the result tables into README.md.")
     ] = False,
 ) -> None:
     """Accuracy, tokens, FLOPs, milliseconds and KV bytes of each method at each budget.
 
+    A run that was stopped or killed goes on when the same command is given again. With "accelerate
+    launch --num_processes 8 -m vtc.cli bench ..." several GPUs share the work.
+
     Example: vtc bench scenes --methods fastv,random --keep 0.33,0.11
     """
-    from ..benchmarks import runner, tables
+    from ..benchmarks import distributed, runner
     from ..benchmarks.budgets import parse_keep, seeded
-    from ..benchmarks.environment import write_json
-    from ..benchmarks.tasks.base import TASKS, Task, score
+    from ..benchmarks.journal import JournalError, seal
+    from ..benchmarks.metrics import metric as find_metric
+    from ..benchmarks.tasks.base import TASKS, BadItem, open_task
     from ..method import known_methods
 
-    chosen = tuple(tasks or DEFAULT_TASKS)
-    for name in chosen:
-        if name not in TASKS:
-            raise Mistake(f'unknown task "{name}"; tasks are {", ".join(TASKS)}')
     if methods is None:
         names = tuple(known_methods()) if full else DEFAULT_METHODS
     else:
         names = tuple(n.strip() for n in methods.split(",") if n.strip())
     budgets = valid(lambda: tuple(parse_keep(k) for k in keep.split(",") if k.strip()))
     for name in names:
-        valid(lambda name=name: seeded(name, None, seed))  # type: ignore[misc]
+        valid(functools.partial(seeded, name, None, seed))
     settings = runner.Settings(
         methods=names,
         keep=budgets,
         flops=flops,
         batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
         repeats=repeats if repeats is not None else (9 if full else 5),
         seed=seed,
     )
-    count = samples or (FULL_SAMPLES if full else DEFAULT_SAMPLES)
+    usual = FULL_SAMPLES if full else DEFAULT_SAMPLES
+    opened: dict[str, Any] = {}
+    for spec in tasks or DEFAULT_TASKS:
+        count = samples or (usual if spec in TASKS else None)
+        task = valid(functools.partial(open_task, spec, n=count, seed=seed, metric=metric))
+        if runner.stem(task.name) in opened:
+            raise Mistake(f'two tasks are called "{task.name}"; run each with an --out of its own')
+        opened[runner.stem(task.name)] = task
 
     loaded: dict[str, tuple[Any, Any]] = {}
-    results = []
-    for name in chosen:
-        which = model or EMBEDDED.get(name, "load_llava")
-        if which not in loaded:
-            loaded[which] = load(model, which, device_of(device), dtype)
-        net, processor = loaded[which]
-        items = list(Task(name, n=count, seed=seed))
-        with ProgressBar(name, quiet=as_json) as progress:
-            result = runner.run(net, processor, name, items, score, settings, progress)
-        results.append(result)
-        write_json(result, out_dir / f"{name}.json")
-        if not as_json:
-            _print_table(result)
-            written = [out_dir / f"{name}.json"]
-            written += _pictures(net, processor, result, items, settings, out_dir)
-            out.print(f"[dim]written: {', '.join(map(str, written))}[/dim]\n", soft_wrap=True)
-        else:
-            _pictures(net, processor, result, items, settings, out_dir)
-    if readme:
+    results: list[dict[str, Any]] = []
+    complete, place = True, device_of(device)
+    call = shlex.join(["vtc", *(word for word in sys.argv[1:] if word != "--fresh")])
+    with distributed.joined(place) as world:
+        for task in opened.values():
+            which = model or EMBEDDED.get(task.name, "load_llava")
+            if which not in loaded:
+                loaded[which] = load(model, which, place, dtype)
+            net, processor = loaded[which]
+            try:
+                with ProgressBar(task.name, quiet=not world.main) as progress:
+                    result = runner.run(
+                        *(net, processor, task.name, task, find_metric(task.metric)),
+                        *(settings, progress),
+                        out=out_dir,
+                        fresh=fresh,
+                        more=True,
+                        command=call,
+                        say=_say,
+                        world=world,
+                    )
+            except (JournalError, BadItem, distributed.LostError) as error:
+                raise Mistake(str(error)) from None
+            if world.main and result["questions"]:
+                results.append(result)
+                complete &= _show(net, processor, result, task, settings, out_dir, as_json)
+            if world.stopped:
+                break
+    if not world.main:
+        raise typer.Exit(130 if world.stopped else 0)
+    if complete and not world.stopped:
+        for name in opened:
+            seal(out_dir / f"{name}.predictions.jsonl")
+    if readme and not world.stopped:
+        from ..benchmarks import tables
         from ..benchmarks.catalogue import fill_block
 
         block = "results" if flops is None else "equal-flops"
         valid(lambda: fill_block(Path("README.md"), block, tables.overview(results)))
     if as_json:
         print(json.dumps(results, indent=1))
+    if world.stopped:
+        _say(f"stopped; to go on: {call}")
+        raise typer.Exit(130)
+    if not complete:
+        raise typer.Exit(1)
 
 
-def _print_table(result: dict[str, Any]) -> None:
-    from ..benchmarks.tables import COLUMNS, caption, cells, failures
+def _say(text: str) -> None:
+    err.print(text, style="yellow", highlight=False, soft_wrap=True, markup=False)
 
-    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1))
-    for i, (name, _) in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
-    previous = None
-    for row in result["rows"]:
-        if previous not in (None, row["method"]):
-            table.add_section()
-        table.add_row(*cells(row), style="bold" if previous is None else None)
-        previous = row["method"]
-    wide = out if out.is_terminal else Console(width=150)
-    wide.print(table)
-    for text in failures([result]):
-        wide.print(text, style="yellow", highlight=False)
-    wide.print(caption(result), style="dim", highlight=False)
+
+def _show(
+    net: Any,
+    processor: Any,
+    result: dict[str, Any],
+    task: Any,
+    settings: Any,
+    folder: Path,
+    as_json: bool,
+) -> bool:
+    """Print a result and draw its pictures; whether all its files could be written."""
+    from ..benchmarks.runner import stem
+    from ..benchmarks.tables import COLUMNS, caption, failures, notes
+
+    if not as_json:
+        print_rows(result["rows"], COLUMNS)
+        for text in failures([result]):
+            out.print(text, style="yellow", highlight=False, soft_wrap=True, markup=False)
+        out.print(caption(result), style="dim", highlight=False, soft_wrap=True, markup=False)
+    for text in notes(result):
+        _say(text)
+    base = stem(result["task"])
+    written = [folder / f"{base}.json", folder / f"{base}.predictions.jsonl"]
+    lost = [entry["where"] for entry in result["unwritten"]]
+    if result["finished"]:
+        try:
+            written += _pictures(net, processor, result, task, settings, folder / base)
+        except OSError as error:
+            lost.append(str(error.filename))
+            _say(f"cannot write the pictures: {error.strerror or error}")
+    if not as_json:
+        there = [str(path) for path in written if str(path) not in lost]
+        out.print(f"[dim]written: {', '.join(there)}[/dim]\n", soft_wrap=True)
+    return not lost
 
 
 def _pictures(
-    net: Any, processor: Any, result: dict[str, Any], items: Any, settings: Any, folder: Path
+    net: Any, processor: Any, result: dict[str, Any], task: Any, settings: Any, base: Path
 ) -> list[Path]:
     """The Pareto plot and the kept-patch picture; without matplotlib only the latter."""
     from ..benchmarks.plots import pareto
-    from ..benchmarks.show import show_kept
+    from ..benchmarks.show import example, show_kept
 
     written = []
     try:
-        written.append(pareto(result, folder / f"{result['task']}-pareto.png"))
+        written.append(pareto(result, base.with_name(base.name + "-pareto.png")))
     except ModuleNotFoundError:
         err.print('no plot without matplotlib; pip install "visual-token-compression[bench]"')
-    # A question whose answer has to be found in the picture.
-    dull = ("yes", "no", "0", "none")
-    example = next((item for item in items if item.answer not in dull), items[0])
-    written.append(
-        show_kept(
-            net,
-            processor,
-            example,
-            result["visual_tokens"],
-            settings,
-            folder / f"{result['task']}-kept.png",
-        )
-    )
+    path = base.with_name(base.name + "-kept.png")
+    total = result["visual_tokens"]
+    written.append(show_kept(net, processor, example(task), total, settings, path))
     return written

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from rich.progress import (
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 from rich.table import Table
 
@@ -147,34 +150,53 @@ def print_rows(
 
 
 class ProgressBar:
-    """A bar on the standard error, or nothing."""
+    """Progress with the time that remains, on the standard error, or nothing.
+
+    A bar on a terminal; elsewhere a line every half minute.
+    """
+
+    EVERY = 30.0
+    """Seconds between two lines."""
 
     def __init__(self, title: str, quiet: bool) -> None:
         self.title, self.quiet = title, quiet
+        self.lines = not quiet and not err.is_terminal
         self.bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
             console=err,
             disable=quiet or not err.is_terminal,
             transient=True,
         )
         self.task: Any = None
+        self.start: tuple[float, int] | None = None
+        """When the first step began, and how many were done by an earlier run."""
+        self.last = 0.0
 
     def __enter__(self) -> Callable[[str, int, int], None]:
-        if not self.quiet and not err.is_terminal:
+        if self.lines:
             err.print(f"{self.title} ...")
         self.bar.start()
         self.task = self.bar.add_task(self.title, total=None)
+        return self._progress
 
-        def progress(text: str, done: int, total: int) -> None:
-            self.bar.update(
-                self.task, description=f"{self.title}: {text}", completed=done, total=total
-            )
-
-        return progress
+    def _progress(self, text: str, done: int, total: int) -> None:
+        self.bar.update(self.task, description=f"{self.title}: {text}", completed=done, total=total)
+        now = time.monotonic()
+        if self.start is None:
+            self.start, self.last = (now, done), now
+        if self.lines and now - self.last >= self.EVERY:
+            self.last, (began, before) = now, self.start
+            share = f"{done}/{total} ({done / total:.0%})"
+            left = ""
+            if done > before:
+                seconds = round((now - began) / (done - before) * (total - done))
+                left = f", about {datetime.timedelta(seconds=seconds)} left"
+            err.print(f"{self.title}: {share}{left}; {text}", highlight=False, soft_wrap=True)
 
     def __exit__(self, *error: object) -> None:
         self.bar.stop()

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of a result: one for each method at each budget, and what is computed for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .metrics import Metric
+
+BASELINE = "uncompressed"
+
+
+@dataclass
+class Row:
+    """One method at one budget. Times in milliseconds; shares and ratios are of the stock model.
+
+    ``kl`` is the mean KL divergence from the stock model in nats (see `answers`), ``agreement`` the
+    share of answers that are those of the stock model, ``summary`` what the metric says of all
+    answers together. Intervals are of 95 %. None: not measured.
+    """
+
+    method: str
+    stages: list[str]
+    asked_tokens: int | None
+    parameters: str = ""
+    final_tokens: float | None = None
+    average_tokens: float | None = None
+    flops_g: float | None = None
+    flops_share: float | None = None
+    flops_all_g: float | None = None
+    flops_all_share: float | None = None
+    prefill_ms: float | None = None
+    prefill_ratio: float | None = None
+    vision_ms: float | None = None
+    llm_prefill_ms: float | None = None
+    method_ms: float | None = None
+    kv_bytes: int | None = None
+    kv_share: float | None = None
+    accuracy: float | None = None
+    accuracy_low: float | None = None
+    accuracy_high: float | None = None
+    agreement: float | None = None
+    kl: float | None = None
+    kl_low: float | None = None
+    kl_high: float | None = None
+    blank_accuracy: float | None = None
+    accuracy_by_kind: dict[str, float] = field(default_factory=dict)
+    summary: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+
+def bootstrap(
+    scores: np.ndarray, groups: Sequence[Any], seed: int, draws: int = 2000
+) -> tuple[float, float]:
+    """95 % interval of the mean score, drawing images rather than questions.
+
+    Questions about one image stand and fall together, so they are drawn together.
+    """
+    names = {g: i for i, g in enumerate(dict.fromkeys(groups))}
+    index = np.asarray([names[g] for g in groups])
+    total, count = np.bincount(index, weights=scores), np.bincount(index)
+    rng, images = np.random.default_rng(seed), len(total)
+    parts, part = [], max(1, 1_000_000 // images)  # not all draws in memory at once
+    for start in range(0, draws, part):
+        pick = rng.integers(0, images, (min(part, draws - start), images))
+        parts.append(total[pick].sum(1) / count[pick].sum(1))
+    means = np.concatenate(parts)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def fill_scores(
+    row: Row,
+    answers: Sequence[dict[str, Any]],
+    asked: Sequence[dict[str, Any]],
+    metric: Metric,
+    seed: int,
+) -> None:
+    """What the answers of one configuration come to.
+
+    Args:
+        answers: its lines of the journal, and ``asked`` those of the stock model, in one order.
+    """
+    groups, kinds = [x["image"] for x in asked], np.asarray([x["kind"] for x in asked])
+    scores = np.asarray([x["score"] for x in answers])
+    row.accuracy = float(scores.mean())
+    row.accuracy_low, row.accuracy_high = bootstrap(scores, groups, seed)
+    row.accuracy_by_kind = {
+        kind: float(scores[kinds == kind].mean()) for kind in sorted(set(kinds.tolist()))
+    }
+    row.agreement = float(np.mean([x["same"] for x in answers]))
+    if all(x["kl"] is not None for x in answers):
+        kl = np.asarray([x["kl"] for x in answers])
+        row.kl = float(kl.mean())
+        row.kl_low, row.kl_high = bootstrap(kl, groups, seed)
+    if metric.summary is not None:
+        predictions = [x["prediction"] for x in answers]
+        row.summary = metric.summary(predictions, [x["answers"] for x in asked])
+
+
+def fill_costs(row: Row, facts: dict[str, Any], baseline: dict[str, Any]) -> None:
+    """What `timing.measure` found of one configuration, and of the stock model."""
+    report = facts["report"]
+    row.final_tokens, row.average_tokens = report.final_tokens, report.average_tokens
+    row.flops_g, row.flops_all_g = _giga(report.flops), _giga(report.flops_all)
+    row.flops_share = _over(report.flops, report.flops_full)
+    row.flops_all_share = _over(report.flops_all, report.flops_all_full)
+    for name in ("prefill_ms", "vision_ms", "llm_prefill_ms", "method_ms"):
+        setattr(row, name, facts[name])
+    row.prefill_ratio = _over(facts["prefill_ms"], baseline["prefill_ms"])
+    row.kv_bytes = facts["kv_bytes"]
+    row.kv_share = _over(facts["kv_bytes"], baseline["kv_bytes"])
+
+
+def _giga(x: float | None) -> float | None:
+    return None if x is None else x / 1e9
+
+
+def _over(a: float | None, b: float | None) -> float | None:
+    return None if a is None or not b else a / b
+
+
+def rows_of(result: dict[str, Any], method: str) -> list[dict[str, Any]]:
+    """The rows of one method, largest budget first."""
+    rows = [r for r in result["rows"] if r["method"] == method and r["error"] is None]
+    return sorted(rows, key=lambda r: -(r["asked_tokens"] or 0))
