@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -19,14 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..calibrating import GRID, Calibration, calibrate
+from ..calibrating import GRID, Point, calibrate
 from ..errors import UnsupportedError
+from ..method import Method
 from ..wrapping import compressing
 from .budgets import seeded
 from .encoder import Encoder, leaves_encoder_alone
 from .environment import describe_model, machine, versions
-from .prompts import Batch, answer_batch, image_key, make_batches
+from .metrics import metric
+from .prompts import Batch, answer_batch, make_batches
 from .runner import bootstrap
+from .tasks.base import BadItem, Questions
 from .timing import Progress
 
 
@@ -54,117 +57,125 @@ class Settings:
 
 
 class Prompts:
-    """Batches as `vtc.calibrate` reads them; with an encoder, each image is encoded once."""
+    """Some questions of a task as batches, read when their turn comes.
 
-    def __init__(self, model: Any, batches: Sequence[Batch], encoder: Encoder | None) -> None:
-        self.model, self.batches, self.encoder = model, batches, encoder
+    As `vtc.calibrate` reads it, it gives the inputs of the model. With an encoder, what is done
+    with a batch while it is the current one encodes its images once.
+    """
+
+    def __init__(
+        self, model: Any, processor: Any, task: Questions, chosen: Sequence[int], size: int
+    ) -> None:
+        self.model, self.processor, self.task = model, processor, task
+        self.chosen = [list(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+        self.encoder: Encoder | None = None
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches; the questions of one image lie together."""
+        for i, chosen in enumerate(self.chosen):
+            items = [self.task[j] for j in chosen]
+            (batch,) = make_batches(self.processor, items, len(items))
+            with nullcontext() if self.encoder is None else self.encoder.remembered(i):
+                yield batch
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for i, batch in enumerate(self.batches):
-            with nullcontext() if self.encoder is None else self.encoder.remembered(i):
-                yield batch.inputs(self.model)
+        return (batch.inputs(self.model) for batch in self.batches())
+
+    def __len__(self) -> int:
+        return len(self.chosen)
 
 
-def split(items: Sequence[Any], samples: int, held_out: int, seed: int) -> tuple[list, list]:
+def split(
+    task: Questions, samples: int, held_out: int, seed: int
+) -> tuple[list[int], list[int], list[dict[str, str]]]:
     """One question about each of the first images, and questions about the images behind them.
+
+    Returns:
+        Positions of both in the task, and what could not be read ("where" and "why").
 
     Raises:
         ValueError: too few images or questions.
     """
-    groups: dict[str, list[Any]] = {}
-    for item in items:
-        groups.setdefault(image_key(item.image), []).append(item)
-    images = list(groups.values())
+    groups: dict[Hashable, list[int]] = {}
+    for i, key in enumerate(task.image_keys()):
+        groups.setdefault(key, []).append(i)
     rng = random.Random(f"calibration/{seed}")
-    first = [rng.choice(group) for group in images[:samples]]
-    rest = [item for group in images[samples:] for item in group][:held_out]
+    first: list[int] = []
+    rest: list[int] = []
+    skipped: list[dict[str, str]] = []
+    for group in groups.values():
+        try:
+            task[group[0]]
+        except BadItem as error:
+            where, _, why = str(error).partition(": ")
+            skipped.append({"where": where, "why": why})
+            continue
+        if len(first) < samples:
+            first.append(rng.choice(group))
+        elif len(rest) < held_out:
+            rest += group[: held_out - len(rest)]
+        else:
+            break
     if len(first) < samples or len(rest) < held_out:
         raise ValueError(
-            f"{samples} images to calibrate on and {held_out} questions about others are asked "
-            f"for; there are {len(images)} images, with {len(rest)} questions about all but the "
-            f"first {samples}"
+            f"{task.name} has {len(groups)} images, {len(skipped)} of them unreadable, which "
+            f"leaves {len(rest)} questions about others than the first {samples}; ask for fewer "
+            f"samples than {samples} or fewer held-out questions than {held_out}"
         )
-    return first, rest
+    return first, rest, skipped
 
 
 def run(
     model: Any,
     processor: Any,
-    task: str,
-    items: Sequence[Any],
-    score: Callable[[Any, str], float],
+    task: Questions,
     settings: Settings,
+    command: str = "",
     progress: Progress = lambda text, done, total: None,
-    save: Callable[[dict[str, Any]], None] = lambda result: None,
+    save: Callable[[dict[str, Any]], Any] = lambda result: None,
 ) -> dict[str, Any]:
     """Calibrate each method and measure what its curve loses.
 
     Args:
         model: a LLaVA-type model, not wrapped; processor: its processor.
-        items: with image, question, answer; score: (item, prediction) -> 0..1.
         save: called with the result whenever a method is done, for what is left after Ctrl-C.
 
     Returns:
         The result, ready for JSON; one row for each method, with its curve and held-out points.
+
+    Raises:
+        ValueError: too few images or questions.
     """
     began = time.perf_counter()
-    first, rest = split(items, settings.samples, settings.held_out, settings.seed)
-    samples = make_batches(processor, first, settings.batch_size)
-    held = make_batches(processor, rest, settings.batch_size)
-    ordered = [item for batch in held for item in batch.items]
-    groups = [image_key(item.image) for item in ordered]
+    first, rest, skipped = split(task, settings.samples, settings.held_out, settings.seed)
+    samples = Prompts(model, processor, task, first, settings.batch_size)
+    held = _HeldOut(Prompts(model, processor, task, rest, settings.batch_size), settings)
     methods = [seeded(name, None, settings.seed) for name in settings.methods]
-    seen, others = Encoder.of(model, methods), Encoder.of(model, methods)
-
-    def answers(text: str, encoder: Encoder | None) -> tuple[list[str], np.ndarray]:
-        found: list[str] = []
-        for i, batch in enumerate(held):
-            progress(text, i, len(held))
-            with nullcontext() if encoder is None else encoder.remembered(i):
-                found += answer_batch(model, processor, batch, settings.max_new_tokens)
-        return found, np.array([float(score(x, a)) for x, a in zip(ordered, found)])
-
-    def measured(name: str, found: Calibration, alone: bool) -> Iterator[dict[str, Any]]:
-        for point in found.curve:
-            method = replace(found.method, keep_ratio=point.keep_ratio)  # type: ignore[type-var]
-            with compressing(model, method):
-                text = f"{name}, {point.keep_ratio:.3f} on held-out questions"
-                got, scores = answers(text, others if alone else None)
-            loss = stock_scores - scores
-            low, high = bootstrap(scores, groups, settings.seed)
-            loss_low, loss_high = bootstrap(loss, groups, settings.seed)
-            yield {
-                "keep_ratio": point.keep_ratio,
-                "accuracy": float(scores.mean()),
-                "accuracy_low": low,
-                "accuracy_high": high,
-                "stock_accuracy": float(stock_scores.mean()),
-                "loss": float(loss.mean()),
-                "loss_low": loss_low,
-                "loss_high": loss_high,
-                "agreement": float(np.mean([a == b for a, b in zip(got, stock)])),
-            }
-
-    stock, stock_scores = answers("uncompressed on held-out questions", others)
     result: dict[str, Any] = {
         "benchmark": "calibration",
-        "task": task,
+        "task": task.name,
+        "metric": task.metric,
+        "images": len(set(held.images)),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "images": len(set(groups)),
+        "command": command,
         "settings": asdict(settings),
         "model": describe_model(model),
         "versions": versions(),
         "machine": machine(model.device),
+        "skipped": skipped,
+        "problems": [{"where": where, "why": why} for where, why in task.problems],
         "finished": False,
         "rows": [],
     }
     for name, method in zip(settings.methods, methods):
-        alone = leaves_encoder_alone(method)
         row: dict[str, Any] = {"method": name, "error": None}
+        samples.encoder = held.prompts.encoder = (
+            Encoder.of(model, [method]) if leaves_encoder_alone(method) else None
+        )
         try:
             found = calibrate(
                 model,
-                Prompts(model, samples, seen if alone else None),
+                samples,
                 method,
                 settings.max_divergence,
                 max_new_tokens=settings.max_new_tokens,
@@ -177,10 +188,59 @@ def run(
             row["error"] = str(error)
         else:
             row |= {**found.to_dict(), "method": name, "parameters": str(found.method)}
-            row["held_out"] = list(measured(name, found, alone))
+            row["held_out"] = held.measure(method, found.curve, progress)
         result["rows"].append(row)
         result["seconds"] = round(time.perf_counter() - began, 1)
         save(result)
     result["finished"] = True
     save(result)
     return result
+
+
+class _HeldOut:
+    """The held-out questions, and what budgets lose on them."""
+
+    def __init__(self, prompts: Prompts, settings: Settings) -> None:
+        self.prompts, self.settings = prompts, settings
+        keys = prompts.task.image_keys()
+        self.images = [keys[i] for chosen in prompts.chosen for i in chosen]
+
+    def measure(
+        self, method: Method, curve: Sequence[Point], progress: Progress
+    ) -> list[dict[str, Any]]:
+        """A row for each point of the curve, in its order."""
+        score = metric(self.prompts.task.metric).score
+        plans = [None, *(replace(method, keep_ratio=point.keep_ratio) for point in curve)]
+        answers: list[list[str]] = [[] for _ in plans]
+        scores: list[list[float]] = [[] for _ in plans]
+        steps = len(self.prompts) * len(plans)
+        for i, batch in enumerate(self.prompts.batches()):
+            for j, plan in enumerate(plans):
+                progress(f"{method.name}, held-out questions", i * len(plans) + j, steps)
+                got = self._answers(batch, plan)
+                answers[j] += got
+                scores[j] += [score(a, item.answers) for a, item in zip(got, batch.items)]
+        stock = np.array(scores[0])
+        rows = []
+        for point, got, taken in zip(curve, answers[1:], map(np.array, scores[1:])):
+            low, high = bootstrap(taken, self.images, self.settings.seed)
+            loss_low, loss_high = bootstrap(stock - taken, self.images, self.settings.seed)
+            rows.append(
+                {
+                    "keep_ratio": point.keep_ratio,
+                    "accuracy": float(taken.mean()),
+                    "accuracy_low": low,
+                    "accuracy_high": high,
+                    "stock_accuracy": float(stock.mean()),
+                    "loss": float((stock - taken).mean()),
+                    "loss_low": loss_low,
+                    "loss_high": loss_high,
+                    "agreement": float(np.mean([a == b for a, b in zip(got, answers[0])])),
+                }
+            )
+        return rows
+
+    def _answers(self, batch: Batch, method: Method | None) -> list[str]:
+        model, length = self.prompts.model, self.settings.max_new_tokens
+        with nullcontext() if method is None else compressing(model, method):
+            return answer_batch(model, self.prompts.processor, batch, length)

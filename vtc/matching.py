@@ -14,7 +14,7 @@ from torch import nn
 from .errors import UnsupportedError
 from .method import Chain, Method, resolve
 from .report import Report
-from .wrapping import compressing, observe
+from .wrapping import Session, compressing, observe
 
 
 def match(
@@ -69,7 +69,7 @@ def match(
         check_tune(members, tune)
     names = [_name(members) for members in chosen]
     stock, tokens = look(model, inputs)
-    _share(stock, which)
+    flops_share(stock, which)
 
     out: dict[str, Method | Chain] = {}
     for name, members in zip(names, chosen, strict=True):
@@ -107,14 +107,13 @@ class _Search:
 
     def share(self, k: int) -> float | None:
         """Share of the FLOPs at k tokens; None where the method cannot keep so few."""
-        method = self.at(k)
-        with compressing(self.model, method) as session:  # refuses a model it does not fit
+        with compressing(self.model, self.at(k)) as session:  # refuses a model it does not fit
             try:
-                report = _run(self.model, self.inputs, session)
+                report = prefill(self.model, self.inputs, session)
             except ValueError as error:
                 self.failure = error
                 return None
-        self.shares[k] = _share(report, self.which)
+        self.shares[k] = flops_share(report, self.which)
         return self.shares[k]
 
     def find(self, flops: float, tolerance: float) -> Method | Chain:
@@ -154,13 +153,15 @@ class _Search:
         return UnsupportedError(f"{message}: it reaches {least:.1%} to {most:.1%} here{reason}")
 
 
-def _run(model: nn.Module, inputs: Any, session: Any) -> Report:
+def prefill(model: nn.Module, inputs: Any, session: Session) -> Report:
+    """Run the model once and report."""
     with torch.no_grad():
         model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
     return session.report()
 
 
-def _share(report: Report, which: str) -> float:
+def flops_share(report: Report, which: str) -> float:
+    """Share of the uncompressed FLOPs, of everything ("all") or of visual tokens in the LLM."""
     if which == "all":
         return report.flops_all / report.flops_all_full
     if report.flops is None or not report.flops_full:
@@ -207,6 +208,6 @@ def at_ratio(members: tuple[Method, ...], tune: int, ratio: float) -> Method | C
 def look(model: nn.Module, inputs: Any) -> tuple[Report, int]:
     """The report of the stock model, and the visual tokens of the largest image of the inputs."""
     with observe(model) as session:
-        report = _run(model, inputs, session)
+        report = prefill(model, inputs, session)
         images = [n for row in session.record.images for n in row]
     return report, max(images, default=report.grid[0] * report.grid[1])
