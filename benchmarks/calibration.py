@@ -169,9 +169,9 @@ def run(
     }
     for name, method in zip(settings.methods, methods):
         row: dict[str, Any] = {"method": name, "error": None}
-        samples.encoder = held.prompts.encoder = (
-            Encoder.of(model, [method]) if leaves_encoder_alone(method) else None
-        )
+        for prompts in (samples, held.prompts):  # each with a memory of its own
+            alone = leaves_encoder_alone(method)
+            prompts.encoder = Encoder.of(model, [method]) if alone else None
         try:
             found = calibrate(
                 model,

@@ -440,7 +440,7 @@ def _point(ratio: float, facts: Sequence[_Facts], seed: int) -> Point:
         final_tokens=float(np.average([f.final_tokens for f in facts], weights=rows)),
         flops_share=float(np.average([f.flops_share for f in facts], weights=rows)),
         kl=float(kl.mean()),
-        kl_low=CAP - mean_bound(CAP - kl, CAP, seed),
+        kl_low=max(0.0, CAP - mean_bound(CAP - kl, CAP, seed)),
         kl_high=high,
         agreement=sum(same) / len(same),
         promised_loss=share_bound(len(same) - sum(same), len(same)),
