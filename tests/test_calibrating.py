@@ -332,6 +332,9 @@ def test_a_real_search(model: Any, samples: Any) -> None:
     assert below and below[0].kl_high > 0.9
     assert found.method == FastV(keep_ratio=found.keep_ratio)
     assert found.prompts == 12
+    for p in found.curve:  # five of the grid and two steps share the 5 %
+        changed = round(12 * (1 - p.agreement))
+        assert p.promised_loss == share_bound(changed, 12, 1 - 0.05 / 7)
     data = json.loads(json.dumps(found.to_dict()))
     assert data["samples"] == 12 and data["chosen"] in data["curve"]
     assert f"-> keep_ratio {found.keep_ratio:.4f}" in str(found)

@@ -20,14 +20,16 @@ chosen only if every weaker compression that was measured passes as well: tests 
 strongest last, that end at the first failure (Angelopoulos et al. 2021, "Learn then Test"). As long
 as the curve falls with the budget, such a search keeps the 5 % however many budgets it tries.
 
-**What is promised**, about prompts drawn like the samples, each with 95 % confidence:
+**What is promised**, about prompts drawn like the samples, with 95 % confidence:
 
 * `Point.promised_shift`, by Pinsker's inequality: the probability of any next token, the right one
   among them, moves by at most sqrt(KL / 2) on average over prompts and steps. For answers of one
-  token this bounds the loss of accuracy when tokens are sampled.
+  token this bounds the loss of accuracy when tokens are sampled. Of the chosen budget the promise
+  is sqrt(max_divergence / 2).
 * `Point.promised_loss`: greedy answers lose at most this much of any score between 0 and 1, since
   a score can only fall where the answer changes; it is the upper bound of the share of changed
-  answers (Clopper & Pearson 1934).
+  answers (Clopper & Pearson 1934). The budget was chosen by the same prompts, so this holds for all
+  budgets of a search together (Bonferroni).
 
 **What is not**: anything about data unlike the samples (other images, questions, languages, longer
 answers), nor about one prompt by itself. Answers of several tokens are compared along the stock
@@ -60,14 +62,15 @@ DRAWS = 10_000
 
 @dataclass(frozen=True)
 class Point:
-    """What one budget does to the answers; every bound is one-sided, at 95 %.
+    """What one budget does to the answers; bounds are one-sided, at 95 %.
 
     Attributes:
         keep_ratio: the budget; final_tokens: visual tokens in the last LLM layer, mean over the
             prompts; flops_share: FLOPs of visual tokens in the LLM, relative to the stock model.
         kl, kl_low, kl_high: divergence in nats, mean over the prompts, and its bounds.
         agreement: share of prompts whose greedy answer is the same.
-        promised_loss: what greedy accuracy loses at most: upper bound of the changed answers.
+        promised_loss: what greedy accuracy loses at most: upper bound of the changed answers, at
+            95 % for all budgets of the search together.
         promised_shift: what the probability of a next token changes by at most, on average:
             min(1, sqrt(kl_high / 2)).
     """
@@ -193,6 +196,7 @@ def calibrate(
             "raise max_divergence"
         )
     counts = sorted({max(1, round(share * search.tokens)) for share in grid}, reverse=True)
+    search.budgets = len(counts) + steps
     search.total = search.calls * (1 + len(counts) + 2 * steps)
     search.measure(counts)
     for _ in range(steps):
@@ -241,6 +245,7 @@ class _Search:
         self.points: dict[int, Point] = {}
         self.refused: dict[int, ValueError] = {}
         self.done = self.total = 0
+        self.budgets = 1
         rows = [_rows(sample, i) for i, sample in enumerate(samples)]
         if not rows:
             raise ValueError("samples is empty")
@@ -280,7 +285,7 @@ class _Search:
             )
         for k in counts:
             if k not in self.refused:
-                self.points[k] = _point(k / self.tokens, taken[k], self.seed)
+                self.points[k] = _point(k / self.tokens, taken[k], self.budgets, self.seed)
 
     def _compare(self, sample: Any, stock: _Answer, i: int, k: int) -> _Facts | None:
         """One sample at one budget; None where the method cannot keep so few."""
@@ -430,7 +435,7 @@ def divergence(stock: Tensor, other: Tensor) -> Tensor:
 # ---- bounds -----------------------------------------------------------------------------------
 
 
-def _point(ratio: float, facts: Sequence[_Facts], seed: int) -> Point:
+def _point(ratio: float, facts: Sequence[_Facts], budgets: int, seed: int) -> Point:
     kl = np.minimum([x for f in facts for x in f.kl], CAP)
     same = [x for f in facts for x in f.same]
     rows = [len(f.kl) for f in facts]
@@ -443,7 +448,7 @@ def _point(ratio: float, facts: Sequence[_Facts], seed: int) -> Point:
         kl_low=max(0.0, CAP - mean_bound(CAP - kl, CAP, seed)),
         kl_high=high,
         agreement=sum(same) / len(same),
-        promised_loss=share_bound(len(same) - sum(same), len(same)),
+        promised_loss=share_bound(len(same) - sum(same), len(same), 1 - (1 - LEVEL) / budgets),
         promised_shift=sqrt(high / 2),
     )
 
