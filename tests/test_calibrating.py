@@ -416,7 +416,7 @@ def test_enough_prompts_are_enough(model: Any) -> None:
 def test_samples_without_an_image(model: Any, samples: Any) -> None:
     blind = {"input_ids": samples[0]["input_ids"][:, -5:]}
     for given in ([blind, *samples], [*samples, blind]):
-        with pytest.raises(ValueError, match=r"sample [03] has no image .* leave it out"):
+        with pytest.raises(ValueError, match=r"sample [03] has no image or video; leave it out"):
             calibrate(model, given, "fastv", LOOSE, max_new_tokens=1)
 
 
@@ -435,8 +435,6 @@ def test_samples_that_change(model: Any, samples: Any) -> None:
 def test_an_encoder_alone_has_no_answers() -> None:
     given = [{"input_ids": torch.zeros(40, 1), "pixel_values": mini.images()}]
     net = mini.ENCODERS["hf-clip"]()
-    forward = net.forward
-    net.forward = lambda input_ids, pixel_values: forward(pixel_values)
     with pytest.raises(vtc.UnsupportedError, match=r"does not generate.* classification task"):
         calibrate(net, given, "tome", LOOSE)
 

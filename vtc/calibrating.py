@@ -49,9 +49,10 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from .errors import UnsupportedError
-from .matching import at_ratio, check_tune, label, look
+from .matching import at_ratio, check_tune, label, largest_image
 from .method import Chain, Method, resolve
-from .wrapping import compressing
+from .report import Report
+from .wrapping import Session, compressing, observe
 
 GRID = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
 LEVEL = 0.95
@@ -250,16 +251,16 @@ class _Search:
         if not rows:
             raise ValueError("samples is empty")
         self.calls, self.prompts = len(rows), sum(rows)
-        try:
-            report, self.tokens = look(model, next(iter(samples)))
-        except RuntimeError as error:
-            raise _blind(error, 0) from error
-        if report.flops is None or not hasattr(model, "generate"):
+        if not hasattr(model, "generate"):
             raise UnsupportedError(
                 f"{type(model).__name__} does not generate, so it has no next-token distribution "
                 "to compare; calibrate the multimodal LLM that an encoder belongs to, or measure "
                 "the encoder by a retrieval or classification task"
             )
+        with observe(model) as session:
+            _generate(model, next(iter(samples)), 1)
+            _report(session, 0)
+            self.tokens = largest_image(session)
 
     def at(self, k: int) -> Method | Chain:
         return at_ratio(self.members, self.tune, k / self.tokens)
@@ -292,14 +293,10 @@ class _Search:
         with compressing(self.model, self.at(k)) as session:
             try:
                 kl, same = stock.compare(self.model, sample)
-                report = session.report()
-            except RuntimeError as error:
-                if session.record.grid is None or session.record.final is None:
-                    raise _blind(error, i) from error
-                raise
             except ValueError as error:
                 self.refused[k] = error
                 return None
+            report = _report(session, i)
         if not kl.isfinite().all():
             raise ValueError(
                 f"sample {i}: the logits are not finite at {k} tokens; use a wider dtype, such as "
@@ -375,7 +372,7 @@ class _Answer:
         pen = _Dictation(self.tokens)
         out = _generate(model, sample, self.tokens.shape[1], LogitsProcessorList([pen]))
         steps = [divergence(p, q) for p, q in zip(self.logits, out.logits, strict=True)]
-        kl = torch.stack(steps, 1).where(self.written, torch.zeros(())).sum(1)
+        kl = torch.stack(steps, 1).where(self.written, 0.0).sum(1)
         same = (torch.stack(pen.same, 1) | ~self.written).all(1)
         return kl / self.written.sum(1), same
 
@@ -406,8 +403,11 @@ def _generate(model: Any, sample: Mapping[str, Any], length: int, processors: An
     )
 
 
-def _blind(error: RuntimeError, i: int) -> ValueError:
-    return ValueError(f"sample {i} has no image or video ({error}); leave it out")
+def _report(session: Session, i: int) -> Report:
+    try:
+        return session.report()
+    except RuntimeError as error:
+        raise ValueError(f"sample {i} has no image or video; leave it out") from error
 
 
 def _rows(sample: Any, i: int) -> int:
@@ -429,7 +429,7 @@ def divergence(stock: Tensor, other: Tensor) -> Tensor:
     """KL(p || q) in nats of two (B, V) sets of logits, in fp32: (B,), never below 0."""
     log_p, log_q = stock.float().log_softmax(-1), other.float().log_softmax(-1)
     p = log_p.exp()
-    return (p * (log_p - log_q)).where(p > 0, torch.zeros(())).sum(-1).clamp_min(0.0)
+    return (p * (log_p - log_q)).where(p > 0, 0.0).sum(-1).clamp_min(0.0)
 
 
 # ---- bounds -----------------------------------------------------------------------------------

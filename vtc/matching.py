@@ -68,7 +68,9 @@ def match(
     for members in chosen:
         check_tune(members, tune)
     names = [_name(members) for members in chosen]
-    stock, tokens = look(model, inputs)
+    with observe(model) as session:
+        prefill(model, inputs)
+        stock, tokens = session.report(), largest_image(session)
     flops_share(stock, which)
 
     out: dict[str, Method | Chain] = {}
@@ -109,7 +111,8 @@ class _Search:
         """Share of the FLOPs at k tokens; None where the method cannot keep so few."""
         with compressing(self.model, self.at(k)) as session:  # refuses a model it does not fit
             try:
-                report = prefill(self.model, self.inputs, session)
+                prefill(self.model, self.inputs)
+                report = session.report()
             except ValueError as error:
                 self.failure = error
                 return None
@@ -153,11 +156,10 @@ class _Search:
         return UnsupportedError(f"{message}: it reaches {least:.1%} to {most:.1%} here{reason}")
 
 
-def prefill(model: nn.Module, inputs: Any, session: Session) -> Report:
-    """Run the model once and report."""
-    with torch.no_grad():
-        model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-    return session.report()
+@torch.no_grad()
+def prefill(model: nn.Module, inputs: Any) -> None:
+    """Run the model once, on a mapping of keyword arguments or one tensor."""
+    model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
 def flops_share(report: Report, which: str) -> float:
@@ -205,9 +207,8 @@ def at_ratio(members: tuple[Method, ...], tune: int, ratio: float) -> Method | C
     return chosen[0] if len(chosen) == 1 else Chain(tuple(chosen))
 
 
-def look(model: nn.Module, inputs: Any) -> tuple[Report, int]:
-    """The report of the stock model, and the visual tokens of the largest image of the inputs."""
-    with observe(model) as session:
-        report = prefill(model, inputs, session)
-        images = [n for row in session.record.images for n in row]
-    return report, max(images, default=report.grid[0] * report.grid[1])
+def largest_image(session: Session) -> int:
+    """Visual tokens of the largest image that the model has just seen."""
+    images = [n for row in session.record.images for n in row]
+    rows, columns = session.record.grid or (0, 0)
+    return max(images, default=rows * columns)

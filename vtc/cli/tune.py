@@ -94,7 +94,8 @@ def _matched(
     except ValueError as error:
         raise Mistake(str(error)) from None
     with compressing(net, found) as session:
-        report = prefill(net, inputs, session)
+        prefill(net, inputs)
+        report = session.report()
     given = {f.name: getattr(found, f.name) for f in fields(found)}
     changed = [f"{f.name}={given[f.name]!r}" for f in fields(found) if given[f.name] != f.default]
     return {
