@@ -39,7 +39,7 @@ class Settings:
 
     Attributes:
         methods: registered names.
-        samples: images that calibrate; held_out: questions about others.
+        samples: images that calibrate; held_out: questions about others, 0 for none.
         max_divergence, max_new_tokens, grid, steps: of `vtc.calibrate`.
         batch_size: prompts answered together.
         seed: of the choice of questions, of bounds and intervals, and of methods that draw.
@@ -188,7 +188,7 @@ def run(
             row["error"] = str(error)
         else:
             row |= {**found.to_dict(), "method": name, "parameters": str(found.method)}
-            row["held_out"] = held.measure(method, found.curve, progress)
+            row["held_out"] = held.measure(method, found.curve, progress) if rest else []
         result["rows"].append(row)
         result["seconds"] = round(time.perf_counter() - began, 1)
         save(result)

@@ -578,6 +578,20 @@ def test_the_command_calibrates(commands: None, tmp_path: Path) -> None:
     assert result["finished"] and result["command"].startswith("vtc ")
 
 
+def test_unlabeled_data_calibrate_without_held_out_questions(
+    commands: None, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    done = invoke(
+        *("calibrate", "my.jsonl", "--methods", "random", "--samples", "8", "--held-out", "0"),
+        *("--max-divergence", "1.5", "--steps", "0", "--max-new-tokens", "2"),
+        *("--out", str(tmp_path), "--json"),
+    )
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads(done.stdout)["rows"]
+    assert row["held_out"] == [] and row["chosen"]["kl_high"] <= 1.5
+
+
 def test_the_command_matches(commands: None, tmp_path: Path) -> None:
     done = invoke("match", "fastv,visionzip", "--flops", "0.6", "--tolerance", "0.05", "--json")
     assert done.exit_code == 0, done.output

@@ -144,7 +144,7 @@ def calibrate(
     ] = 0.2,
     samples: Annotated[int, typer.Option(min=1, help="Images that calibrate, unlabeled.")] = 64,
     held_out: Annotated[
-        int, typer.Option(min=1, help="Questions about other images, to see what is lost.")
+        int, typer.Option(min=0, help="Questions about other images, to see what is lost.")
     ] = 300,
     steps: Annotated[int, typer.Option(min=0, help="Bisections behind the grid.")] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer.")] = 6,
@@ -172,7 +172,7 @@ def calibrate(
     from ..benchmarks.budgets import seeded
     from ..benchmarks.environment import write_json
     from ..benchmarks.plots import calibration_plot
-    from ..benchmarks.tasks.base import TASKS, open_task
+    from ..benchmarks.tasks.base import open_task
 
     settings = calibration.Settings(
         methods=_names(methods),
@@ -186,8 +186,7 @@ def calibrate(
     )
     for name in settings.methods:
         valid(lambda name=name: seeded(name, None, seed))  # type: ignore[misc]
-    # Tasks of this package are endless or long, with five questions about most images.
-    count = 5 * samples + held_out if task in TASKS else None
+    count = 5 * samples + held_out  # most tasks ask several questions about an image
     opened = valid(lambda: open_task(task, n=count, seed=seed))
     net, processor = load(model, EMBEDDED.get(task, "load_llava"), device_of(device), dtype)
     path = out_dir / f"calibration-{Path(opened.name).stem}.json"
@@ -203,15 +202,15 @@ def calibrate(
                 save=lambda found: write_json(found, path),
             )
         )
-    if as_json:
-        print(json.dumps(result, indent=1))
-        return
     written = [path]
     try:
         if any(row["error"] is None for row in result["rows"]):
             written.append(calibration_plot(result, path.with_suffix(".png")))
     except ModuleNotFoundError:
         err.print('no plot without matplotlib; pip install "visual-token-compression[bench]"')
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
     _print_chosen(result)
     out.print(f"[dim]written: {', '.join(map(str, written))}[/dim]", soft_wrap=True)
 
@@ -227,15 +226,17 @@ def _print_chosen(result: dict[str, Any]) -> None:
             err.print(f"{row['method']}: {row['error']}", highlight=False, markup=False)
             continue
         at = row["chosen"]
-        (held,) = (x for x in row["held_out"] if x["keep_ratio"] == at["keep_ratio"])
+        held = [x for x in row["held_out"] if x["keep_ratio"] == at["keep_ratio"]]
         table.add_row(
             row["method"],
             f"{at['keep_ratio']:.4f}",
             f"{at['final_tokens']:.0f}",
             f"{at['kl']:.3f}, {at['kl_high']:.3f}",
             f"{100 * at['agreement']:.1f}",
-            f"{100 * held['loss']:.1f} [{100 * held['loss_low']:.1f}, "
-            f"{100 * held['loss_high']:.1f}]",
+            "".join(
+                f"{100 * x['loss']:.1f} [{100 * x['loss_low']:.1f}, {100 * x['loss_high']:.1f}]"
+                for x in held
+            ),
             f"{100 * at['promised_loss']:.1f}",
         )
     (out if out.is_terminal else Console(width=120)).print(table)
