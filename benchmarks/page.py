@@ -51,7 +51,7 @@ figure { margin: .5rem 0; flex: 1 1 20rem; max-width: 36rem; min-width: 0; }
 figure.wide { flex-basis: 100%; max-width: 100%; overflow-x: auto; }
 figure.wide img { min-width: 40rem; max-width: 60rem; }
 figure svg, figure img { width: 100%; height: auto; display: block; }
-figure svg text { fill: currentColor; }
+figure svg { fill: currentColor; }
 figcaption { font-size: .85rem; opacity: .8; }
 ul { padding-left: 1.2rem; margin: .5rem 0; font-size: .9rem; }
 details { margin: .75rem 0; font-size: .9rem; }
