@@ -16,6 +16,8 @@ _EXPORTS = {
     "compressing": "wrapping",
     "inspect": "inspecting",
     "match": "matching",
+    "calibrate": "calibrating",
+    "Calibration": "calibrating",
     "chain": "method",
     "register": "method",
     "Method": "method",
@@ -29,6 +31,8 @@ __all__ = [*_EXPORTS, "methods", "__version__"]
 
 if TYPE_CHECKING:
     from . import methods as methods
+    from .calibrating import Calibration as Calibration
+    from .calibrating import calibrate as calibrate
     from .errors import UnsupportedError as UnsupportedError
     from .inputs import compress_inputs as compress_inputs
     from .inspecting import inspect as inspect

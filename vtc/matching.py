@@ -14,7 +14,7 @@ from torch import nn
 from .errors import UnsupportedError
 from .method import Chain, Method, resolve
 from .report import Report
-from .wrapping import compressing, observe
+from .wrapping import Session, compressing, observe
 
 
 def match(
@@ -66,18 +66,12 @@ def match(
         methods = [methods]
     chosen = [resolve(m) for m in methods]
     for members in chosen:
-        if not -len(members) <= tune < len(members):
-            raise ValueError(
-                f"tune={tune}: {_label(members)} has {len(members)} method"
-                f"{'s' if len(members) > 1 else ''}, counted from 0"
-            )
+        check_tune(members, tune)
     names = [_name(members) for members in chosen]
-
     with observe(model) as session:
-        stock = _run(model, inputs, session)
-        _share(stock, which)
-        images = [n for row in session.record.images for n in row]
-        tokens = max(images, default=stock.grid[0] * stock.grid[1])
+        prefill(model, inputs)
+        stock, tokens = session.report(), largest_image(session)
+    flops_share(stock, which)
 
     out: dict[str, Method | Chain] = {}
     for name, members in zip(names, chosen, strict=True):
@@ -88,7 +82,7 @@ def match(
                 raise
             warnings.warn(f"left out: {error}", stacklevel=2)
             continue
-        out[name if names.count(name) == 1 else _label(members)] = found
+        out[name if names.count(name) == 1 else label(members)] = found
     return out
 
 
@@ -104,33 +98,25 @@ class _Search:
         which: str,
         tokens: int,
     ) -> None:
-        self.members, self.tune, self.tokens = members, tune % len(members), tokens
+        self.members, self.tune, self.tokens = members, tune, tokens
         self.model, self.inputs, self.which = model, inputs, which
         self.shares: dict[int, float] = {}
         self.failure: ValueError | None = None  # of a budget that the method cannot meet
 
     def at(self, k: int) -> Method | Chain:
         """The method or chain that keeps k of the tokens."""
-        members = list(self.members)
-        ratio = k / self.tokens
-        try:
-            members[self.tune] = replace(members[self.tune], keep_ratio=ratio, keep_tokens=None)
-        except ValueError as error:
-            raise UnsupportedError(
-                f"{members[self.tune]} has no keep_ratio to tune: {error}"
-            ) from error
-        return members[0] if len(members) == 1 else Chain(tuple(members))
+        return at_ratio(self.members, self.tune, k / self.tokens)
 
     def share(self, k: int) -> float | None:
         """Share of the FLOPs at k tokens; None where the method cannot keep so few."""
-        method = self.at(k)
-        with compressing(self.model, method) as session:  # refuses a model it does not fit
+        with compressing(self.model, self.at(k)) as session:  # refuses a model it does not fit
             try:
-                report = _run(self.model, self.inputs, session)
+                prefill(self.model, self.inputs)
+                report = session.report()
             except ValueError as error:
                 self.failure = error
                 return None
-        self.shares[k] = _share(report, self.which)
+        self.shares[k] = flops_share(report, self.which)
         return self.shares[k]
 
     def find(self, flops: float, tolerance: float) -> Method | Chain:
@@ -147,16 +133,16 @@ class _Search:
         raise self._unreached(flops, tolerance)
 
     def _unreached(self, flops: float, tolerance: float) -> UnsupportedError:
-        label = _label(self.members)
+        shown = label(self.members)
         if not self.shares:
-            return UnsupportedError(f"{label} ran at no budget that was tried: {self.failure}")
+            return UnsupportedError(f"{shown} ran at no budget that was tried: {self.failure}")
         if self.tokens not in self.shares:
             self.share(self.tokens)
         if 1 not in self.shares and self.failure is None:
             self.share(1)
         least, most = min(self.shares.values()), max(self.shares.values())
         of = " (encoder included)" if self.which == "all" else ""
-        message = f"{label} cannot cost {flops:.1%} of the FLOPs{of}"
+        message = f"{shown} cannot cost {flops:.1%} of the FLOPs{of}"
         if least <= flops <= most:
             below = max(s for s in self.shares.values() if s <= flops)
             above = min(s for s in self.shares.values() if s >= flops)
@@ -170,13 +156,14 @@ class _Search:
         return UnsupportedError(f"{message}: it reaches {least:.1%} to {most:.1%} here{reason}")
 
 
-def _run(model: nn.Module, inputs: Any, session: Any) -> Report:
-    with torch.no_grad():
-        model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-    return session.report()
+@torch.no_grad()
+def prefill(model: nn.Module, inputs: Any) -> None:
+    """Run the model once, on a mapping of keyword arguments or one tensor."""
+    model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
-def _share(report: Report, which: str) -> float:
+def flops_share(report: Report, which: str) -> float:
+    """Share of the uncompressed FLOPs, of everything ("all") or of visual tokens in the LLM."""
     if which == "all":
         return report.flops_all / report.flops_all_full
     if report.flops is None or not report.flops_full:
@@ -188,5 +175,40 @@ def _name(members: tuple[Method, ...]) -> str:
     return " + ".join(m.name for m in members)
 
 
-def _label(members: tuple[Method, ...]) -> str:
+def label(members: tuple[Method, ...]) -> str:
+    """A method or chain with its parameters, for messages."""
     return " + ".join(map(str, members))
+
+
+def check_tune(members: tuple[Method, ...], tune: int) -> None:
+    """Refuse a place that the chain does not have.
+
+    Raises:
+        ValueError: the place is out of range.
+    """
+    if not -len(members) <= tune < len(members):
+        raise ValueError(
+            f"tune={tune}: {label(members)} has {len(members)} method"
+            f"{'s' if len(members) > 1 else ''}, counted from 0"
+        )
+
+
+def at_ratio(members: tuple[Method, ...], tune: int, ratio: float) -> Method | Chain:
+    """The method or chain whose member ``tune`` has this keep_ratio.
+
+    Raises:
+        UnsupportedError: the member takes no budget.
+    """
+    chosen = list(members)
+    try:
+        chosen[tune] = replace(chosen[tune], keep_ratio=ratio, keep_tokens=None)
+    except ValueError as error:
+        raise UnsupportedError(f"{chosen[tune]} has no keep_ratio to tune: {error}") from error
+    return chosen[0] if len(chosen) == 1 else Chain(tuple(chosen))
+
+
+def largest_image(session: Session) -> int:
+    """Visual tokens of the largest image that the model has just seen."""
+    images = [n for row in session.record.images for n in row]
+    rows, columns = session.record.grid or (0, 0)
+    return max(images, default=rows * columns)

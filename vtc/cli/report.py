@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vtc report``: result files as one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Mistake, command, err, out, valid
+
+
+@command
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Result files, or folders of them.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the report.")] = Path(
+        "results"
+    ),
+) -> None:
+    """One HTML page that loads nothing, and Markdown, from the result files of all benchmarks.
+
+    Example: vtc report results --out results
+    """
+    from ..benchmarks.page import write
+
+    try:
+        written, refused = valid(lambda: write(results, out_dir))
+    except OSError as error:
+        raise Mistake(f"cannot write {error.filename or out_dir}: {error.strerror}") from None
+    for where, why in refused:
+        err.print(f"not read: {where}: {why}", highlight=False, markup=False, soft_wrap=True)
+    out.print(f"[dim]written: {', '.join(map(str, written))}[/dim]", soft_wrap=True)
