@@ -575,7 +575,7 @@ def test_the_command_calibrates(commands: None, tmp_path: Path) -> None:
     assert "keep_ratio" in done.stdout and "promised" in done.stdout
     assert {p.name for p in tmp_path.iterdir()} == {"calibration-toy.json", "calibration-toy.png"}
     result = json.loads((tmp_path / "calibration-toy.json").read_text())
-    assert result["finished"] and result["command"].startswith("vtc ")
+    assert result["finished"] and result["command"].startswith("vtc")
 
 
 def test_unlabeled_data_calibrate_without_held_out_questions(
