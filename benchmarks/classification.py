@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import sweep
 from .rows import bootstrap
-from .sweep import Row, Settings, Swept, result_of
+from .sweep import Row, Settings, Swept, sweep
+from .sweep_tables import COLUMNS as SWEEP_COLUMNS
+from .sweep_tables import result_of
 from .tables import interval, number
 from .tasks.galleries import ClassFolder
 from .timing import Progress
@@ -100,7 +101,7 @@ def run(
         ValueError: an unknown method, or no image can be read.
     """
     began = time.perf_counter()
-    found: Swept[ClassificationRow] = sweep.sweep(
+    found: Swept[ClassificationRow] = sweep(
         model, task, settings, ClassificationRow, progress, keep=best
     )
     labels = [columns[answer[0]] for answer in found.answers]
@@ -118,7 +119,7 @@ def run(
 
 
 COLUMNS = (
-    *sweep.COLUMNS,
+    *SWEEP_COLUMNS,
     ("top-1 % [95 %]", interval),
     ("top-5 %", number("top5", 1, 100)),
     ("same %", number("agreement", 1, 100)),

@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import sweep
 from .metrics import hits_at_k
 from .rows import bootstrap
-from .sweep import Row, Settings, Swept, result_of
+from .sweep import Row, Settings, Swept, sweep
+from .sweep_tables import COLUMNS as SWEEP_COLUMNS
+from .sweep_tables import result_of
 from .tables import Cell
 from .tasks.base import Item, Questions
 from .timing import Progress
@@ -117,7 +118,7 @@ def run(
         parts = [captions[i : i + size] for i in range(0, len(captions), size)]
         return torch.cat([model.encode_texts(part).float().cpu() for part in parts])
 
-    found: Swept[RetrievalRow] = sweep.sweep(
+    found: Swept[RetrievalRow] = sweep(
         model, task, settings, RetrievalRow, progress, beside=texts_of
     )
     owners = [i for i, captions in enumerate(found.answers) for _ in captions]
@@ -146,7 +147,7 @@ def _cell(direction: str, k: int) -> Cell:
     return cell
 
 
-COLUMNS = sweep.COLUMNS + tuple(
+COLUMNS = SWEEP_COLUMNS + tuple(
     (f"{short} @{k}" + (" [95 %]" if k == 1 else ""), _cell(direction, k))
     for direction, short in DIRECTIONS.items()
     for k in KS

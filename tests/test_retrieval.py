@@ -27,6 +27,7 @@ from vtc.benchmarks import classification, retrieval, sweep, towers
 from vtc.benchmarks.budgets import seeded
 from vtc.benchmarks.metrics import top_k_accuracy
 from vtc.benchmarks.rows import BASELINE
+from vtc.benchmarks.sweep_tables import caption
 from vtc.benchmarks.tasks.base import Entry, Item, Questions
 from vtc.benchmarks.tasks.galleries import (
     ClassFolder,
@@ -411,7 +412,7 @@ def test_interrupted_runs_keep_what_they_have(loaded: dict[str, Any]) -> None:
     assert (part["finished"], part["images"], part["captions"]) == (False, 3, 6)
     assert whole["finished"] is True
     assert [r["recall"] for r in part["rows"]] == [r["recall"] for r in whole["rows"]]
-    assert "Interrupted" in sweep.caption(part)
+    assert "Interrupted" in caption(part)
     with pytest.raises(KeyboardInterrupt):  # nothing to keep yet
         retrieval.run(loaded["clip"], task, settings("tome", batch_size=6))
 
@@ -580,7 +581,7 @@ def test_unreadable_images_are_left_out_and_counted(loaded: dict[str, Any], tmp_
     assert (result["images"], result["captions"], result["finished"]) == (3, 3, True)
     assert [s["where"] for s in result["skipped"]] == ["own.jsonl:2", "own.jsonl:4"]
     assert all("cannot read" in s["why"] for s in result["skipped"])
-    assert "2 images left out; the first: own.jsonl:2" in sweep.caption(result)
+    assert "2 images left out; the first: own.jsonl:2" in caption(result)
     for i in range(5):
         (tmp_path / f"{i}.png").write_bytes(b"no image")
     task = open_captions(tmp_path / "own.jsonl")

@@ -178,7 +178,7 @@ def _show(
 ) -> None:
     """Print a result as a table or as JSON, and write it."""
     from ..benchmarks.environment import write_json
-    from ..benchmarks.sweep import caption
+    from ..benchmarks.sweep_tables import caption
     from ..benchmarks.tables import failures
 
     result = {"command": shlex.join(["vtc", *sys.argv[1:]]), **result}
