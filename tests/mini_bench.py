@@ -99,7 +99,7 @@ def predictions(folder: Path) -> Path:
     return folder / "toy.predictions.jsonl"
 
 
-def wait_for_lines(folder: Path, count: int, timeout: float = 60) -> None:
+def wait_for_lines(folder: Path, count: int, timeout: float = 300) -> None:
     """Until a run has written so many answers."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
@@ -137,7 +137,7 @@ def start(function: Any, *args: Any, **env: str) -> Any:
     process.start()
     theirs.close()
 
-    def answer(timeout: float = 60) -> Any:
+    def answer(timeout: float = 300) -> Any:
         got = ours.recv() if ours.poll(timeout) else None
         process.join(timeout)
         return got

@@ -117,7 +117,7 @@ def test_json_is_all_there_is_on_stdout(toy, tmp_path):
     assert result["task"] == "scenes"
     assert len(result["rows"]) == 2
     assert json.loads((tmp_path / "scenes.json").read_text()) == result
-    assert result["command"].startswith("vtc ")
+    assert result["command"].startswith("vtc")
 
 
 def test_kernels_prints_its_tables(monkeypatch, tmp_path):
