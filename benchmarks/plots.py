@@ -128,7 +128,7 @@ def draw_front(
     axis.set_xlim(left=0)
     axis.grid(alpha=0.25)
     low, high = axis.get_ylim()
-    if high - low < 10:  # percent; do not blow up noise
+    if high - low < 12:  # percent; do not blow up noise
         axis.set_ylim((low + high) / 2 - 5, min((low + high) / 2 + 5, 101))
 
 
