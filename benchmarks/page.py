@@ -47,7 +47,7 @@ th button:focus-visible { outline: 2px solid var(--accent); }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem; }
-figure { margin: .5rem 0; flex: 1 1 20rem; max-width: 36rem; min-width: 0; }
+figure { margin: .5rem 0; flex: 0 1 36rem; min-width: 0; }
 figure.wide { flex-basis: 100%; max-width: 100%; overflow-x: auto; }
 figure.wide img { min-width: 40rem; max-width: 60rem; }
 figure svg, figure img { width: 100%; height: auto; display: block; }

@@ -117,7 +117,9 @@ def draw_front(
         label="Pareto-optimal",
     )
     if base in known:
-        axis.plot(base[cost], quality(base), "k*", ms=12, label="uncompressed", zorder=5)
+        axis.plot(
+            base[cost], quality(base), "k*", ms=12, label="uncompressed", zorder=5, clip_on=False
+        )
     if base.get("blank_accuracy") is not None and quality is accuracy:
         blank = 100 * base["blank_accuracy"]
         axis.axhline(blank, color="k", ls="--", lw=0.8, label="blank image")
@@ -126,8 +128,8 @@ def draw_front(
     axis.set_xlim(left=0)
     axis.grid(alpha=0.25)
     low, high = axis.get_ylim()
-    if high - low < 10:  # percent; do not blow up noise
-        axis.set_ylim((low + high) / 2 - 5, (low + high) / 2 + 5)
+    if high - low < 12:  # percent; do not blow up noise
+        axis.set_ylim((low + high) / 2 - 5, min((low + high) / 2 + 5, 101))
 
 
 def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:

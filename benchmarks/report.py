@@ -36,7 +36,7 @@ class Cell:
 
 @dataclass
 class Table:
-    """Rows of cells; ``strong`` are the rows of the stock model."""
+    """Rows of cells; ``strong`` are those of the stock model, or of what was chosen."""
 
     title: str
     head: list[str]
@@ -277,7 +277,11 @@ def table(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> Table:
     """A table of the columns that have something to say."""
     cells = [[cell(row) for _, cell in columns] for row in rows]
     used = [i for i in range(len(columns)) if any(line[i].text for line in cells)]
-    strong = {n for n, row in enumerate(rows) if row.get("method") == "uncompressed"}
+    strong = {
+        n
+        for n, row in enumerate(rows)
+        if row.get("method") == "uncompressed" or row.get("is_chosen")
+    }
     return Table(
         title, [columns[i][0] for i in used], [[line[i] for i in used] for line in cells], strong
     )
