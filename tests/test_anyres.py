@@ -435,23 +435,6 @@ def test_crops_of_padding_alone_are_no_regions() -> None:
     assert sorted(set(layout.crop.tolist())) == [0, 2, 5, 8]
 
 
-def test_boxes_cover_the_image_twice() -> None:
-    """Thumbnail and canvas: each patch's pixels, in the image's own coordinates."""
-    layout = layout_of(locate(mini.build("next")).decoder.crops, WIDE, 5, {})
-    boxes = layout.boxes()
-    height, width = WIDE
-    assert boxes[0].tolist() == [0, 0, width / 4, height / 4]
-    assert boxes[mini.PATCHES - 1].tolist() == [width * 3 / 4, height * 3 / 4, width, height]
-    rows, columns = mini.shape_of(WIDE)
-    torch.testing.assert_close(
-        boxes[mini.PATCHES + columns],
-        torch.tensor([0, 1 / rows, 1 / columns, 2 / rows])
-        * torch.tensor([width, height, width, height]),
-    )
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    assert area.sum().item() == pytest.approx(2 * height * width)
-
-
 def test_apportion() -> None:
     assert apportion(10, [16, 16, 8], [16, 16, 8]) == [4, 4, 2]
     assert apportion(5, [1, 1, 1], [9, 9, 9]) == [2, 2, 1]  # ties to the first

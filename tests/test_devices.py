@@ -39,7 +39,11 @@ def answer(model, method, inputs):
     with torch.no_grad(), vtc.compressing(model, method) as session:
         logits = model(**inputs).logits.cpu()
         tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False).cpu()
-        return logits, tokens, session.report().tokens_per_layer
+        report = session.report()
+        stages = [
+            (s.label, s.owner) for i in range(len(report.kept)) for s in report.trace.stages(i)
+        ]
+        return logits, tokens, report.tokens_per_layer, stages
 
 
 @pytest.mark.parametrize("name", known_methods())
@@ -50,11 +54,13 @@ def test_as_on_the_cpu(models, name):
     except ValueError:  # takes no budget
         method = seeded(name, None, 0)
     try:
-        expected, tokens, layers = answer(cpu, method, inputs)
+        expected, tokens, layers, stages = answer(cpu, method, inputs)
     except UnsupportedError as error:
         pytest.skip(str(error))
     there = {k: v.cuda() for k, v in inputs.items()}
-    logits, said, ran = answer(gpu, method, there)
+    logits, said, ran, traced = answer(gpu, method, there)
     assert ran == layers
+    for (label, owner), (name, other) in zip(stages, traced, strict=True):
+        assert label == name and torch.equal(owner, other)
     torch.testing.assert_close(logits, expected, rtol=0, atol=2e-3 * float(expected.abs().max()))
     assert torch.equal(said, tokens)
