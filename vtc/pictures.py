@@ -252,8 +252,8 @@ def overlay(
             for images of their own (InternVL, Idefics3, SmolVLM, crops of Gemma 3), the first tile.
         size: longer side of the picture in pixels; None: that of the image, within 480 and 1600.
             The legend of scores comes below that.
-        view: of an image in crops and a thumbnail, the tokens to draw. With "all" a patch is clear
-            if any token on it is kept, and crops lie over the thumbnail.
+        view: of an image in crops and a thumbnail, the tokens to draw. With "all" a pixel is clear
+            if any token on it is kept; of those that are, the smallest is drawn.
 
     Raises:
         ValueError: no processor; a layer, an index, a kind or scores that the report does not have;
