@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generation, observed: text as it comes, times of tokens, the peak of tensor memory."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+Open = Callable[[], AbstractContextManager[Any]]
+"""Brings a model into a configuration for the length of a ``with`` block."""
+
+
+class Watch(BaseStreamer):
+    """A streamer that notes when each new token arrives and hands on all ids so far."""
+
+    def __init__(self, tell: Callable[[list[int]], None] = lambda ids: None) -> None:
+        self.tell = tell
+        self.ids: list[int] = []
+        self.times: list[float] = []
+        self.prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.prompt:  # what `generate` puts first
+            self.prompt = False
+            return
+        self.times.append(time.perf_counter())
+        self.ids += value.reshape(-1).tolist()
+        self.tell(self.ids)
+
+    def end(self) -> None:
+        pass
+
+
+def generate(net: Any, inputs: Any, length: int, watch: Watch) -> None:
+    """A greedy answer of at most ``length`` tokens, told to ``watch``."""
+    net.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=length, streamer=watch)
+
+
+@dataclass
+class Times:
+    """Milliseconds of one configuration: from pixels on the device to the first token, and to the
+    last; medians of the rounds."""
+
+    first: list[float] = field(default_factory=list)
+    total: list[float] = field(default_factory=list)
+
+    @property
+    def first_ms(self) -> float | None:
+        return statistics.median(self.first) if self.first else None
+
+    @property
+    def total_ms(self) -> float | None:
+        return statistics.median(self.total) if self.total else None
+
+
+def race(
+    net: Any,
+    inputs: Any,
+    configurations: Mapping[str, Open],
+    length: int,
+    rounds: int,
+    tick: Callable[[int], None] = lambda round_: None,
+) -> dict[str, Times]:
+    """Times of several configurations on one prompt, in a new random order in each round.
+
+    Nothing is warmed up here: each configuration must have run on this prompt before.
+    """
+    times = {name: Times() for name in configurations}
+    for round_ in range(rounds):
+        for name in random.sample(list(configurations), len(configurations)):
+            tick(round_)
+            with configurations[name]():
+                watch = Watch(lambda ids, round_=round_: tick(round_))  # type: ignore[misc]
+                start = time.perf_counter()
+                generate(net, inputs, length, watch)
+            times[name].first.append(1e3 * (watch.times[0] - start))
+            times[name].total.append(1e3 * (watch.times[-1] - start))
+    return times
+
+
+@dataclass
+class Peak:
+    """Bytes of tensors at the fullest moment, above those that were there before; None where torch
+    does not tell."""
+
+    bytes: int | None = None
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """The peak of tensor memory in the block, filled in behind it.
+
+    On CUDA torch's own counter; on a CPU the allocations and releases that torch's profiler saw in
+    this thread, added up. Weights and inputs are not in it, scratch space of libraries is not
+    either.
+    """
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        torch.cuda.synchronize(device)
+        peak.bytes = torch.cuda.max_memory_allocated(device) - before
+    elif device.type == "cpu":
+        with torch.autograd.profiler.profile(profile_memory=True) as profile:
+            yield peak
+        peak.bytes = _highest(profile)
+    else:
+        yield peak
+
+
+def _highest(profile: Any) -> int | None:
+    results = getattr(profile, "kineto_results", None)
+    if results is None:
+        return None
+    found = [e for e in results.events() if e.name() == "[memory]"]
+    held = highest = 0
+    for event in sorted(found, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest
