@@ -12,7 +12,7 @@ import gradio as gr
 from ..benchmarks.catalogue import PLACES
 from . import pages
 from .choices import MAX_QUESTION, snippet
-from .engine import BASELINE, COMPRESSED, MAX_LENGTH, MAX_ROUNDS, Answer, Engine, Side, draw
+from .engine import BASELINE, COMPRESSED, MAX_LENGTH, MAX_ROUNDS, Engine, Side, draw
 from .examples import EXAMPLES
 from .loading import CAUTION, EMBEDDED
 from .uploads import read_image
@@ -228,21 +228,20 @@ def ask_tab(engine: Engine) -> list[Any]:
         n: float,
         timed: float,
     ) -> Iterator[dict[Any, Any]]:
-        now: Answer | None = None
         try:
             asked = opened(path)
             for now in engine.answer(title, asked, text, chosen, percent / 100, int(n), int(timed)):
-                yield {
+                news = {
                     status: pages.outcome(now),
                     before: pages.card(BASELINE, now.sides[BASELINE]),
                     after: pages.card(COMPRESSED, now.sides[COMPRESSED]),
                     table: pages.figures(now, int(timed)),
                 }
-            if now is None or now.report is None:
-                raise RuntimeError("the engine ended without a report")
-            result = (now.report, asked, title)
-            seen = redraw(result, "kept", None)
-            yield {**seen, shown: result, kind: "kept", pictures: gr.update(visible=True)}
+                if now.done:
+                    result = (now.report, asked, title)
+                    news |= redraw(result, "kept", None)
+                    news |= {shown: result, kind: "kept", pictures: gr.update(visible=True)}
+                yield news
         except Exception as error:
             yield {status: failure(error)}
 
@@ -253,15 +252,14 @@ def ask_tab(engine: Engine) -> list[Any]:
         report, asked, title = result
         steps = report.stages()
         at = len(steps) if step is None else min(int(step), len(steps))
-        label, tokens = steps[at - 1] if at else ("all patches", report.visual_tokens)
+        label, tokens = steps[at - 1] if at else ("all of them", report.visual_tokens)
         text = f"Step {at} of {len(steps)}, {label}: {tokens:g} of {report.visual_tokens:g} tokens."
         slider = gr.update(
             maximum=max(1, len(steps)), value=at, visible=bool(steps), label=f"Layer: {label}"
         )
         try:
-            drawn = draw(
-                report, asked, engine.models[title].processor, which, label if at else None
-            )
+            processor = engine.models[title].processor
+            drawn = draw(report, asked, processor, which, label) if at else asked
         except ValueError as error:
             return {picture: None, caption: pages.status(f"{text} {error}"), layer: slider}
         return {picture: drawn, caption: pages.status(f"{text} {LEGENDS[which]}"), layer: slider}

@@ -84,7 +84,8 @@ def make(names: Sequence[str], keep: float) -> Chain:
         raise ValueError("choose at least one method")
     order = list(PLACES)
     plain = [seeded(name, None, 0) for name in dict.fromkeys(names)]
-    plain.sort(key=lambda m: min(order.index(stage) for stage in m.stages))
+    # What packs the KV cache comes last: nothing can be evicted from a packed one.
+    plain.sort(key=lambda m: (m.packs, min(order.index(stage) for stage in m.stages)))
     budgeted = [m.name for m in plain if _takes_budget(m.name)]
     made: list[Method] = []
     for method in plain:

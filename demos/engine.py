@@ -32,7 +32,8 @@ from .measuring import Open, Watch, generate, peak_memory, race
 T = TypeVar("T")
 BASELINE, COMPRESSED = "uncompressed", "compressed"
 MAX_LENGTH, MAX_ROUNDS, MAX_METHODS = 256, 9, 8
-GALLERY = 24
+GALLERY = 12
+"""Scenes that the retrieval tab searches."""
 PICTURE = 640
 """Longer side of a picture in pixels."""
 
@@ -125,15 +126,19 @@ class Engine:
         """End the thread; what still waits is dropped."""
         self._thread.shutdown(cancel_futures=True)
 
-    def _run(self, work: Callable[[Callable[[T], None]], None]) -> Iterator[T]:
-        """Do ``work(say)`` on the model's thread and yield what it says, as it says it."""
+    def _run(self, work: Callable[[Callable[[T | None], None]], None]) -> Iterator[T]:
+        """Do ``work(say)`` on the model's thread and yield what it says, as it says it.
+
+        ``say(None)`` says nothing, but like every call it ends the work when nobody listens.
+        """
         box: SimpleQueue[tuple[str, Any]] = SimpleQueue()
         left = threading.Event()
 
-        def say(news: T) -> None:
+        def say(news: T | None) -> None:
             if left.is_set():
                 raise _Left
-            box.put(("news", news))
+            if news is not None:
+                box.put(("news", news))
 
         def job() -> None:
             try:
@@ -190,7 +195,7 @@ class Engine:
             COMPRESSED: lambda: compressing(net, method),
         }
 
-        def work(say: Callable[[Answer], None]) -> None:
+        def work(say: Callable[[Answer | None], None]) -> None:
             now = Answer("reading the image", str(method), {BASELINE: Side(), COMPRESSED: Side()})
             say(now)
             inputs = model.inputs(image, question)
@@ -208,12 +213,12 @@ class Engine:
                         now = replace(now, report=session.report())
             timed: dict[str, Open] = {**session_of, BASELINE: nullcontext}
 
-            def tick(round_: int) -> None:
+            def begin(round_: int) -> None:
                 nonlocal now
                 now = replace(now, status=f"measuring times, round {round_ + 1} of {rounds}")
                 say(now)
 
-            times = race(net, inputs, timed, length, rounds, tick)
+            times = race(net, inputs, timed, length, rounds, begin, lambda: say(None))
             sides = {
                 name: replace(side, first_ms=times[name].first_ms, total_ms=times[name].total_ms)
                 for name, side in now.sides.items()
@@ -252,7 +257,7 @@ class Engine:
                 return observe(model.net)
             return compressing(model.net, methods[name])
 
-        def work(say: Callable[[tuple[str, list[Row]]], None]) -> None:
+        def work(say: Callable[[tuple[str, list[Row]] | None], None]) -> None:
             say(("reading the image", []))
             inputs = model.inputs(image, question)
             rows: list[Row] = []
@@ -260,7 +265,7 @@ class Engine:
                 say((f"answering, {name}", list(rows)))
                 try:
                     with session_of(name) as session:
-                        side = _answer(model, inputs, length, session)
+                        side = _answer(model, inputs, length, session, lambda side: say(None))
                         report = session.report()
                     rows.append(Row(name, side, _picture(report, image, model.processor)))
                 except ValueError as error:
@@ -271,10 +276,10 @@ class Engine:
                 if not row.error
             }
 
-            def tick(round_: int) -> None:
+            def begin(round_: int) -> None:
                 say((f"measuring times, round {round_ + 1} of {rounds}", list(rows)))
 
-            times = race(model.net, inputs, runs, length, rounds, tick)
+            times = race(model.net, inputs, runs, length, rounds, begin, lambda: say(None))
             rows = [
                 replace(
                     row,
@@ -329,7 +334,7 @@ class Engine:
             raise ValueError("describe a scene first")
         method = make(names, keep)
 
-        def work(say: Callable[[tuple[str, dict[str, Ranking]]], None]) -> None:
+        def work(say: Callable[[tuple[str, dict[str, Ranking]] | None], None]) -> None:
             found: dict[str, Ranking] = {}
             own = self.tower.encode_texts(self.captions)
             asked = self.tower.encode_texts([text])[0]

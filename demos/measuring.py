@@ -67,18 +67,23 @@ def race(
     configurations: Mapping[str, Open],
     length: int,
     rounds: int,
-    tick: Callable[[int], None] = lambda round_: None,
+    begin: Callable[[int], None] = lambda round_: None,
+    alive: Callable[[], None] = lambda: None,
 ) -> dict[str, Times]:
     """Times of several configurations on one prompt, in a new random order in each round.
 
     Nothing is warmed up here: each configuration must have run on this prompt before.
+
+    Args:
+        begin: told each round before it begins; alive: called at each token, to end it all by an
+            exception.
     """
     times = {name: Times() for name in configurations}
     for round_ in range(rounds):
+        begin(round_)
         for name in random.sample(list(configurations), len(configurations)):
-            tick(round_)
             with configurations[name]():
-                watch = Watch(lambda ids, round_=round_: tick(round_))  # type: ignore[misc]
+                watch = Watch(lambda ids: alive())
                 start = time.perf_counter()
                 generate(net, inputs, length, watch)
             times[name].first.append(1e3 * (watch.times[0] - start))

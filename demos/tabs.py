@@ -63,24 +63,18 @@ def comparison_tab(engine: Engine, tab: gr.Tab, source: list[Any]) -> None:
     def compare(
         path: str | None, text: str, title: str, chosen: list[str], percent: float
     ) -> Iterator[dict[Any, Any]]:
-        rows: list[Row] = []
         try:
             asked = engine.compare(title, opened(path), text, chosen, percent / 100, rounds=ROUNDS)
-            for news, found in asked:
-                rows = found
-                yield {
-                    status: pages.status(news, "" if news == "done" else "busy"),
+            for said, rows in asked:
+                done = said == "done"
+                news: dict[Any, Any] = {
+                    status: pages.status(said, "" if done else "busy"),
                     table: pages.comparison(rows, ROUNDS),
                 }
-            tiles = [
-                (row.picture, f"{row.name}, {row.side.tokens:g} tokens: {row.side.text}")
-                for row in rows
-                if row.picture is not None
-            ]
-            yield {
-                sheet: pages.sheet("What each kept", tiles),
-                chart: gr.update(value=pages.plot(rows), visible=True),
-            }
+                if done:
+                    news[sheet] = pages.sheet("What each kept", _tiles(rows))
+                    news[chart] = gr.update(value=pages.plot(rows), visible=True)
+                yield news
         except Exception as error:
             yield {status: failure(error)}
 
@@ -98,10 +92,16 @@ def comparison_tab(engine: Engine, tab: gr.Tab, source: list[Any]) -> None:
     )
 
 
+def _tiles(rows: list[Row]) -> Iterator[tuple[Any, str]]:
+    for row in rows:
+        if row.picture is not None:
+            yield row.picture, f"{row.name}, {row.side.tokens:g} tokens: {row.side.text}"
+
+
 def retrieval_tab(engine: Engine) -> None:
     """A text finds images in a built-in gallery, before and after compression of the encoder."""
     able = engine.encoder_methods
-    asked = [engine.captions[i] for i in (14, 21, 10, 23)]
+    asked = [engine.captions[i] for i in (10, 2, 5, 7)]
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=300):
             gr.HTML(
@@ -134,21 +134,22 @@ def retrieval_tab(engine: Engine) -> None:
             after = gr.HTML(elem_id="found-after")
 
     def search(description: str, chosen: list[str], percent: float) -> Iterator[dict[Any, Any]]:
-        found: dict[str, Ranking] = {}
         try:
             if len(description) > MAX_QUESTION:
                 raise ValueError(f"a description has at most {MAX_QUESTION} characters")
-            for news, rankings in engine.search(description, chosen, percent / 100):
-                found = rankings
-                yield {status: pages.status(news, "" if news == "done" else "busy")}
-            same = description.strip()
-            described = engine.captions.index(same) if same in engine.captions else None
-            first, then = found[BASELINE], found[COMPRESSED]
-            yield {
-                summary: pages.ranking(found, described, SHOWN),
-                before: pages.sheet("Before compression", _best(engine, first, first)),
-                after: pages.sheet("After compression", _best(engine, then, first)),
-            }
+            for said, found in engine.search(description, chosen, percent / 100):
+                done = said == "done"
+                news: dict[Any, Any] = {status: pages.status(said, "" if done else "busy")}
+                if done:
+                    own, captions = description.strip(), engine.captions
+                    described = captions.index(own) if own in captions else None
+                    first, then = found[BASELINE], found[COMPRESSED]
+                    news |= {
+                        summary: pages.ranking(found, described, SHOWN),
+                        before: pages.sheet("Before compression", _best(engine, first, first)),
+                        after: pages.sheet("After compression", _best(engine, then, first)),
+                    }
+                yield news
         except Exception as error:
             yield {status: failure(error)}
 
