@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from ..method import Method
-from ..overlay import Fit, contact_sheet, kept_overlay, merge_groups
+from ..pictures import Fit, contact_sheet, kept_overlay, merge_groups
 from ..wrapping import compressing
 from .budgets import seeded, token_budgets
 from .prompts import Batch, answer_batch, make_batches

@@ -16,6 +16,7 @@ _EXPORTS = {
     "compressing": "wrapping",
     "inspect": "inspecting",
     "match": "matching",
+    "overlay": "pictures",
     "chain": "method",
     "register": "method",
     "Method": "method",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .method import Scorer as Scorer
     from .method import chain as chain
     from .method import register as register
+    from .pictures import overlay as overlay
     from .reduction import Reduction as Reduction
     from .report import Report as Report
     from .wrapping import compressing as compressing

@@ -791,6 +791,7 @@ class DecoderEngine:
             self.record.layer(i, processed, part.visual)
             return part, short
         self.record.layer(i, st.visual, st.visual)
+        self.record.places(i, st.visual, st.image, st.position)
         return st, hidden
 
     def _attn_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:

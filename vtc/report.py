@@ -82,6 +82,8 @@ class Record:
         self.separators: Tensor | None = None  # (B,) newlines between rows of patches, among those
         self.visual: dict[int, Tensor] = {}  # layer -> (B, T) bool, visual tokens it processed
         self.attended: dict[int, Tensor] = {}  # layer -> (B, T) bool, those in its attention
+        # layer -> (B, T) visual tokens it processed, their images, their places in them
+        self.where: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.slots: list[Tensor | None] = []  # (B,) visual tokens in each compressed cache layer
         self.final: tuple[Tensor, Tensor, Tensor] | None = None
         self.kv: tuple[int, int] = (0, 0)
@@ -103,11 +105,15 @@ class Record:
         self.separators = None if separator is None else separator.sum(1)
         self.images, self.text, self.final = images, (real & ~visual).sum(1), None
         self.visual = {0: visual}
-        self.attended, self.slots = {}, []
+        self.attended, self.slots, self.where = {}, [], {}
         self.clock.reset("prefill", "decode")
 
     def layer(self, i: int, visual: Tensor, attended: Tensor) -> None:
         self.visual[i], self.attended[i] = visual, attended
+
+    def places(self, i: int, visual: Tensor, image: Tensor, position: Tensor) -> None:
+        """Which tokens layer i processed, as references."""
+        self.where[i] = visual, image, position
 
     def end(
         self,
@@ -181,10 +187,36 @@ class Report:
     grids: list[GridLayout] | None = None
     videos: list[GridLayout] | None = None
     kinds: list[str] = field(default_factory=list)
+    alive: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def stages(self, index: int = 0) -> list[tuple[str, int]]:
+        """The steps that took tokens of an image away, with the tokens that each left.
+
+        Args:
+            index: which image of the report, as in ``kept``.
+
+        Returns:
+            (label, tokens) in the order in which they ran, such as ("LLM layer 2", 128): the first
+            layer that ran on fewer. Layers and blocks count from 0. Labels are what ``layer`` of
+            `vtc.overlay` takes.
+        """
+        return [(label, int(alive.sum())) for label, alive in self.alive[index].items()]
+
+    def scores(self, index: int = 0, layer: int | str | None = None) -> Tensor | None:
+        """What the tokens of an image were ranked by, (N,) fp32, NaN where one was gone before.
+
+        Args:
+            index: as in `stages`.
+            layer: label of the step, or LLM layer; the last step that had scores when None.
+
+        Returns:
+            None where no step ranked tokens by a score.
+        """
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the tensors, ready for JSON; kept patches as lists."""
-        skip = ("kept", "reduction", "layouts", "grids", "videos")
+        skip = ("kept", "reduction", "layouts", "grids", "videos", "alive")
         out = {k: v for k, v in asdict(self).items() if k not in skip}
         out["kept"] = [k.tolist() for k in self.kept]
         return out
@@ -408,6 +440,7 @@ def build_report(
         kv_bytes=record.kv[0] or None,
         kv_bytes_full=record.kv[1] or None,
         kept=_kept_by_llm(record),
+        alive=_alive(record),
         separators=0.0 if record.separators is None else mean(record.separators[rows].tolist()),
         **common,
     )
@@ -428,3 +461,23 @@ def _kept_by_llm(record: Record) -> list[Tensor]:
         for r, images in enumerate(record.images)
         for i in range(len(images))
     ]
+
+
+def _alive(record: Record) -> list[dict[str, Tensor]]:
+    """For each image, by the label of each step that changed something, (N,) bool."""
+    out: list[dict[str, Tensor]] = []
+    for r, images in enumerate(record.images):
+        for j, n in enumerate(images):
+            stages, before = {}, torch.ones(n, dtype=torch.bool)
+            last: Any = None
+            for i, (visual, image, position) in record.where.items():
+                if last is visual:
+                    continue
+                last = visual
+                here = (visual[r] & (image[r] == j)).cpu()
+                now = torch.zeros(n, dtype=torch.bool)
+                now[position[r].cpu()[here]] = True
+                if not torch.equal(now, before):
+                    stages["before the LLM" if i == 0 else f"LLM layer {i}"] = before = now
+            out.append(stages)
+    return out

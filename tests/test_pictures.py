@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vtc.overlay import contact_sheet, kept_overlay, merge_groups, patch_map, visible_box
+from vtc.pictures import contact_sheet, kept_overlay, merge_groups, patch_map, visible_box
 from vtc.reduction import Reduction
 
 

@@ -4,13 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .reduction import Reduction
 
+if TYPE_CHECKING:
+    from .report import Report
+
+Kind = Literal["kept", "groups", "scores"]
+View = Literal["all", "crops", "thumbnail"]
 Fit = Literal["stretch", "crop"]
 """How the processor makes its square: squeezes the whole image, or crops the centre."""
 
@@ -151,6 +156,59 @@ def merge_groups(
     _blend(pixels, ~inside, (255, 255, 255), dim)
     _blend(pixels, _edges(labels), outline, 0.8)
     return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def overlay(
+    report: Report,
+    image: Image.Image,
+    *,
+    processor: Any = None,
+    kind: Kind = "kept",
+    layer: int | str | None = None,
+    index: int = 0,
+    size: int | None = None,
+    view: View = "all",
+) -> Image.Image:
+    """The image with what compression did to its patches drawn on it.
+
+    Args:
+        report: of a forward on this image, ``model.vtc.report()``.
+        image: what the prompt showed.
+        processor: the processor that made the inputs, which tells where each patch lies.
+        kind: "kept", dropped patches are dimmed; "groups", patches merged into one token have one
+            colour and an outline; "scores", what they were ranked by as a heat map.
+        layer: when: None, at the end; an int, what that LLM layer (of an encoder alone: that block)
+            ran on, from 0; or a label of ``report.stages(index)``.
+        index: which image of the report, over all rows of the batch.
+        size: longer side of the picture in pixels; that of the image when None.
+        view: of an image in crops and a thumbnail, what is drawn.
+
+    Raises:
+        ValueError: no processor; a layer, index or kind that the report does not have; an image
+            that is not the one in the report.
+    """
+    if processor is None:
+        raise ValueError("vtc.overlay needs processor=..., which tells where each patch lies")
+    if not 0 <= index < len(report.alive):
+        raise ValueError(f"index {index}: the report has {len(report.alive)} images")
+    stages = report.alive[index]
+    kept = report.kept[index]
+    if isinstance(layer, str):
+        if layer not in stages:
+            raise ValueError(f'no step "{layer}"; the steps are {", ".join(stages) or "none"}')
+        kept = stages[layer].nonzero()[:, 0]
+    elif layer is not None:
+        past = [x for k, x in stages.items() if not k.startswith("LLM") or int(k[10:]) <= layer]
+        kept = past[-1].nonzero()[:, 0] if past else range(report.grid[0] * report.grid[1])
+    tool = getattr(processor, "image_processor", processor)
+    fit: Fit = "crop" if getattr(tool, "do_center_crop", False) else "stretch"
+    if kind == "scores":
+        scores = report.scores(index, layer)
+        if scores is None:
+            raise ValueError(f"{report.method} did not rank tokens by a score")
+    if kind == "groups" and report.reduction is not None:
+        return merge_groups(image, report.grid, report.reduction, row=index, fit=fit, size=size)
+    return kept_overlay(image, report.grid, kept, fit=fit, size=size)
 
 
 def contact_sheet(
