@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from ..method import Method
-from ..pictures import Fit, contact_sheet, kept_overlay, merge_groups
+from ..pictures import Kind, contact_sheet, overlay
 from ..wrapping import compressing
 from .budgets import seeded, token_budgets
 from .prompts import Batch, answer_batch, make_batches
@@ -33,8 +33,7 @@ def show_kept(
     """
     (batch,) = make_batches(processor, [item], 1)
     (answer,) = answer_batch(model, processor, batch, settings.max_new_tokens)
-    everything = range(1)  # one patch, the whole image: nothing dimmed
-    tiles = [(kept_overlay(item.image, (1, 1), everything, size=size), f"{BASELINE}\n{answer}")]
+    tiles = [(item.image, f"{BASELINE}\n{answer}")]
     budgets = list(token_budgets(settings.keep, total).values()) or [total]
     for name in settings.methods:
         try:
@@ -66,16 +65,6 @@ def _tile(
             report = session.report()
     except ValueError:
         return None
-    crops = getattr(processor.image_processor, "do_center_crop", False)
-    fit: Fit = "crop" if crops else "stretch"
-    if report.layouts:  # the canvas of all crops, which covers the image without padding
-        layout = report.layouts[0]
-        kept = [i - layout.thumbnail for i in report.kept[0].tolist() if i >= layout.thumbnail]
-        picture = kept_overlay(item.image, layout.canvas, kept, fit="stretch", size=size)
-    elif method.merges and report.reduction is not None:
-        picture = merge_groups(
-            item.image, report.grid, report.reduction, fit=fit, size=size, fill=0.85
-        )
-    else:
-        picture = kept_overlay(item.image, report.grid, report.kept[0].tolist(), fit=fit, size=size)
+    kind: Kind = "groups" if method.merges else "kept"
+    picture = overlay(report, item.image, processor=processor, kind=kind, size=size)
     return picture, f"{method.name}, {report.final_tokens:g} tokens\n{answer}"

@@ -314,20 +314,18 @@ def cache_bytes(cache: Cache | None) -> tuple[int, int]:
     return held, full
 
 
-def visual_slots(cache: Cache | None) -> list[Tensor | None]:
-    """(B,) visual tokens that each layer holds; None where it was not compressed."""
-    out: list[Tensor | None] = []
-    last: tuple[Any, Any] = (None, None)
-    for layer in getattr(cache, "layers", []):
-        if not isinstance(layer, PrunedMixin) or layer.kept is None:
-            out.append(None)
-            continue
-        visual, filler = layer.visual, layer.filler
-        if visual is not last[0] or filler is not last[1]:  # else as in the layer before
-            count = (visual if filler is None else visual & ~filler).sum(1)
-        last = visual, filler
-        out.append(count)
-    return out
+Slots = tuple[Tensor, Tensor, Tensor | None]
+"""Logical columns, whether visual, whether they only fill a short row; all (B, P)."""
+
+
+def slots_of(cache: Cache | None) -> list[Slots | None]:
+    """The slots of each layer; None where it was not compressed."""
+    return [
+        (layer.kept, layer.visual, layer.filler)
+        if isinstance(layer, PrunedMixin) and layer.kept is not None
+        else None
+        for layer in getattr(cache, "layers", [])
+    ]
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:

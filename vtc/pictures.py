@@ -3,52 +3,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .reduction import Reduction
+from .geometry import GOLDEN, index_map, patch_boxes
 
 if TYPE_CHECKING:
     from .report import Report
 
 Kind = Literal["kept", "groups", "scores"]
 View = Literal["all", "crops", "thumbnail"]
-Fit = Literal["stretch", "crop"]
-"""How the processor makes its square: squeezes the whole image, or crops the centre."""
+
+LARGEST = 1600
+"""Longer side in pixels of a picture when none is asked for."""
+DIMMED = (70, 76, 88)
+"""What dropped patches fade to: neither black nor the white of paper."""
+VIRIDIS = np.array(
+    [
+        (68, 1, 84),
+        (72, 40, 120),
+        (62, 73, 137),
+        (49, 104, 142),
+        (38, 130, 142),
+        (31, 158, 137),
+        (53, 183, 121),
+        (110, 206, 88),
+        (181, 222, 43),
+        (253, 231, 37),
+    ],
+    dtype=np.float32,
+)
+"""Ten colours of the map of that name (CC0), evenly spaced: equal steps look equal."""
 
 
-def visible_box(
-    size: tuple[int, int], grid: tuple[int, int], fit: Fit = "stretch"
-) -> tuple[float, float, float, float]:
-    """The part of an image (width, height) under the patch grid: left, top, right, bottom."""
-    width, height = size
-    if fit == "stretch":
-        return 0.0, 0.0, float(width), float(height)
-    if fit != "crop":
-        raise ValueError(f'fit is "stretch" or "crop"; got {fit!r}')
-    rows, cols = grid
-    patch = min(width / cols, height / rows)
-    left, top = (width - patch * cols) / 2, (height - patch * rows) / 2
-    return left, top, left + patch * cols, top + patch * rows
-
-
-def patch_map(size: tuple[int, int], grid: tuple[int, int], fit: Fit = "stretch") -> np.ndarray:
-    """Patch index under each pixel of an image (width, height).
-
-    Returns:
-        (height, width) int64, in raster order of the grid (rows, columns); -1 where the model does
-        not look.
-    """
-    width, height = size
-    rows, cols = grid
-    left, top, right, bottom = visible_box(size, grid, fit)
-    x = np.floor((np.arange(width) + 0.5 - left) / (right - left) * cols).astype(np.int64)
-    y = np.floor((np.arange(height) + 0.5 - top) / (bottom - top) * rows).astype(np.int64)
-    inside = ((y >= 0) & (y < rows))[:, None] & ((x >= 0) & (x < cols))[None, :]
-    return np.where(inside, y[:, None] * cols + x[None, :], -1)
+def viridis(x: np.ndarray) -> np.ndarray:
+    """Colours (..., 3) in 0 to 255 of numbers (...) in 0 to 1."""
+    at = np.clip(x, 0, 1) * (len(VIRIDIS) - 1)
+    return np.stack([np.interp(at, range(len(VIRIDIS)), VIRIDIS[:, c]) for c in range(3)], -1)
 
 
 def _edges(labels: np.ndarray) -> np.ndarray:
@@ -59,103 +54,173 @@ def _edges(labels: np.ndarray) -> np.ndarray:
     return edge
 
 
-def _canvas(image: Image.Image, size: int | None) -> Image.Image:
-    """The image in RGB, with its longer side scaled to ``size`` pixels."""
+def _canvas(image: Image.Image, size: int | None) -> np.ndarray:
+    """The image in RGB, its longer side scaled to ``size`` pixels: (H, W, 3) fp32."""
     image = image.convert("RGB")
-    if size is None:
-        return image
-    scale = size / max(image.size)
-    target = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image.resize(target, Image.Resampling.BICUBIC)
+    wanted = min(max(image.size), LARGEST) if size is None else size
+    if wanted != max(image.size):
+        scale = wanted / max(image.size)
+        target = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        image = image.resize(target, Image.Resampling.LANCZOS)
+    return np.asarray(image, dtype=np.float32).copy()
 
 
-def _blend(pixels: np.ndarray, where: np.ndarray, colour: Sequence[int], alpha: float) -> None:
-    """Mix a colour into the pixels (H, W, 3) where the mask (H, W) is True, in place."""
-    pixels[where] = pixels[where] * (1 - alpha) + np.asarray(colour, dtype=pixels.dtype) * alpha
+def _labels(
+    pixels: np.ndarray, image: Image.Image, boxes: np.ndarray, shown: np.ndarray
+) -> np.ndarray:
+    """(H, W) which box of the image each pixel of a canvas shows, -1 for none.
+
+    Where boxes overlap, those with more in ``shown`` (N,) are on top, then small ones.
+    """
+    height, width = pixels.shape[:2]
+    boxes = boxes * np.tile([width / image.width, height / image.height], 2)
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    return index_map(boxes, (width, height), np.lexsort((-area, shown)))
+
+
+def _blend(pixels: np.ndarray, colour: Any, alpha: Any) -> None:
+    """Mix colours (..., 3) into the pixels (H, W, 3), by alpha (H, W), in place."""
+    alpha = np.asarray(alpha, dtype=np.float32)[..., None]
+    pixels *= 1 - alpha
+    pixels += alpha * np.asarray(colour, dtype=np.float32)
+
+
+def _image(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 
 
 def kept_overlay(
     image: Image.Image,
-    grid: tuple[int, int],
-    kept: Iterable[int],
+    boxes: np.ndarray,
+    kept: Any,
     *,
-    fit: Fit = "stretch",
     size: int | None = None,
-    dim: float = 0.7,
-    line: float = 0.25,
+    dim: float = 0.6,
+    line: float = 0.15,
 ) -> Image.Image:
-    """The image with its kept patches clear and all others dimmed.
+    """The image with its kept patches clear and all else dimmed.
 
     Args:
-        image: of any size; grid: (rows, columns) of its patches.
-        kept: indices of the kept patches in raster order.
-        fit: how the processor fits the image to the grid. What a crop cuts off is dimmed too.
-        size: longer side of the result in pixels; the size of the image when None.
-        dim: how far dropped patches fade to white, 0 (not at all) to 1 (gone).
-        line: opacity of the patch grid, 0 for none.
-
-    Raises:
-        ValueError: a patch index outside the grid.
+        image: of any size; boxes: (N, 4) of its patches, in its pixels (`vtc.geometry`).
+        kept: (N,) how clear each patch is, 0 (dropped) to 1, or bool.
+        size: longer side of the result in pixels; None: that of the image, at most 1600.
+        dim: how far dropped patches fade, 0 (not at all) to 1 (gone).
+        line: opacity of the lines between patches, 0 for none.
     """
-    index = np.asarray(list(kept), dtype=np.int64)
-    total = grid[0] * grid[1]
-    if index.size and (index.min() < 0 or index.max() >= total):
-        raise ValueError(f"patch indices must lie in 0..{total - 1} for a grid of {grid}")
-    canvas = _canvas(image, size)
-    patches = patch_map(canvas.size, grid, fit)
-    alive = np.zeros(total + 1, dtype=bool)  # the last entry answers for -1, outside the grid
-    alive[index] = True
-    pixels = np.asarray(canvas, dtype=np.float32).copy()
-    _blend(pixels, ~alive[patches], (255, 255, 255), dim)
+    share = np.asarray(kept, dtype=np.float32)
+    pixels = _canvas(image, size)
+    labels = _labels(pixels, image, boxes, share)
+    grey = pixels.mean(-1, keepdims=True)
+    clear = np.append(share, 0.0)[labels]  # -1 reads the last entry
+    pixels += (grey - pixels) * (1 - clear[..., None]) * 0.6
+    _blend(pixels, DIMMED, (1 - clear) * dim)
     if line:
-        _blend(pixels, _edges(patches) & (patches >= 0), (128, 128, 128), line)
-    return Image.fromarray(pixels.round().astype(np.uint8))
+        _blend(pixels, (128, 128, 128), line * (_edges(labels) & (labels >= 0)))
+    return _image(pixels)
+
+
+def _hues(n: int) -> np.ndarray:
+    """(n, 3) bright colours, neighbours far apart."""
+    hues = (np.arange(n) * GOLDEN % 1)[:, None] * 6 + np.array([0, 4, 2])
+    return 255 * np.clip(np.abs(hues % 6 - 3) - 1, 0, 1)
 
 
 def merge_groups(
     image: Image.Image,
-    grid: tuple[int, int],
-    reduction: Reduction | Sequence[int],
+    boxes: np.ndarray,
+    group: Any,
     *,
-    row: int = 0,
-    fit: Fit = "stretch",
     size: int | None = None,
-    fill: float = 1.0,
-    dim: float = 0.7,
+    fill: float = 0.7,
+    dim: float = 0.6,
     outline: Sequence[int] = (255, 255, 255),
 ) -> Image.Image:
-    """The image with each group of merged patches filled with its mean colour and outlined.
+    """The image with the patches of each token in one colour, and outlined.
+
+    The colour is their mean with a tint, so that parts of a group that lie apart can be told from
+    others. A patch that is a token by itself stays as it is.
 
     Args:
-        image: of any size; grid: (rows, columns) of its patches.
-        reduction: of the patches (B, rows * columns), or the slot of each patch, -1 where dropped.
-        row: which image of the reduction.
-        fit, size, dim: as in `kept_overlay`; dropped patches are dimmed.
-        fill: opacity of the mean colour, 0 to see the image under the outlines.
-
-    Raises:
-        ValueError: the reduction is not one of this grid.
+        image, boxes, size, dim: as in `kept_overlay`; dropped patches are dimmed.
+        group: (N,) number of the token that each patch is part of, -1 where it was dropped.
+        fill: opacity of the colours, 0 to see the image under the outlines.
     """
-    source = reduction.group[row].tolist() if isinstance(reduction, Reduction) else reduction
-    group = np.asarray(list(source), dtype=np.int64)
-    if group.size != grid[0] * grid[1]:
-        raise ValueError(f"{group.size} patches do not fill a grid of {grid[0]} x {grid[1]}")
-    canvas = _canvas(image, size)
-    # A pixel outside the grid gets -2, so that the border of the grid is outlined as well.
-    labels = np.append(group, -2)[patch_map(canvas.size, grid, fit)]
-    pixels = np.asarray(canvas, dtype=np.float32).copy()
-
+    number = np.asarray(group, dtype=np.int64)
+    pixels = _canvas(image, size)
+    patch = _labels(pixels, image, boxes, number >= 0)
+    labels = np.append(number, -2)[patch]  # outside the patches -2, so that they have a border
     inside = labels >= 0
-    if inside.any():
-        flat = labels[inside]
+    several = np.bincount(number[number >= 0], minlength=1) > 1
+    merged = inside & several[labels.clip(0)]  # a patch by itself stays as it is
+    if merged.any():
+        flat = labels[merged]
         count = np.bincount(flat).clip(min=1)
-        mean = np.stack(
-            [np.bincount(flat, weights=pixels[inside][:, c]) / count for c in range(3)], axis=1
-        ).astype(np.float32)
-        pixels[inside] = pixels[inside] * (1 - fill) + mean[flat] * fill
-    _blend(pixels, ~inside, (255, 255, 255), dim)
-    _blend(pixels, _edges(labels), outline, 0.8)
-    return Image.fromarray(pixels.round().astype(np.uint8))
+        shown = pixels[merged]
+        means = [np.bincount(flat, weights=shown[:, c]) / count for c in range(3)]
+        colours = np.stack(means, 1).astype(np.float32)
+        colours += 0.35 * (_hues(len(colours)) - colours)
+        pixels[merged] = shown * (1 - fill) + colours[flat] * fill
+    _blend(pixels, DIMMED, ~inside * dim)
+    _blend(pixels, outline, 0.8 * _edges(labels))
+    return _image(pixels)
+
+
+def score_map(
+    image: Image.Image,
+    boxes: np.ndarray,
+    scores: Any,
+    *,
+    size: int | None = None,
+    opacity: float = 0.65,
+    legend: bool = True,
+) -> Image.Image:
+    """The image under a heat map of its patches' scores, dark blue (low) to yellow (high).
+
+    Colours are spread evenly over the ranks of the scores.
+
+    Args:
+        image, boxes, size: as in `kept_overlay`.
+        scores: (N,), NaN where a patch has none: it stays grey.
+        opacity: of the heat map.
+        legend: a bar of the colours below the picture, with the lowest score, the median and the
+            highest.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    known = ~np.isnan(values)
+    pixels = _canvas(image, size)
+    labels = _labels(pixels, image, boxes, known)
+    colours = np.zeros((len(values) + 1, 3), dtype=np.float32)
+    colours[:-1][known] = viridis(_even(values[known]))
+    shown = np.append(known, False)[labels]
+    pixels[:] = pixels.mean(-1, keepdims=True)
+    _blend(pixels, colours[labels], shown * opacity)
+    _blend(pixels, DIMMED, ~shown * 0.5)
+    picture = _image(pixels)
+    return _with_legend(picture, values[known]) if legend else picture
+
+
+def _even(values: np.ndarray) -> np.ndarray:
+    """Scores as shares of the range from the lowest to the highest."""
+    if not len(values):
+        return values
+    order = np.searchsorted(np.sort(values), values)
+    return order / max(len(values) - 1, 1)
+
+
+def _with_legend(picture: Image.Image, values: np.ndarray) -> Image.Image:
+    """The picture with a bar of the colours of those scores below."""
+    font, gap, bar = ImageFont.load_default(13), 6, 12
+    width = picture.width
+    out = Image.new("RGB", (width, picture.height + bar + 2 * gap + 18), "white")
+    out.paste(picture)
+    strip = viridis(np.linspace(0, 1, max(width - 2 * gap, 1)))[None].repeat(bar, 0)
+    out.paste(_image(strip), (gap, picture.height + gap))
+    draw = ImageDraw.Draw(out)
+    y = picture.height + gap + bar + 2
+    for share, x, anchor in ((0, gap, "la"), (0.5, width // 2, "ma"), (1, width - gap, "ra")):
+        text = f"{np.quantile(values, share):.2g}" if len(values) else ""
+        draw.text((x, y), text, fill="black", font=font, anchor=anchor)
+    return out
 
 
 def overlay(
@@ -169,46 +234,60 @@ def overlay(
     size: int | None = None,
     view: View = "all",
 ) -> Image.Image:
-    """The image with what compression did to its patches drawn on it.
+    """The image with what compression did to its visual tokens drawn on it.
 
     Args:
         report: of a forward on this image, ``model.vtc.report()``.
-        image: what the prompt showed.
-        processor: the processor that made the inputs, which tells where each patch lies.
-        kind: "kept", dropped patches are dimmed; "groups", patches merged into one token have one
-            colour and an outline; "scores", what they were ranked by as a heat map.
-        layer: when: None, at the end; an int, what that LLM layer (of an encoder alone: that block)
-            ran on, from 0; or a label of ``report.stages(index)``.
-        index: which image of the report, over all rows of the batch.
-        size: longer side of the picture in pixels; that of the image when None.
-        view: of an image in crops and a thumbnail, what is drawn.
+        image: what the processor got; processor: that processor, which tells where each token lies.
+            One that takes further settings with the call: ``functools.partial(processor, ...)``;
+            of an encoder alone, any function from an image to pixel values.
+        kind: "kept", what was dropped is dimmed; "groups", the patches of one token have one colour
+            and an outline; "scores", what tokens were ranked by as a heat map.
+        layer: where in the model. None, at the end: a patch is as clear as the share of LLM layers
+            that hold it in their KV cache. An int, what that LLM layer ran on (of an encoder alone,
+            what that block left), counted from 0. Or a label of ``report.stages(index)``. Scores
+            are those of the last step up to there.
+        index: which image of the report, over all rows of the batch. Where the model takes tiles
+            for images of their own (InternVL, Idefics3, SmolVLM, crops of Gemma 3), the first tile.
+        size: longer side of the picture in pixels; None: that of the image, at most 1600.
+        view: of an image in crops and a thumbnail, the tokens to draw. With "all" a patch is clear
+            if any token on it is kept, and crops lie over the thumbnail.
 
     Raises:
-        ValueError: no processor; a layer, index or kind that the report does not have; an image
-            that is not the one in the report.
+        ValueError: no processor; a layer, an index, a kind or scores that the report does not have;
+            an image that is not the one in the report.
     """
     if processor is None:
-        raise ValueError("vtc.overlay needs processor=..., which tells where each patch lies")
-    if not 0 <= index < len(report.alive):
-        raise ValueError(f"index {index}: the report has {len(report.alive)} images")
-    stages = report.alive[index]
-    kept = report.kept[index]
-    if isinstance(layer, str):
-        if layer not in stages:
-            raise ValueError(f'no step "{layer}"; the steps are {", ".join(stages) or "none"}')
-        kept = stages[layer].nonzero()[:, 0]
-    elif layer is not None:
-        past = [x for k, x in stages.items() if not k.startswith("LLM") or int(k[10:]) <= layer]
-        kept = past[-1].nonzero()[:, 0] if past else range(report.grid[0] * report.grid[1])
-    tool = getattr(processor, "image_processor", processor)
-    fit: Fit = "crop" if getattr(tool, "do_center_crop", False) else "stretch"
+        raise ValueError(
+            "vtc.overlay needs the processor that made the inputs, to know where patches lie: "
+            "vtc.overlay(report, image, processor=processor)"
+        )
+    if kind not in get_args(Kind) or view not in get_args(View):
+        raise ValueError(
+            f"kind is one of {', '.join(get_args(Kind))}, view one of {', '.join(get_args(View))}; "
+            f"got {kind!r} and {view!r}"
+        )
+    patches = patch_boxes(report, image, processor, index)
+    stages = [report.stage(index + i, layer) for i in range(patches.entries)]
+    drawn = np.ones(len(patches.boxes), dtype=bool)
+    if view != "all":
+        drawn = patches.thumbnail == (view == "thumbnail")
+        if not drawn.any():
+            raise ValueError('the image has no thumbnail beside its crops; use view="all"')
+    boxes = patches.boxes[drawn]
     if kind == "scores":
-        scores = report.scores(index, layer)
-        if scores is None:
-            raise ValueError(f"{report.method} did not rank tokens by a score")
-    if kind == "groups" and report.reduction is not None:
-        return merge_groups(image, report.grid, report.reduction, row=index, fit=fit, size=size)
-    return kept_overlay(image, report.grid, kept, fit=fit, size=size)
+        parts = [stage.scores for stage in stages if stage.scores is not None]
+        if len(parts) < len(stages):
+            raise ValueError(f"{report.method}: no step up to there ranks tokens by a score")
+        return score_map(image, boxes, torch.cat(parts).numpy()[drawn], size=size)
+    if kind == "groups":
+        start, groups = 0, []
+        for stage in stages:
+            groups.append((stage.owner + start).where(stage.owner >= 0, -1))
+            start += len(stage.owner)
+        return merge_groups(image, boxes, torch.cat(groups).numpy()[drawn], size=size)
+    clear = [stage.kept.float() if stage.share is None else stage.share for stage in stages]
+    return kept_overlay(image, boxes, torch.cat(clear).numpy()[drawn], size=size)
 
 
 def contact_sheet(
