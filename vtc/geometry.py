@@ -27,8 +27,8 @@ Box = tuple[float, float, float, float]
 
 GOLDEN = 0.6180339887498949
 """Its multiples fill (0, 1) evenly: brightness between two levels, as an average over lines."""
-SMALL = 8
-"""An edge of fewer pixels has too little of a ramp; a processor is taken to see all of it."""
+FEW = 6
+"""Too few pixels for a ramp. Of an edge of the image as short as that, a tile shows all."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Tile:
 
     Attributes:
         size: its (height, width) in pixels.
-        box: what it shows, in pixels of the image; padding reaches beyond the image.
+        box: what it shows, in pixels of the image; padding reaches beyond the image, and a tile of
+            padding alone shows an empty box.
     """
 
     size: tuple[int, int]
@@ -118,22 +119,29 @@ def _ramp(length: int, lines: int) -> np.ndarray:
     return np.floor(exact[None] + dither[:, None]).clip(0, 255).astype(np.uint8)
 
 
-def _span(place: np.ndarray, seen: np.ndarray, length: int) -> tuple[float, float]:
-    """Which stretch of an edge of the image lies along an edge of a tile.
+def _line(place: np.ndarray, seen: np.ndarray, length: int) -> tuple[float, float] | None:
+    """Start and step of the line along which a tile shows an edge of the image.
 
     Args:
         place: (n,) pixel of the image at the centre of each pixel of the tile.
         seen: (n,) bool, False on padding; length: of the edge of the image.
+
+    Returns:
+        None where the tile shows too little to tell.
+
+    Raises:
+        ValueError: they are not on a line.
     """
     at = np.flatnonzero(seen)
     x, y = at + 0.5, place[at]
-    first, n = at[0], len(seen)
-    if length < SMALL or len(at) < SMALL:
+    if len(at) < FEW:
+        return None
+    if length < FEW:
         step = length / len(at)
-        return -first * step, (n - first) * step
+        return -at[0] * step, step
     step = np.polyfit(x, y, 1)[0]
     # Resampling bends the ramp at both ends: by two pixels of image or tile, whichever is larger.
-    bent = min(ceil(2.5 * max(1.0, 1 / max(step, 1e-6))), (len(at) - SMALL) // 2)
+    bent = min(ceil(2.5 * max(1.0, 1 / max(step, 1e-6))), (len(at) - FEW) // 2)
     inner = slice(bent, len(at) - bent)
     step, start = np.polyfit(x[inner], y[inner], 1)
     wrong = np.abs(start + step * x[inner] - y[inner]).max()
@@ -142,7 +150,39 @@ def _span(place: np.ndarray, seen: np.ndarray, length: int) -> tuple[float, floa
             "cannot tell where patches lie: the processor does more to an image than to resize, "
             "crop, pad and cut it"
         )
-    return start, start + step * n
+    return start, step
+
+
+def _box(ramp: np.ndarray, full: np.ndarray, size: tuple[int, int]) -> Box:
+    """What a tile shows of an image of ``size``.
+
+    Args:
+        ramp: (3, H, W) the tile of the third image over that of the black one; full: the same of
+            the white one, next to 0 on padding.
+    """
+    seen = (full > 0.5 * full.max((1, 2), keepdims=True)).all(0) & (full > 1e-3).all(0)
+    if not seen.any():
+        return 0.0, 0.0, 0.0, 0.0
+    lines, middles = [], []
+    for channel, length in enumerate(size):  # along x, then along y
+        count = seen.sum(channel)
+        # Weighed, as padding may have been mixed in at the border of the image.
+        sums = ((x[channel] * seen).sum(channel) for x in (ramp, full))
+        place = np.divide(*sums, out=np.zeros(len(count)), where=count > 0) * length
+        lines.append(_line(place, count > 0, length))
+        x = np.flatnonzero(count) + 0.5
+        middles.append((x.mean(), place[count > 0].mean()))
+    known = [line for line in lines if line is not None]
+    if not known:
+        return 0.0, 0.0, 0.0, 0.0  # next to nothing
+    out = []
+    for line, (x, y), n in zip(lines, middles, seen.shape[::-1], strict=True):
+        # A strip beside padding: only what keeps proportions pads, so both steps are the same.
+        step = known[0][1] if line is None else line[1]
+        start = y - step * x if line is None else line[0]
+        out.append((float(start), float(start + step * n)))
+    (left, right), (top, bottom) = out
+    return left, top, right, bottom
 
 
 def tiles(processor: Any, size: tuple[int, int]) -> list[Tile]:
@@ -164,18 +204,9 @@ def tiles(processor: Any, size: tuple[int, int]) -> list[Tile]:
     black, white, ramps = (_pictures(run(probe), tool) for probe in probes)
     out = []
     for low, high, ramp in zip(black, white, ramps, strict=True):
-        range_ = high - low
-        seen = (np.abs(range_) > 1e-3).all(0)  # padding is the same whatever the image shows
-        if not seen.any():
-            raise ValueError("cannot tell where patches lie: the processor shows none of the image")
-        share = np.divide(ramp - low, range_, out=np.zeros_like(ramp), where=seen[None])
-        spans = []
-        for axis, channel, length in ((0, 0, width), (1, 1, height)):
-            count = seen.sum(axis)
-            mean = share[channel].sum(axis) / count.clip(min=1)
-            spans.append(_span(mean * length, count > 0, length))
-        (left, right), (top, bottom) = spans
-        out.append(Tile(low.shape[1:], (left, top, right, bottom)))
+        out.append(Tile(low.shape[1:], _box(ramp - low, high - low, size)))
+    if not any(tile.box[2] > tile.box[0] for tile in out):
+        raise ValueError("cannot tell where patches lie: the processor shows nothing of the image")
     return out
 
 
