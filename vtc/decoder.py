@@ -30,7 +30,7 @@ from .method import Method, refuse_graph, split_answer
 from .quantized import Packing, pack_layer
 from .reduction import Reduction, gather_tokens
 from .report import Record
-from .trace import Choice, Eviction, Tokens
+from .stages import Choice, Eviction, Tokens
 from .views import CacheView, DecoderView
 
 

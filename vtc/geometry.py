@@ -167,8 +167,8 @@ def _box(ramp: np.ndarray, full: np.ndarray, size: tuple[int, int]) -> Box:
     for channel, length in enumerate(size):  # along x, then along y
         count = seen.sum(channel)
         # Weighed, as padding may have been mixed in at the border of the image.
-        sums = ((x[channel] * seen).sum(channel) for x in (ramp, full))
-        place = np.divide(*sums, out=np.zeros(len(count)), where=count > 0) * length
+        part, whole = ((x[channel] * seen).sum(channel) for x in (ramp, full))
+        place = np.divide(part, whole, out=np.zeros(len(count)), where=count > 0) * length
         lines.append(_line(place, count > 0, length))
         x = np.flatnonzero(count) + 0.5
         middles.append((x.mean(), place[count > 0].mean()))

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .cost import decoder_flops, encoder_flops, llm_flops
 from .reduction import Reduction
-from .trace import Choice, Eviction, Stage, Tokens, Trace
+from .stages import Choice, Eviction, Stage, Tokens
+from .trace import Trace
 
 if TYPE_CHECKING:
     from .adapters.base import Sites
