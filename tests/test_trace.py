@@ -125,6 +125,25 @@ def test_the_best_scores_are_kept(method: str) -> None:
         assert scores.isfinite().all() and not scores.requires_grad
 
 
+RANKING = ["visionzip", "prumerge", "vispruner", "holov", "globalcom2", "sparsevlm", "vscan"]
+RANKING += ["tokencorr", "pyramiddrop", "diprune", "mob", "vidcom2", "prefixkv", "zipvl"]
+
+
+@pytest.mark.parametrize("method", RANKING)
+def test_methods_that_do_more_than_rank(method: str) -> None:
+    """They keep others too, but those with higher scores first."""
+    report = run(mini_llava.build(), made(method), mini_llava.prompt(1, batch=1))
+    label = report.stages()[0][0]
+    stage = report.stage(0, label)
+    rank = stage.scores.argsort().argsort().float()
+    assert stage.scores.isfinite().all()
+    assert rank[stage.kept].mean() > rank[~stage.kept].mean() + 3
+
+
+def test_a_choice_is_no_ranking() -> None:
+    assert run(mini_llava.build(), made("dart"), mini_llava.prompt(1, batch=1)).scores() is None
+
+
 def test_scores_of_crops_are_those_of_each_region() -> None:
     rows = [[(32, 64)]]
     report = run(build("LLaVA-NeXT"), made("fastervlm"), prompt("LLaVA-NeXT", rows))

@@ -137,7 +137,12 @@ class Reduction:
         return cls(keep, group, valid)
 
     def ranked(self, scores: Tensor) -> Reduction:
-        """The same reduction, with the scores (B, N) that it was chosen by."""
+        """The same reduction, with the scores (B, N) that tokens were ranked by, for pictures.
+
+        Not if they are bool: a choice that was made already is no ranking.
+        """
+        if scores.dtype == torch.bool:
+            return self
         return Reduction(self.keep, self.group, self.valid, scores.detach())
 
     # ---- facts --------------------------------------------------------------------------------
