@@ -1,19 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One example image, one question: what each method kept of it, and what it answered."""
+"""One image, one question: what methods kept of it, and what the model answered."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from PIL import Image
 
 from ..method import Method
 from ..pictures import Kind, contact_sheet, overlay
 from ..wrapping import compressing
 from .budgets import seeded, token_budgets
-from .prompts import Batch, answer_batch, make_batches
+from .prompts import Batch, answer_batch, make_batches, prompt_of
 from .runner import BASELINE, Settings
+
+if TYPE_CHECKING:
+    from ..report import Report
+
+
+@torch.no_grad()
+def answered(
+    model: Any, processor: Any, image: Image.Image, question: str, method: Method, length: int
+) -> tuple[str, Report]:
+    """The answer of any supported model under a method, greedy, and the report of its prompt.
+
+    Args:
+        length: tokens of the longest answer.
+    """
+    inputs = processor(
+        text=[prompt_of(processor, question)], images=[image], return_tensors="pt"
+    ).to(model.device, model.dtype)
+    with compressing(model, method) as session:
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=length)
+        report = session.report()
+    new = ids[:, inputs["input_ids"].shape[1] :]
+    return processor.batch_decode(new, skip_special_tokens=True)[0].strip(), report
+
+
+def sheet_of_stages(
+    report: Report, image: Image.Image, columns: int, *, size: int | None = None, **how: Any
+) -> Image.Image:
+    """Every step that changed the tokens of an image, side by side.
+
+    Args:
+        size: longer side of each picture, 360 pixels when None; how: as for `vtc.overlay`.
+
+    Raises:
+        ValueError: no step did.
+    """
+    stages = report.stages()
+    if not stages:
+        raise ValueError(f"{report.method} left all tokens where they were: no steps to draw")
+    size = 360 if size is None else size
+    tiles = [
+        (overlay(report, image, layer=label, size=size, **how), f"{label}\n{n} tokens")
+        for label, n in stages
+    ]
+    return contact_sheet(tiles, columns=columns, width=tiles[0][0].width)
 
 
 def show_kept(

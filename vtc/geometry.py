@@ -114,9 +114,9 @@ def _pictures(output: Any, tool: Any) -> list[np.ndarray]:
 
 def _ramp(length: int, lines: int) -> np.ndarray:
     """(lines, length) uint8 that grows from 0 to 255, exactly on average over the lines."""
-    exact = (np.arange(length) + 0.5) / length * 255
-    dither = np.arange(1, lines + 1) * GOLDEN % 1
-    return np.floor(exact[None] + dither[:, None]).clip(0, 255).astype(np.uint8)
+    exact = ((np.arange(length) + 0.5) / length * 255 * 256).astype(np.uint16)
+    dither = (np.arange(1, lines + 1) * GOLDEN % 1 * 256).astype(np.uint16)
+    return ((exact[None] + dither[:, None]) >> 8).astype(np.uint8)
 
 
 def _line(place: np.ndarray, seen: np.ndarray, length: int) -> tuple[float, float] | None:
@@ -245,7 +245,10 @@ def patch_boxes(report: Report, image: Image.Image, processor: Any, index: int =
     """
     if report.kinds[index : index + 1] == ["video"]:
         raise ValueError(f"image {index} of the report is a video; only images can be drawn")
-    parts = tiles(processor, image.size)
+    known, key = report.trace.tiles, (id(processor), image.size)
+    if key not in known:  # once for many pictures
+        known[key] = processor, tiles(processor, image.size)
+    parts = known[key][1]
     if report.layouts is not None:
         layout = _layout(report, image, len(report.stage(index).owner))
         return _of_crops(layout, parts, report.patch)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 Kind = Literal["kept", "groups", "scores"]
 View = Literal["all", "crops", "thumbnail"]
 
-LARGEST = 1600
-"""Longer side in pixels of a picture when none is asked for."""
+LONGER_SIDE = 480, 1600
+"""At least and at most, in pixels, of a picture whose size is not asked for."""
 DIMMED = (70, 76, 88)
 """What dropped patches fade to: neither black nor the white of paper."""
 VIRIDIS = np.array(
@@ -57,7 +57,8 @@ def _edges(labels: np.ndarray) -> np.ndarray:
 def _canvas(image: Image.Image, size: int | None) -> np.ndarray:
     """The image in RGB, its longer side scaled to ``size`` pixels: (H, W, 3) fp32."""
     image = image.convert("RGB")
-    wanted = min(max(image.size), LARGEST) if size is None else size
+    least, most = LONGER_SIDE
+    wanted = min(max(*image.size, least), most) if size is None else size
     if wanted != max(image.size):
         scale = wanted / max(image.size)
         target = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -103,7 +104,7 @@ def kept_overlay(
     Args:
         image: of any size; boxes: (N, 4) of its patches, in its pixels (`vtc.geometry`).
         kept: (N,) how clear each patch is, 0 (dropped) to 1, or bool.
-        size: longer side of the result in pixels; None: that of the image, at most 1600.
+        size: longer side of the result in pixels; None: that of the image, within 480 and 1600.
         dim: how far dropped patches fade, 0 (not at all) to 1 (gone).
         line: opacity of the lines between patches, 0 for none.
     """
@@ -210,7 +211,7 @@ def _even(values: np.ndarray) -> np.ndarray:
 def _with_legend(picture: Image.Image, values: np.ndarray) -> Image.Image:
     """The picture with a bar of the colours of those scores below."""
     font, gap, bar = ImageFont.load_default(13), 6, 12
-    width = picture.width
+    width = max(picture.width, 200)
     out = Image.new("RGB", (width, picture.height + bar + 2 * gap + 18), "white")
     out.paste(picture)
     strip = viridis(np.linspace(0, 1, max(width - 2 * gap, 1)))[None].repeat(bar, 0)
@@ -249,7 +250,8 @@ def overlay(
             are those of the last step up to there.
         index: which image of the report, over all rows of the batch. Where the model takes tiles
             for images of their own (InternVL, Idefics3, SmolVLM, crops of Gemma 3), the first tile.
-        size: longer side of the picture in pixels; None: that of the image, at most 1600.
+        size: longer side of the picture in pixels; None: that of the image, within 480 and 1600.
+            The legend of scores comes below that.
         view: of an image in crops and a thumbnail, the tokens to draw. With "all" a patch is clear
             if any token on it is kept, and crops lie over the thumbnail.
 
@@ -262,11 +264,7 @@ def overlay(
             "vtc.overlay needs the processor that made the inputs, to know where patches lie: "
             "vtc.overlay(report, image, processor=processor)"
         )
-    if kind not in get_args(Kind) or view not in get_args(View):
-        raise ValueError(
-            f"kind is one of {', '.join(get_args(Kind))}, view one of {', '.join(get_args(View))}; "
-            f"got {kind!r} and {view!r}"
-        )
+    check_choice(kind, view)
     patches = patch_boxes(report, image, processor, index)
     stages = [report.stage(index + i, layer) for i in range(patches.entries)]
     drawn = np.ones(len(patches.boxes), dtype=bool)
@@ -288,6 +286,17 @@ def overlay(
         return merge_groups(image, boxes, torch.cat(groups).numpy()[drawn], size=size)
     clear = [stage.kept.float() if stage.share is None else stage.share for stage in stages]
     return kept_overlay(image, boxes, torch.cat(clear).numpy()[drawn], size=size)
+
+
+def check_choice(kind: str, view: str) -> None:
+    """Refuse what `overlay` cannot draw, before anything is computed.
+
+    Raises:
+        ValueError: no such kind or view.
+    """
+    for name, value, known in (("kind", kind, Kind), ("view", view, View)):
+        if value not in get_args(known):
+            raise ValueError(f'{name} is one of {", ".join(get_args(known))}; got "{value}"')
 
 
 def contact_sheet(

@@ -12,6 +12,7 @@ from torch import Tensor
 from .stages import BEFORE, Stage, Tokens, encoded, moved, packed_stages, spread
 
 if TYPE_CHECKING:
+    from .geometry import Tile
     from .report import Record
     from .vision import History
 
@@ -32,6 +33,8 @@ class Trace:
         self.processed, self.attended = record.processed, record.attended
         self.choices, self.evictions, self.slots = record.choices, record.evictions, record.slots
         self.known: dict[int, list[Stage]] = {}
+        # By the id of a processor and the size of an image: that processor, the tiles it makes.
+        self.tiles: dict[tuple[int, tuple[int, int]], tuple[Any, list[Tile]]] = {}
         self.units = [(r, j) for r, row in enumerate(self.images) for j in range(len(row))]
         if not depth:
             self.units = [(i, 0) for i in range(history.images if history else 0)]
