@@ -699,13 +699,12 @@ class DecoderEngine:
         self.record.clock.stop("prefill")
         if st is None:
             return None
+        slots = [] if torch.compiler.is_compiling() else kv.slots_of(cache)  # not inside a graph
         for layer in getattr(cache, "layers", []):
-            if isinstance(layer, kv.PrunedMixin) and not hasattr(layer, "packed_bytes"):
+            if isinstance(layer, kv.PrunedMixin):
                 layer.trim()
-        held: tuple[tuple[int, int], list[kv.Slots | None]] = (0, 0), []
-        if not torch.compiler.is_compiling():  # not counted inside a graph
-            held = kv.cache_bytes(cache), kv.slots_of(cache)
-        self.record.end(st.tokens, *held)
+        held = (0, 0) if torch.compiler.is_compiling() else kv.cache_bytes(cache)
+        self.record.end(st.tokens, held, slots)
         if st.local is None:
             return None
         # Callers index logits by the positions of the prompt they passed, so the output is laid out

@@ -396,14 +396,12 @@ def build_report(
     per_row = list(zip(*table, strict=True))
     attended_per_row = list(zip(*in_attention, strict=True))
     slots = [sum(layer) / len(layer) for layer in in_attention]
-    counted: tuple[Any, Any, float] = (None, None, 0.0)
+    last: tuple[Any, float] = None, 0.0
     for i, held in enumerate(record.slots[:depth]):
         if held is not None:
-            _, visual, filler = held
-            if visual is not counted[0] or filler is not counted[1]:  # else as the layer before
-                count = (visual if filler is None else visual & ~filler).sum(1)
-                counted = visual, filler, count.cpu()[rows].float().mean().item()
-            slots[i] = counted[2]
+            if last[0] is None or any(a is not b for a, b in zip(held, last[0], strict=True)):
+                last = held, held.held.sum(1).cpu()[rows].float().mean().item()
+            slots[i] = last[1]  # as in the layer before
     full_rows = [sum(record.images[r]) for r in rows]
     text = [float(record.text[r]) for r in rows]
 

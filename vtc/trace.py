@@ -183,8 +183,7 @@ class _Row:
             seen = self.present(trace.attended.get(i, tokens))
             if not torch.equal(seen, there):
                 beside[i] = _stage(f"attention of LLM layer {i}", owner, seen)
-            slots = self.in_cache(i)
-            slots = seen if slots is None else slots
+            slots = self.in_cache(i, seen)
             if not torch.equal(slots, seen):
                 ranked = self.ranked_in_cache(i)
                 cached.append(_stage(f"KV cache of LLM layer {i}", owner, slots, ranked))
@@ -201,16 +200,14 @@ class _Row:
             out.append([*stages, *(_cut(stage, part) for stage in [*cached, end])])
         return out
 
-    def in_cache(self, layer: int) -> Tensor | None:
-        """(n,) bool, which are in the KV cache of a layer; None if it was left alone."""
+    def in_cache(self, layer: int, seen: Tensor) -> Tensor:
+        """(n,) bool, which of those ``seen`` by a layer its KV cache holds, or would without the
+        sliding window of the model."""
         slots = self.trace.slots[layer] if layer < len(self.trace.slots) else None
         if slots is None:
-            return None
-        columns, visual, filler = slots
-        ids = self.at_columns(columns)
-        ids = ids.where(visual[self.row].cpu(), -1)
-        if filler is not None:
-            ids = ids.where(~filler[self.row].cpu(), -1)
+            return seen
+        whole = slots._replace(first=0).held[self.row].cpu()
+        ids = self.at_columns(slots.columns).where(whole, -1)
         return torch.zeros(self.n, dtype=torch.bool).index_fill(0, ids[ids >= 0], True)
 
     def ranked_in_cache(self, layer: int) -> Tensor | None:
