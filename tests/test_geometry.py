@@ -255,6 +255,33 @@ def test_settings_of_the_whole_processor_count():
     assert np.abs(box_of(whole, (120, 60)) - [0, 0, 120, 60]).max() < 0.3
 
 
+def test_defaults_of_the_processor_count_more_than_those_of_its_image_processor():
+    """InternVL's cuts tiles, which its image processor by itself does not."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ("<pad>", "<img>", "</img>", "<ctx>", "<vid>", "what")
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        extra_special_tokens={
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<ctx>",
+            "video_token": "<vid>",
+        },
+    )
+    images = hf.GotOcr2ImageProcessor(size=TILE, min_patches=1, max_patches=6)
+    videos = hf.InternVLVideoProcessor()
+    processor = hf.InternVLProcessor(images, tokenizer, videos, image_seq_length=16)
+    assert len(tiles(images, (200, 100))) == 1
+    assert len(tiles(processor, (200, 100))) == 3  # two side by side and a thumbnail
+    assert tiles(processor, (200, 100))[2].shows_all((200, 100))
+    settled = functools.partial(processor, crop_to_patches=False)
+    assert len(tiles(settled, (200, 100))) == 1
+
+
 def report_of(size: tuple[int, int]) -> tuple[vtc.Report, Any]:
     model = mini_llava()
     processor = mini_processor(model)

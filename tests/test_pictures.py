@@ -300,7 +300,7 @@ def test_thumbnail_and_crops_apart():
 
 
 def test_an_encoder_alone_with_a_function_for_a_processor():
-    encoder, image = mini.ENCODERS["hf-dinov2"](), gradient(320, 320)
+    encoder, image = mini.ENCODERS["hf-clip"](), gradient(320, 320)
 
     def transform(picture: Image.Image) -> torch.Tensor:
         small = picture.resize((mini.SIZE, mini.SIZE))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import mini
@@ -16,12 +17,14 @@ from torch import Tensor
 
 import vtc
 from vtc.benchmarks.mini_families import EVERY, build, prompt
-from vtc.method import Scorer
+from vtc.method import Method, Scorer
+from vtc.methods._common import into_chosen
 from vtc.methods.divprune import DivPrune
 from vtc.methods.fastv import FastV
 from vtc.methods.pitome import PiToMe
 from vtc.methods.prefixkv import PrefixKV
 from vtc.methods.visionzip import VisionZip
+from vtc.reduction import Reduction
 
 UNEVEN = dict(images_per_row=[1, 2, 1], pad="left")
 SCORERS = [m for m in METHODS if issubclass(vtc.methods()[m], Scorer)]
@@ -203,7 +206,7 @@ def test_groups_of_crops_are_those_of_the_encoder() -> None:
 
 
 def test_an_encoder_alone() -> None:
-    encoder = mini.ENCODERS["hf-dinov2"]()
+    encoder = mini.ENCODERS["hf-clip"]()
     with torch.no_grad(), vtc.compressing(encoder, PiToMe(keep_ratio=0.5)) as session:
         encoder(pixel_values=mini.images(2))
         report = session.report()
@@ -234,6 +237,26 @@ def test_images_encoded_once_and_in_another_order() -> None:
         assert torch.equal(got[i], apart[place])
     assert torch.equal(later.kept, report.stage(0).kept)
     assert not (later.owner >= 0)[~later.kept].any(), "where the others went is not known"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstFour(Method):
+    """Keeps the same patches of every image, and folds the others into those most like them."""
+
+    merges = True
+
+    def on_features(self, v: Any) -> Reduction:
+        index = torch.arange(v.count).expand(len(v.features), -1)
+        return Reduction.from_merge(into_chosen(v.features, index < 4), 4)
+
+
+def test_images_that_keep_the_same_patches_are_told_apart_by_their_order() -> None:
+    report = run(mini_llava.build(), FirstFour(), mini_llava.prompt(**UNEVEN))
+    reduction: Any = report.reduction
+    assert not torch.equal(reduction.group[0], reduction.group[1]), "no teeth"
+    for i in range(4):
+        want = reduction.keep[i].gather(0, reduction.group[i])
+        assert torch.equal(report.stage(i).owner, want)
 
 
 def test_a_second_turn_is_counted_from_its_own_prompt() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil, isqrt, prod
+from math import isqrt, prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -139,12 +139,8 @@ def _line(place: np.ndarray, seen: np.ndarray, length: int) -> tuple[float, floa
     if length < FEW:
         step = length / len(at)
         return -at[0] * step, step
-    step = np.polyfit(x, y, 1)[0]
-    # Resampling bends the ramp at both ends: by two pixels of image or tile, whichever is larger.
-    bent = min(ceil(2.5 * max(1.0, 1 / max(step, 1e-6))), (len(at) - FEW) // 2)
-    inner = slice(bent, len(at) - bent)
-    step, start = np.polyfit(x[inner], y[inner], 1)
-    wrong = np.abs(start + step * x[inner] - y[inner]).max()
+    step, start = np.polyfit(x, y, 1)
+    wrong = np.abs(start + step * x - y).max()
     if step <= 0 or wrong > max(2.0, 0.02 * length):
         raise ValueError(
             "cannot tell where patches lie: the processor does more to an image than to resize, "
