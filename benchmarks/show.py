@@ -1,24 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One example image, one question: what each method kept of it, and what it answered."""
+"""One image, one question: what methods kept of it, and what the model answered."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from PIL import Image
 
 from ..method import Method
-from ..overlay import Fit, contact_sheet, kept_overlay, merge_groups
+from ..pictures import Kind, contact_sheet, overlay
 from ..wrapping import compressing
 from .answers import answer_batch
 from .budgets import seeded, token_budgets
 from .plans import Settings
-from .prompts import Batch, make_batches
+from .prompts import Batch, make_batches, prompt_of
 from .rows import BASELINE
 from .samples import BAD
 from .tasks.base import BadItem
+
+if TYPE_CHECKING:
+    from ..report import Report
 
 
 def example(items: Sequence[Any]) -> Any:
@@ -42,6 +46,47 @@ def example(items: Sequence[Any]) -> Any:
     return first
 
 
+@torch.no_grad()
+def answered(
+    model: Any, processor: Any, image: Image.Image, question: str, method: Method, length: int
+) -> tuple[str, Report]:
+    """The answer of any supported model under a method, greedy, and the report of its prompt.
+
+    Args:
+        length: tokens of the longest answer.
+    """
+    inputs = processor(
+        text=[prompt_of(processor, question)], images=[image], return_tensors="pt"
+    ).to(model.device, model.dtype)
+    with compressing(model, method) as session:
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=length)
+        report = session.report()
+    new = ids[:, inputs["input_ids"].shape[1] :]
+    return processor.batch_decode(new, skip_special_tokens=True)[0].strip(), report
+
+
+def sheet_of_stages(
+    report: Report, image: Image.Image, columns: int, *, size: int | None = None, **how: Any
+) -> Image.Image:
+    """Every step that changed the tokens of an image, side by side.
+
+    Args:
+        size: longer side of each picture, 360 pixels when None; how: as for `vtc.overlay`.
+
+    Raises:
+        ValueError: no step did.
+    """
+    stages = report.stages()
+    if not stages:
+        raise ValueError(f"{report.method} left all tokens where they were: no steps to draw")
+    size = 360 if size is None else size
+    tiles = [
+        (overlay(report, image, layer=label, size=size, **how), f"{label}\n{n} tokens")
+        for label, n in stages
+    ]
+    return contact_sheet(tiles, columns=columns, width=tiles[0][0].width)
+
+
 def show_kept(
     model: Any,
     processor: Any,
@@ -59,8 +104,7 @@ def show_kept(
     """
     (batch,) = make_batches(processor, [item], 1)
     (answer,) = answer_batch(model, processor, batch, settings.max_new_tokens)
-    everything = range(1)  # one patch, the whole image: nothing dimmed
-    tiles = [(kept_overlay(item.image, (1, 1), everything, size=size), f"{BASELINE}\n{answer}")]
+    tiles = [(item.image, f"{BASELINE}\n{answer}")]
     budgets = list(token_budgets(settings.keep, total).values()) or [total]
     for name in settings.methods:
         try:
@@ -92,16 +136,6 @@ def _tile(
             report = session.report()
     except ValueError:
         return None
-    crops = getattr(processor.image_processor, "do_center_crop", False)
-    fit: Fit = "crop" if crops else "stretch"
-    if report.layouts:  # the canvas of all crops, which covers the image without padding
-        layout = report.layouts[0]
-        kept = [i - layout.thumbnail for i in report.kept[0].tolist() if i >= layout.thumbnail]
-        picture = kept_overlay(item.image, layout.canvas, kept, fit="stretch", size=size)
-    elif method.merges and report.reduction is not None:
-        picture = merge_groups(
-            item.image, report.grid, report.reduction, fit=fit, size=size, fill=0.85
-        )
-    else:
-        picture = kept_overlay(item.image, report.grid, report.kept[0].tolist(), fit=fit, size=size)
+    kind: Kind = "groups" if method.merges else "kept"
+    picture = overlay(report, item.image, processor=processor, kind=kind, size=size)
     return picture, f"{method.name}, {report.final_tokens:g} tokens\n{answer}"

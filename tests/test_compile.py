@@ -89,6 +89,11 @@ def test_one_graph(method: Any) -> None:
         for a, b in zip(got.past_key_values.layers, eager.past_key_values.layers, strict=True):
             assert a.keys.shape == b.keys.shape and a.get_seq_length() == b.get_seq_length()
         assert model.vtc.report().tokens_per_layer == report.tokens_per_layer
+        assert set(model.vtc.report().stages(1)) == {
+            (label, n)
+            for label, n in report.stages(1)
+            if "KV" not in label  # not read in a graph
+        }
         assert counter.frame_count == 1, "one graph, also for other pixels and words"
         want = step(model, eager, inputs, 7).logits
         torch.testing.assert_close(step(model, got, inputs, 7).logits, want, **CLOSE)

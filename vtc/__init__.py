@@ -18,6 +18,7 @@ _EXPORTS = {
     "match": "matching",
     "calibrate": "calibrating",
     "Calibration": "calibrating",
+    "overlay": "pictures",
     "chain": "method",
     "register": "method",
     "Method": "method",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from .method import Scorer as Scorer
     from .method import chain as chain
     from .method import register as register
+    from .pictures import overlay as overlay
     from .reduction import Reduction as Reduction
     from .report import Report as Report
     from .wrapping import compressing as compressing

@@ -9,7 +9,7 @@ so padding, beams, further turns and manual decoding loops need no special case.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,10 +116,17 @@ class PrunedMixin:
             x = getattr(self, name)
             setattr(self, name, x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])))
 
+    @property
+    def horizon(self) -> int:
+        """The first logical column that later tokens will see."""
+        packed = hasattr(self, "packed_bytes")
+        full = packed or self.window is None
+        return 0 if full else max(self.get_seq_length() - self.window + 1, 0)  # type: ignore[operator]
+
     def trim(self) -> None:
         """Remove the slots that have left the window: no later token will see them."""
-        first = self.get_seq_length() - (self.window or 0) + 1
-        if self.window is None or first <= self.trimmed:
+        first = self.horizon
+        if first <= self.trimmed:
             return
         self.trimmed = first
         columns = self.columns(self.keys.device)
@@ -314,20 +321,30 @@ def cache_bytes(cache: Cache | None) -> tuple[int, int]:
     return held, full
 
 
-def visual_slots(cache: Cache | None) -> list[Tensor | None]:
-    """(B,) visual tokens that each layer holds; None where it was not compressed."""
-    out: list[Tensor | None] = []
-    last: tuple[Any, Any] = (None, None)
-    for layer in getattr(cache, "layers", []):
-        if not isinstance(layer, PrunedMixin) or layer.kept is None:
-            out.append(None)
-            continue
-        visual, filler = layer.visual, layer.filler
-        if visual is not last[0] or filler is not last[1]:  # else as in the layer before
-            count = (visual if filler is None else visual & ~filler).sum(1)
-        last = visual, filler
-        out.append(count)
-    return out
+class Slots(NamedTuple):
+    """The slots of a compressed layer, (B, P): their logical columns, whether visual, whether they
+    only fill a short row; and the first column that the sliding window leaves."""
+
+    columns: Tensor
+    visual: Tensor
+    filler: Tensor | None
+    first: int
+
+    @property
+    def held(self) -> Tensor:
+        """(B, P) bool, the visual tokens that stay."""
+        held = self.visual if self.filler is None else self.visual & ~self.filler
+        return held & (self.columns >= self.first) if self.first else held
+
+
+def slots_of(cache: Cache | None) -> list[Slots | None]:
+    """The slots of each layer before `PrunedMixin.trim`; None where it was not compressed."""
+    return [
+        Slots(layer.kept, layer.visual, layer.filler, layer.horizon)
+        if isinstance(layer, PrunedMixin) and layer.kept is not None
+        else None
+        for layer in getattr(cache, "layers", [])
+    ]
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from .method import Method, split_answer
 from .reduction import Reduction
 from .report import Record
 from .views import FeaturesView, How, fold
-from .vision import apply_method
+from .vision import History, apply_method
 
 
 @dataclass(frozen=True)
@@ -105,20 +105,6 @@ class CropLayout:
                 grid = (int(y[-1] - y[0]) + 1, int(x[-1] - x[0]) + 1)
                 out.append(Region(image, grid, here))
         return out
-
-    def boxes(self) -> Tensor:
-        """(P, 4) left, top, right, bottom of each patch in pixels of the image.
-
-        To the rounding of the padding, at most a patch of the canvas.
-        """
-        parts = []
-        for rows, columns in (self.side, self.canvas):
-            y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-            corner = torch.stack([x, y, x + 1, y + 1], -1).reshape(-1, 4).float()
-            height, width = self.size
-            step = [width / max(columns, 1), height / max(rows, 1)] * 2
-            parts.append(corner * torch.tensor(step))
-        return torch.cat(parts)
 
     def lift(self, x: Tensor) -> Tensor:
         """x (S, ...) of the encoder's patches at ``source``, on the P patches."""
@@ -197,6 +183,37 @@ def apportion(total: int, weights: Sequence[float], caps: Sequence[int]) -> list
 
 
 @dataclass
+class Packed:
+    """What became of the tokens of several images, as references.
+
+    M tokens entered the features stage.
+
+    Attributes:
+        layouts: of the images; history: of the encoder that made the tokens.
+        image, order: (M,) as in `FlatTokens`; None if nothing acts on the tokens there.
+        reduction: (1, M), None if all are left.
+        ranked: for each view of the last method that ranked tokens: which of the M tokens were
+            left, which of those (B, n) are in the view, their scores (B, n).
+    """
+
+    layouts: list[Any]
+    history: History
+    image: Tensor | None = None
+    order: Tensor | None = None
+    reduction: Reduction | None = None
+    ranked: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    def scores(self) -> Tensor | None:
+        """(M,) what the tokens were ranked by, NaN where one was gone; None if nothing."""
+        if self.image is None or not self.ranked:
+            return None
+        out = torch.full(self.image.shape, torch.nan, device=self.image.device)
+        for keep, index, values in self.ranked:
+            out[keep[index]] = values.float()
+        return out
+
+
+@dataclass
 class FlatTokens:
     """Tokens of several images of different sizes, one after another, for rectangular views.
 
@@ -232,6 +249,11 @@ class FlatTokens:
     reduction: Reduction | None = None  # (1, M)
     reprojected: int = 0
     memo: dict[Any, Tensor] = field(default_factory=dict)
+    ranked: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # as in `Packed`
+
+    def outcome(self, layouts: list[Any], history: History) -> Packed:
+        """What became of the tokens, without the tokens."""
+        return Packed(layouts, history, self.image, self.order, self.reduction, self.ranked)
 
     @property
     def keep(self) -> Tensor:
@@ -289,6 +311,7 @@ class FlatTokens:
         if self.projected is not None:
             new["projected"] = self.projected.clone()
         written: dict[str, Tensor] = {}
+        ranked: list[tuple[Tensor, Tensor, Tensor]] = []
         for index, region, share in self._groups(m):
             joint = self._joint(m)
             place = (self.order if joint else self.place)[keep]
@@ -322,6 +345,8 @@ class FlatTokens:
             if reduction is None:
                 target[index] = index
                 continue
+            if reduction.scores is not None:
+                ranked.append((keep, index, reduction.scores))
             kept = index.gather(1, reduction.keep)
             group = reduction.group
             target[index] = kept.gather(1, group.clamp(min=0)).where(group >= 0, -1)
@@ -338,6 +363,7 @@ class FlatTokens:
                     self.reprojected += y.shape[0] * y.shape[1]
                 new["projected"][kept[real]] = y[real]
         self.notes[j] = written
+        self.ranked = ranked or self.ranked
         self._advance(Reduction.from_merge(target[None]), new)
 
     def _advance(self, reduction: Reduction, new: dict[str, Tensor]) -> None:
@@ -471,14 +497,17 @@ class PackedEngine:
         self.decoder.made |= {(self.modality, n) for n in lengths}
         self.decoder.carried.pop(self.modality, None)
         st = None if self.vision is None else self.vision.state
+        self.record.packed.pop(self.modality, None)
         if st is None or st.unpacked is None:
             return packed
         if not self.vision.behind and not any(st.notes):
+            self.record.packed[self.modality] = Packed(layouts, st.history)
             return packed
         with self.record.clock.measure("method"):
             flat, rows, every = self._flatten(st, packed, layouts)
             for j, m in self.vision.behind:
                 flat.ask(j, m)
+            self.record.packed[self.modality] = flat.outcome(layouts, st.history)
             st.unpacked, st.projections, st.reprojected = None, {}, flat.reprojected
             left = flat.image[flat.keep]
             counts = torch.bincount(left, minlength=len(layouts)).tolist()

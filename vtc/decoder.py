@@ -30,6 +30,7 @@ from .method import Method, refuse_graph, split_answer
 from .quantized import Packing, pack_layer
 from .reduction import Reduction, gather_tokens
 from .report import Record
+from .stages import Choice, Eviction, Tokens
 from .views import CacheView, DecoderView
 
 
@@ -97,6 +98,11 @@ class _Forward:
         ):
             self.memo[name] = known = (source, self.local, device, compute())
         return known[3]
+
+    @property
+    def tokens(self) -> Tokens:
+        """What is there now, for the record."""
+        return Tokens(self.visual, self.image, self.position)
 
     def columns(self, hidden: Tensor) -> Tensor:
         """(B, T) logical column of each token of hidden (B, T, D)."""
@@ -652,7 +658,7 @@ class DecoderEngine:
                 count,
                 separator,
             )
-            self.record.begin(visual, real, images, kinds, separator)
+            self.record.begin(self.forward.tokens, real, images, kinds, separator, base)
             self.record.clock.start("prefill")
             if self.methods and kwargs.get("deepstack_visual_embeds") is not None:
                 # The model would add them by a mask at full size; `_layer_pre` does it instead.
@@ -693,13 +699,12 @@ class DecoderEngine:
         self.record.clock.stop("prefill")
         if st is None:
             return None
+        slots = [] if torch.compiler.is_compiling() else kv.slots_of(cache)  # not inside a graph
         for layer in getattr(cache, "layers", []):
-            if isinstance(layer, kv.PrunedMixin) and not hasattr(layer, "packed_bytes"):
+            if isinstance(layer, kv.PrunedMixin):
                 layer.trim()
-        held: tuple[tuple[int, int], list[Tensor | None]] = (0, 0), []
-        if not torch.compiler.is_compiling():  # not counted inside a graph
-            held = kv.cache_bytes(cache), kv.visual_slots(cache)
-        self.record.end(st.visual, st.image, st.position, *held)
+        held = (0, 0) if torch.compiler.is_compiling() else kv.cache_bytes(cache)
+        self.record.end(st.tokens, held, slots)
         if st.local is None:
             return None
         # Callers index logits by the positions of the prompt they passed, so the output is laid out
@@ -787,11 +792,18 @@ class DecoderEngine:
             part.shift = None if st.shift is None else gather_tokens(st.shift, here)
             st.aside = _Aside(hidden, here, part.filler, method.bypass)
             st.partial.add(i)
-            processed = st.visual if method.bypass == "attention" else part.visual
-            self.record.layer(i, processed, part.visual)
+            processed = st.tokens if method.bypass == "attention" else part.tokens
+            self.record.layer(i, processed, part.tokens)
+            self._note_choice(i, view, reduction, bypass=True)
             return part, short
-        self.record.layer(i, st.visual, st.visual)
+        self.record.layer(i, st.tokens, st.tokens)
         return st, hidden
+
+    def _note_choice(
+        self, i: int, view: DecoderView, reduction: Reduction, bypass: bool = False
+    ) -> None:
+        choice = Choice(i, view.image, view.position, view.valid, reduction, bypass)
+        self.record.choices.append(choice)
 
     def _attn_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Only some tokens enter the attention of this layer."""
@@ -831,6 +843,7 @@ class DecoderEngine:
             if left.valid is not None or view.valid is not None or left.count < view.count:
                 hidden = self._apply(st, hidden, view, left)
         if i == 0:
+            self.record.entered = st.tokens
             present = {kind for row in st.kinds for kind in row}
             carried = {kind: x for kind, x in self.carried.items() if kind in present}
             if carried:
@@ -841,6 +854,7 @@ class DecoderEngine:
             view = self._method_view(index, i, st, hidden, cache, kwargs)
             reduction, tokens = split_answer(method.on_decoder_layer(view))
             if reduction is not None:
+                self._note_choice(i, view, reduction)
                 if tokens is None and method.merges:
                     tokens = reduction.merge(view.tokens)[0]
                 hidden = self._apply(st, hidden, view, reduction, tokens)
@@ -1242,6 +1256,8 @@ class DecoderEngine:
                 if isinstance(answer, Packing):
                     layers[i] = pack_layer(cache, i, answer, view.valid)
                 elif answer is not None:
+                    if st is not None and answer.scores is not None:
+                        self.record.evictions.append(Eviction(i, layer.kept, answer.scores))
                     layer.evict(answer)
 
     @staticmethod

@@ -59,11 +59,13 @@ class Reduction:
         keep: (B, K) int64, the source index that each slot stands at, ascending over valid slots.
         group: (B, N) int64, the slot each source token was folded into; -1 where it was dropped.
         valid: (B, K) bool, False on padding slots of a ragged batch; None when every row keeps K.
+        scores: (B, N) what the tokens were ranked by, for pictures; None where nothing was.
     """
 
     keep: Tensor
     group: Tensor
     valid: Tensor | None = None
+    scores: Tensor | None = None
 
     # ---- constructors -------------------------------------------------------------------------
 
@@ -102,10 +104,10 @@ class Reduction:
             valid: (B, N) bool, False on entries that are not tokens and must never survive.
         """
         if isinstance(k, int) and valid is None:
-            return cls.from_keep(top_k(scores, k), scores.shape[1])
+            return cls.from_keep(top_k(scores, k), scores.shape[1]).ranked(scores)
         valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
         k = torch.as_tensor(k, device=scores.device).expand(scores.shape[0])
-        return cls.from_mask((ranks(scores, valid) < k[:, None]) & valid)
+        return cls.from_mask((ranks(scores, valid) < k[:, None]) & valid).ranked(scores)
 
     @classmethod
     def from_merge(cls, target: Tensor, k: int | None = None) -> Reduction:
@@ -133,6 +135,15 @@ class Reduction:
         keep = keep.scatter(1, slot.where(own, k), index)[:, :k]
         group = slot.gather(1, target.clamp(min=0)).where(target >= 0, -1)
         return cls(keep, group, valid)
+
+    def ranked(self, scores: Tensor) -> Reduction:
+        """The same reduction, with the scores (B, N) that tokens were ranked by, for pictures.
+
+        Not if they are bool: a choice that was made already is no ranking.
+        """
+        if scores.dtype == torch.bool:
+            return self
+        return Reduction(self.keep, self.group, self.valid, scores.detach())
 
     # ---- facts --------------------------------------------------------------------------------
 
@@ -217,6 +228,11 @@ class Reduction:
         rows = gather_tokens(x, self.group.clamp(min=0))
         dropped = (self.group < 0).to(x.device)
         return rows.masked_fill_(dropped.reshape(*dropped.shape, *[1] * (x.dim() - 2)), 0)
+
+    def row(self, i: int) -> Reduction:
+        """Row i alone, on the CPU."""
+        parts = (self.keep, self.group, self.valid, self.scores)
+        return Reduction(*(None if x is None else x[i : i + 1].cpu() for x in parts))  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str) -> Reduction:
         valid = None if self.valid is None else self.valid.to(device)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,13 @@ from torch import Tensor
 
 from .cost import decoder_flops, encoder_flops, llm_flops
 from .reduction import Reduction
+from .stages import Choice, Eviction, Stage, Tokens
+from .trace import Trace
 
 if TYPE_CHECKING:
     from .adapters.base import Sites
-    from .crops import CropLayout
+    from .cache import Slots
+    from .crops import CropLayout, Packed
     from .grids import GridLayout
     from .method import Method
 
@@ -80,19 +83,26 @@ class Record:
         self.kinds: list[list[str]] = []  # "image" or "video", as images
         self.text = torch.empty(0)  # (B,) other tokens that are not padding
         self.separators: Tensor | None = None  # (B,) newlines between rows of patches, among those
-        self.visual: dict[int, Tensor] = {}  # layer -> (B, T) bool, visual tokens it processed
-        self.attended: dict[int, Tensor] = {}  # layer -> (B, T) bool, those in its attention
-        self.slots: list[Tensor | None] = []  # (B,) visual tokens in each compressed cache layer
-        self.final: tuple[Tensor, Tensor, Tensor] | None = None
+        self.packed: dict[str, Packed] = {}  # by modality, where a model packs images
+        self.base = 0  # logical tokens in the cache before the prompt
+        self.start: Tokens | None = None  # of the prompt
+        self.entered: Tokens | None = None  # what is left of it in front of the LLM
+        self.processed: dict[int, Tokens] = {}  # by layer, what it ran on
+        self.attended: dict[int, Tokens] = {}  # by layer, what entered its attention
+        self.choices: list[Choice] = []
+        self.evictions: list[Eviction] = []
+        self.slots: list[Slots | None] = []  # of each layer of the KV cache
+        self.final: Tokens | None = None
         self.kv: tuple[int, int] = (0, 0)
 
     def begin(
         self,
-        visual: Tensor,
+        tokens: Tokens,
         real: Tensor,
         images: list[list[int]],
         kinds: list[list[str]],
-        separator: Tensor | None = None,
+        separator: Tensor | None,
+        base: int,
     ) -> None:
         present = {kind for row in kinds for kind in row}
         if "video" not in present:
@@ -101,23 +111,18 @@ class Record:
             self.layouts = self.grids = None
         self.kinds = kinds
         self.separators = None if separator is None else separator.sum(1)
-        self.images, self.text, self.final = images, (real & ~visual).sum(1), None
-        self.visual = {0: visual}
-        self.attended, self.slots = {}, []
+        self.packed = {kind: p for kind, p in self.packed.items() if kind in present}
+        self.images, self.text, self.final = images, (real & ~tokens.visual).sum(1), None
+        self.start, self.base, self.entered = tokens, base, None
+        self.processed, self.attended = {0: tokens}, {}
+        self.choices, self.evictions, self.slots = [], [], []
         self.clock.reset("prefill", "decode")
 
-    def layer(self, i: int, visual: Tensor, attended: Tensor) -> None:
-        self.visual[i], self.attended[i] = visual, attended
+    def layer(self, i: int, processed: Tokens, attended: Tokens) -> None:
+        self.processed[i], self.attended[i] = processed, attended
 
-    def end(
-        self,
-        visual: Tensor,
-        image: Tensor,
-        position: Tensor,
-        kv: tuple[int, int],
-        slots: list[Tensor | None],
-    ) -> None:
-        self.final, self.kv, self.slots = (visual, image, position), kv, slots
+    def end(self, tokens: Tokens, kv: tuple[int, int], slots: list[Slots | None]) -> None:
+        self.final, self.kv, self.slots = tokens, kv, slots
 
 
 @dataclass
@@ -153,6 +158,8 @@ class Report:
         layouts: where patches lie, for each image of a model with crops; else None.
         grids: of each image of a model that joins patches to tokens; else None.
         videos: of each video, its frames; None where the prompt has none.
+        patch: edge of a patch in pixels of what the encoder gets; 0 where that is not known.
+        trace: where each token went, for `stages`, `scores` and `vtc.overlay`.
     """
 
     method: str
@@ -176,16 +183,60 @@ class Report:
     kept: list[Tensor]
     reduction: Reduction | None
     grid: tuple[int, int]
+    patch: int
+    trace: Trace
     separators: float = 0.0
     layouts: list[CropLayout] | None = None
     grids: list[GridLayout] | None = None
     videos: list[GridLayout] | None = None
     kinds: list[str] = field(default_factory=list)
 
+    def stages(self, index: int = 0) -> list[tuple[str, int]]:
+        """The places in the model where other tokens of an image are there than before.
+
+        Args:
+            index: which image of the report, as in ``kept``.
+
+        Returns:
+            (label, tokens there) in the order in which they ran: "before the encoder", "encoder
+            block 3" (behind it), "before the LLM", "LLM layer 8" (what it ran on), "attention of
+            LLM layer 8", "KV cache of LLM layer 8" (after the prompt). Counted from 0. Any of these
+            is a ``layer`` of `vtc.overlay`.
+
+        Raises:
+            ValueError: there is no such image.
+        """
+        stages = self.trace.stages(index)
+        return [(s.label, int(s.kept.sum())) for s in stages if s.changed]
+
+    def scores(self, index: int = 0, layer: int | str | None = None) -> Tensor | None:
+        """What the tokens of an image were ranked by, (N,) fp32, NaN where one was gone before.
+
+        Args:
+            index: as in `stages`.
+            layer: up to where, as ``layer`` of `vtc.overlay`; of all steps the last one counts that
+                had scores.
+
+        Returns:
+            None where no step ranked tokens by scores.
+
+        Raises:
+            ValueError: there is no such image or layer.
+        """
+        return self.stage(index, layer).scores
+
+    def stage(self, index: int = 0, layer: int | str | None = None) -> Stage:
+        """Where each token of an image is, at the end or at ``layer`` of `vtc.overlay`.
+
+        Raises:
+            ValueError: there is no such image or layer.
+        """
+        return self.trace.at(index, layer)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the tensors, ready for JSON; kept patches as lists."""
-        skip = ("kept", "reduction", "layouts", "grids", "videos")
-        out = {k: v for k, v in asdict(self).items() if k not in skip}
+        skip = ("kept", "reduction", "layouts", "grids", "videos", "trace")
+        out = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skip}
         out["kept"] = [k.tolist() for k in self.kept]
         return out
 
@@ -292,6 +343,12 @@ def build_report(
         "grids": joined,
         "videos": videos,
         "kinds": [kind for row in record.kinds for kind in row],
+        "patch": tower.patch,
+        "trace": Trace(
+            record,
+            None if vision is None else vision.history,
+            0 if sites.decoder is None else len(sites.decoder.decoder.layers),
+        ),
     }
     if sites.decoder is None:
         final = total if reduction is None else reduction.counts.float().mean().item()
@@ -323,24 +380,28 @@ def build_report(
     depth = len(llm.decoder.layers)
     rows = [r for r, images in enumerate(record.images) if images]
 
-    def by_layer(known: dict[int, Tensor]) -> list[list[float]]:
+    def by_layer(known: dict[int, Tokens]) -> list[list[float]]:
         """Visual tokens of each layer and row, depth x rows."""
         layers: list[list[float]] = []
         for i in range(depth):
-            if i in known and known[i] is not known.get(i - 1):
-                layers.append(known[i].sum(1)[rows].tolist())
+            same = i - 1 in known and i in known and known[i].visual is known[i - 1].visual
+            if i in known and not same:
+                layers.append(known[i].visual.sum(1)[rows].tolist())
             else:
                 layers.append(layers[-1])
         return layers
 
-    table = by_layer(record.visual)
-    in_attention = by_layer(record.attended or record.visual)
+    table = by_layer(record.processed)
+    in_attention = by_layer(record.attended or record.processed)
     per_row = list(zip(*table, strict=True))
     attended_per_row = list(zip(*in_attention, strict=True))
     slots = [sum(layer) / len(layer) for layer in in_attention]
-    for i, n in enumerate(record.slots[:depth]):
-        if n is not None:
-            slots[i] = n.cpu()[rows].float().mean().item()
+    last: tuple[Any, float] = None, 0.0
+    for i, held in enumerate(record.slots[:depth]):
+        if held is not None:
+            if last[0] is None or any(a is not b for a, b in zip(held, last[0], strict=True)):
+                last = held, held.held.sum(1).cpu()[rows].float().mean().item()
+            slots[i] = last[1]  # as in the layer before
     full_rows = [sum(record.images[r]) for r in rows]
     text = [float(record.text[r]) for r in rows]
 

@@ -41,7 +41,10 @@ def scatter_tokens(x: Tensor, index: Tensor, n: int, fill: float = 0.0) -> Tenso
 
 
 def behind_prefix(reduction: Reduction, prefix: int) -> Reduction:
-    """The same reduction of a sequence with ``prefix`` more tokens in front, which all survive."""
+    """The same reduction of a sequence with ``prefix`` more tokens in front, which all survive.
+
+    Its scores stay those of the patches alone.
+    """
     if not prefix:
         return reduction
     front = torch.arange(prefix, device=reduction.keep.device).expand(reduction.batch, -1)
@@ -50,9 +53,8 @@ def behind_prefix(reduction: Reduction, prefix: int) -> Reduction:
     valid = reduction.valid
     if valid is not None:
         valid = torch.cat([torch.ones_like(front, dtype=torch.bool), valid], 1)
-    return Reduction(
-        torch.cat([front, reduction.keep + prefix], 1), torch.cat([front, group], 1), valid
-    )
+    keep = torch.cat([front, reduction.keep + prefix], 1)
+    return Reduction(keep, torch.cat([front, group], 1), valid, reduction.scores)
 
 
 def without_prefix(reduction: Reduction, prefix: int) -> Reduction:
@@ -62,6 +64,7 @@ def without_prefix(reduction: Reduction, prefix: int) -> Reduction:
         (reduction.keep[:, prefix:] - prefix).clamp(min=0),  # padding slots stand at token 0
         (reduction.group[:, prefix:] - prefix).clamp(min=-1),
         None if valid is None else valid[:, prefix:],
+        reduction.scores,
     )
 
 
@@ -101,6 +104,23 @@ class _Keys:
         return self().mean(1)
 
 
+@dataclass(frozen=True)
+class History:
+    """What an encoder did to the tokens of its images.
+
+    Attributes:
+        images, grid, prefix, blocks, pixels: as in `VisionState`.
+        steps: each reduction of the tokens, prefix included, and its block; None behind the last.
+    """
+
+    images: int
+    grid: tuple[int, int]
+    prefix: int
+    blocks: int
+    pixels: Reduction | None
+    steps: list[tuple[int | None, Reduction]]
+
+
 @dataclass
 class VisionState:
     """What one forward of the encoder has done so far; the last one stays readable.
@@ -131,6 +151,7 @@ class VisionState:
     unpacked: Tensor | None = None  # features before projector and packing, where crops are packed
     reprojected: int = 0  # tokens that the projector saw again after packing
     past_blocks: bool = False  # notes no longer hold rows for the prefix tokens
+    steps: list[tuple[int | None, Reduction]] = field(default_factory=list)  # as in `History`
 
     @property
     def counts(self) -> list[int]:
@@ -160,8 +181,16 @@ class VisionState:
         start = 0 if self.past_blocks else self.prefix
         return [{name: x[:, start:] for name, x in note.items()} for note in self.notes]
 
-    def advance(self, reduction: Reduction, sizes: Tensor) -> None:
+    @property
+    def history(self) -> History:
+        """What is worth remembering of it."""
+        return History(
+            self.images, self.grid, self.prefix, self.blocks, self.pixels, list(self.steps)
+        )
+
+    def advance(self, reduction: Reduction, sizes: Tensor, block: int | None) -> None:
         """Record a reduction of the tokens, prefix included, that are left now."""
+        self.steps.append((block, reduction))
         self.tokens = reduction if self.tokens is None else self.tokens.then(reduction)
         self.sizes = sizes
         for p in self.projections.values():
@@ -570,7 +599,7 @@ class VisionEngine:
                 )
             _follow(st, x.device)
             x, sizes = apply_method(m, reduction, x, st.sizes, tokens)
-            st.advance(reduction, sizes)
+            st.advance(reduction, sizes, i)
             st.merged |= m.merges and getattr(m, "track_size", True)
             merged |= m.merges or tokens is not None
             done = reduction if done is None else done.then(reduction)
@@ -610,6 +639,7 @@ class VisionEngine:
             st.advance(
                 behind_prefix(reduction, st.prefix),
                 torch.cat([st.sizes[:, : st.prefix], size], 1),
+                None,
             )
             done = reduction if done is None else done.then(reduction)
         st.projections = {}
@@ -663,6 +693,11 @@ class VisionEngine:
             target = into.new_full((batch, n), -1)
             target[valid] = into
             reduction = Reduction.from_merge(target)
+            scores = flat.outcome([], st.history).scores()
+            if scores is not None:
+                known = scores.new_full((batch, n), torch.nan)
+                known[valid] = scores
+                reduction = reduction.ranked(known)
             mask = reduction.valid
             if mask is None:
                 mask = torch.ones_like(reduction.keep, dtype=torch.bool)
@@ -674,7 +709,7 @@ class VisionEngine:
 
         if reduction is not None:
             sizes = torch.cat([st.sizes[:, : st.prefix], rows(flat.size)], 1)
-            st.advance(behind_prefix(reduction, st.prefix), sizes)
+            st.advance(behind_prefix(reduction, st.prefix), sizes, None)
             features = rows(flat.features)
         st.notes[j] = {name: rows(x) for name, x in flat.notes[0].items()}
         return features, reduction

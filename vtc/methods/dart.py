@@ -120,4 +120,4 @@ class DART(Method):
         if v.valid is not None:
             first = first & v.valid
         kept = least_alike(similarity, alive, first, k, v.valid)
-        return Reduction.from_scores(kept.float(), budget, v.valid)
+        return Reduction.from_scores(kept, budget, v.valid)

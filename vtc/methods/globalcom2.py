@@ -170,17 +170,19 @@ class GlobalCom2(Method):
             if self.rounding == "published":
                 quota = [int(n * ratio) for n in sizes]
             counts = torch.tensor([quota], device=v.frame.device)
-            return Reduction.from_mask(best_of_each(self.scores(v, v.frame), v.frame, counts))
+            scores = self.scores(v, v.frame)
+            return Reduction.from_mask(best_of_each(scores, v.frame, counts)).ranked(scores)
         if layout is None:
             every = torch.zeros_like(v.index)
             size = int(v.total * ratio) if self.rounding == "published" else k
             return Reduction.from_scores(self.scores(v, every), min(size, v.count))
         index = v.index[0]
-        scores = self.scores(v, layout.crop.to(index.device)[index][None])[0]
+        scores = self.scores(v, layout.crop.to(index.device)[index][None])[0].detach()
         kept = torch.zeros_like(scores, dtype=torch.bool)
         for here, ranks, count in self.plan(scores, layout, index, k, ratio):
             kept[here[top_k(ranks[None], count)[0]]] = True
-        return Reduction.from_mask(kept[None])
+            scores[here] = ranks
+        return Reduction.from_mask(kept[None]).ranked(scores[None])
 
     def scores(self, v: FeaturesView, crop: Tensor) -> Tensor:
         """(B, N) of patches that lie in ``crop`` (B, N), each by its own view of the image."""

@@ -121,5 +121,6 @@ class HoloV(Method):
         mean = empty.scatter_add(1, chunk, h) / room.clamp(min=1)
         share = (mean / mean.amax(1, keepdim=True).clamp(min=1e-12)) ** self.tau
         quota = quotas(share, room, k)
-        chosen = best_of_each(h if paper else a, chunk, quota)
-        return Reduction.from_keep(top_k(chosen, k), v.count)
+        scores = h if paper else a
+        chosen = best_of_each(scores, chunk, quota)
+        return Reduction.from_keep(top_k(chosen, k), v.count).ranked(scores)

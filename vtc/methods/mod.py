@@ -70,7 +70,7 @@ class Depths(Method):
         keep = [[self.budget(n) for n in row] + [0] * (most - len(row)) for row in v.images]
         budgets = torch.tensor(keep, device=v.hidden.device)
         chosen = best_of_each(self.score(v), v.image, budgets, v.valid)
-        return Reduction.from_scores(chosen.float(), v.budget(self), v.valid)
+        return Reduction.from_scores(chosen, v.budget(self), v.valid)
 
 
 @register

@@ -114,14 +114,14 @@ class PruMerge(Method):
         bundle = not self.plus and k != 1  # one token for all that is not chosen
         chosen = self.choose(a, k if k is None else k - bundle)
         rest = ~chosen
-        a = a * rest  # only what was not chosen is added to others
+        saliency, a = a, a * rest  # only what was not chosen is added to others
         x, key = v.features.float(), unit(v.key(LAYER).flatten(2))
         similarity = key @ key.transpose(1, 2)
 
         index = torch.arange(n, device=a.device).expand_as(a)
         last = index.where(rest, -1).amax(1, keepdim=True)
         target = index.where(chosen, last) if bundle else into_chosen(key, chosen)
-        reduction = Reduction.from_merge(target, k)
+        reduction = Reduction.from_merge(target, k).ranked(saliency)
 
         near = gather_tokens(similarity, reduction.keep).masked_fill(chosen[:, None], -torch.inf)
         near = near.argsort(dim=2, descending=True, stable=True)[:, :, : self.neighbours]

@@ -112,15 +112,16 @@ class SparseVLM(Staged):
         if k is None and not self.adaptive:
             return None
         attention = rater_attention(v)
-        rank = ranks(attention.sum(1), v.valid)
+        scores = attention.sum(1)
+        rank = ranks(scores, v.valid)
         k = self.adaptive_count(v, attention) if k is None else k
         if isinstance(k, int):
-            return self._recycled(v, rank, *self.split(v.count, k), k)
+            return self._recycled(v, rank, *self.split(v.count, k), k).ranked(scores)
         now = torch.full_like(k, v.count) if v.valid is None else v.valid.sum(1)
         k = torch.minimum(k, now)
         parts = [self.split(n, b) for n, b in zip(now.tolist(), k.tolist(), strict=True)]
         kept, pool, clusters = torch.tensor(parts, device=rank.device).unbind(1)
-        return self._recycled(v, rank, kept, pool, clusters, None)
+        return self._recycled(v, rank, kept, pool, clusters, None).ranked(scores)
 
     def adaptive_count(self, v: DecoderView, attention: Tensor) -> Tensor:
         """Tokens (B,) that stay by the rank of the raters' attention (B, R, N)."""

@@ -123,4 +123,4 @@ class TokenCorr(Method):
         else:
             first = (2 * n - ranks(late)).where(stands_out, n - ranks(local))
             chosen = marked(top_k(first, k), n)
-        return Reduction.from_merge(into_chosen(key, chosen), k)
+        return Reduction.from_merge(into_chosen(key, chosen), k).ranked(local)

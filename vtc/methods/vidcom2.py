@@ -84,7 +84,7 @@ class VidCom2(Method):
         score = video + unlike(v.features, frame, frames)
         quota = [self.quota(*row, k / v.total, k, frames) for row in zip(video, frame, strict=True)]
         chosen = best_of_each(score, frame, torch.tensor(quota, device=frame.device))
-        return Reduction.from_mask(chosen)
+        return Reduction.from_mask(chosen).ranked(score)
 
     def quota(self, video: Tensor, frame: Tensor, ratio: float, k: int, frames: int) -> list[int]:
         """Tokens that each frame keeps, k in sum, from the scores (N,) of the tokens in it (N,)."""

@@ -86,4 +86,5 @@ class VisionZip(Method):
 
         key = v.key(LAYER).mean(2)
         index = torch.arange(n, device=rest.device).expand_as(chosen)
-        return Reduction.from_merge(index.where(chosen, into_nearest(key, targets)), k)
+        into = index.where(chosen, into_nearest(key, targets))
+        return Reduction.from_merge(into, k).ranked(scores)

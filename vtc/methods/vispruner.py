@@ -89,10 +89,11 @@ class VisPruner(Method):
         if k >= n:
             return None
         first = int(k * self.important)
-        chosen = marked(top_k(saliency_of(v, LAYER, self.saliency), first), n)
+        saliency = saliency_of(v, LAYER, self.saliency)
+        chosen = marked(top_k(saliency, first), n)
         if first < k:
             x = unit(v.features)
             left = top_k(~chosen, n - first)
             left = without_duplicates(x @ x.transpose(1, 2), left, k - first)
             chosen = chosen | marked(left, n)
-        return Reduction.from_keep(top_k(chosen, k), n)
+        return Reduction.from_keep(top_k(chosen, k), n).ranked(saliency)

@@ -96,9 +96,9 @@ class VScan(TwoPlaces):
         window, count = windows(v.index, v.grid, self.window)
         local = best_of_windows(v.cls_attention(early).mean(1), window, count, k // 2)
 
-        scores = v.cls_attention(GLOBAL).mean(1).scatter(1, local, torch.inf)
-        kept = top_k(scores, k)
-        return Reduction.from_merge(into_nearest(v.features, kept), k)
+        scores = v.cls_attention(GLOBAL).mean(1)
+        kept = top_k(scores.scatter(1, local, torch.inf), k)
+        return Reduction.from_merge(into_nearest(v.features, kept), k).ranked(scores)
 
     def on_decoder_layer(self, v: DecoderView) -> Reduction | None:
         if v.within_budget(self):
