@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from typing import Any
 
 from torch import nn
@@ -52,7 +53,7 @@ class Model:
         if token in question:
             raise ValueError(f"the question must not contain {token}, which stands for the image")
         prompt = prompt_of(self.processor, question)
-        made = self.processor(text=prompt, images=image, return_tensors="pt")
+        made = self.processor(text=[prompt], images=[image], return_tensors="pt")
         return made.to(self.net.device, self.net.dtype)
 
 
@@ -91,14 +92,14 @@ def make(names: Sequence[str], keep: float) -> Chain:
     for method in plain:
         if method.name in budgeted:
             share = keep ** ((budgeted.index(method.name) + 1) / len(budgeted))
-            method = seeded(method.name, round(share, 4), 0)
+            method = seeded(method.name, Fraction(str(round(share, 4))), 0)
         made.append(method)
     return Chain(tuple(made))
 
 
 def _takes_budget(name: str) -> bool:
     try:
-        seeded(name, 0.5, 0)
+        seeded(name, Fraction(1, 2), 0)
     except ValueError:  # its own parameters decide
         return False
     return True
@@ -113,7 +114,8 @@ image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")
 image.thumbnail(({edge}, {edge}))  # smaller ones stay as they are
 # what processor.apply_chat_template makes of the question
 prompt = {prompt}
-inputs = processor(text=prompt, images=image, return_tensors="pt").to(model.device, model.dtype)
+inputs = processor(text=[prompt], images=[image], return_tensors="pt")
+inputs = inputs.to(model.device, model.dtype)
 
 vtc.wrap(model, {method})
 out = model.generate(**inputs, do_sample=False, max_new_tokens={length})

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generation, observed: text as it comes, times of tokens, the peak of tensor memory."""
+"""Generation, observed: text as it comes, and times of tokens."""
 
 from __future__ import annotations
 
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,47 +89,3 @@ def race(
             times[name].first.append(1e3 * (watch.times[0] - start))
             times[name].total.append(1e3 * (watch.times[-1] - start))
     return times
-
-
-@dataclass
-class Peak:
-    """Bytes of tensors at the fullest moment, above those that were there before; None where torch
-    does not tell."""
-
-    bytes: int | None = None
-
-
-@contextmanager
-def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """The peak of tensor memory in the block, filled in behind it.
-
-    On CUDA torch's own counter; on a CPU the allocations and releases that torch's profiler saw in
-    this thread, added up. Weights and inputs are not in it, scratch space of libraries is not
-    either.
-    """
-    peak = Peak()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield peak
-        torch.cuda.synchronize(device)
-        peak.bytes = torch.cuda.max_memory_allocated(device) - before
-    elif device.type == "cpu":
-        with torch.autograd.profiler.profile(profile_memory=True) as profile:
-            yield peak
-        peak.bytes = _highest(profile)
-    else:
-        yield peak
-
-
-def _highest(profile: Any) -> int | None:
-    results = getattr(profile, "kineto_results", None)
-    if results is None:
-        return None
-    found = [e for e in results.events() if e.name() == "[memory]"]
-    held = highest = 0
-    for event in sorted(found, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        highest = max(highest, held)
-    return highest

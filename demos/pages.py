@@ -13,7 +13,8 @@ from PIL import Image
 
 from ..benchmarks.catalogue import PLACES
 from ..method import known_methods
-from .engine import BASELINE, COMPRESSED, Answer, Ranking, Row, Side
+from .gallery import Ranking
+from .results import BASELINE, COMPRESSED, Answer, Row, Side
 from .uploads import FORMATS, MAX_BYTES, MAX_PIXELS
 
 ABSENT = "not measured here"
@@ -67,8 +68,11 @@ def outcome(answer: Answer) -> str:
     if not answer.done:
         return status(answer.status, "busy")
     before, after = answer.sides[BASELINE], answer.sides[COMPRESSED]
-    same = "the same answer" if before.text == after.text else "another answer"
-    return status(f"done: {same} with {after.tokens:g} of {before.tokens:g} image tokens")
+    text = "the same answer" if before.text == after.text else "another answer"
+    text += f" with {after.tokens:g} of {before.tokens:g} image tokens"
+    if before.kv_bytes and after.kv_bytes:
+        text += f" and {100 * after.kv_bytes / before.kv_bytes:.0f} % of the KV cache"
+    return status(f"done: {text}")
 
 
 def card(name: str, side: Side) -> str:
@@ -206,7 +210,7 @@ def ranking(found: dict[str, Ranking], described: int | None, shown: int) -> str
     before, after = found[BASELINE], found[COMPRESSED]
     size = len(before.order)
     same = len(set(before.order[:shown]) & set(after.order[:shown]))
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("patch tokens behind the encoder", f"{before.tokens:g}", f"{after.tokens:g}"),
         ("encoder, for an image", _ms(before.ms_per_image), _ms(after.ms_per_image)),
         ("captions that find their own scene", f"{before.hits}/{size}", f"{after.hits}/{size}"),

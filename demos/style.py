@@ -15,7 +15,7 @@ def theme() -> gr.themes.Base:
 
 
 CSS = """
-:root { --soft: #5b6878; --line: var(--border-color-primary); }
+:root { --soft: #5b6878; }
 .dark { --soft: #a3b0c0; }
 .gradio-container {
   max-width: 1200px !important; margin: 0 auto !important;
@@ -34,7 +34,7 @@ CSS = """
     background: var(--background-fill-secondary); border-left: 4px solid var(--neutral-400); }
   & .vtc-status.busy { border-left-color: var(--primary-500); }
   & .vtc-status.bad { border-left-color: #d03b3b; }
-  & .vtc-box, & .vtc-card { border: 1px solid var(--line); border-radius: 8px;
+  & .vtc-box, & .vtc-card { border: 1px solid var(--border-color-primary); border-radius: 8px;
     background: var(--background-fill-primary); }
   & .vtc-box { padding: .3rem .7rem .5rem; }
   & .vtc-card { padding: .6rem .9rem; min-height: 5.2rem; }
@@ -45,8 +45,9 @@ CSS = """
     min-height: 1.9rem; max-height: 14rem; overflow-y: auto; }
   & table.vtc { width: 100%; margin: 0; border: 0; border-collapse: collapse; font-size: .88rem;
     & tr { border: 0; background: none; }
-    & th, & td { padding: .34rem .4rem; border: 0; border-bottom: 1px solid var(--line);
-      text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+    & th, & td { padding: .34rem .4rem; border: 0; text-align: right;
+      border-bottom: 1px solid var(--border-color-primary);
+       white-space: nowrap; font-variant-numeric: tabular-nums; }
     & th { font-weight: 600; font-size: .78rem; color: var(--soft); white-space: normal;
       vertical-align: bottom; }
     & tbody tr:last-child td { border-bottom: 0; }

@@ -9,7 +9,10 @@ from typing import Any
 import gradio as gr
 
 from . import pages
-from .app import (
+from .choices import MAX_QUESTION
+from .engine import MAX_METHODS, Engine
+from .gallery import Gallery, Ranking
+from .parts import (
     ONE_AT_A_TIME,
     QUIET,
     check_upload,
@@ -19,8 +22,7 @@ from .app import (
     opened,
     question_input,
 )
-from .choices import MAX_QUESTION
-from .engine import BASELINE, COMPRESSED, MAX_METHODS, Engine, Ranking, Row
+from .results import BASELINE, COMPRESSED, Row
 
 COMPARED = ("fastv", "visionzip", "divprune", "pitome", "random")
 ROUNDS = 2
@@ -34,7 +36,7 @@ def comparison_tab(engine: Engine, tab: gr.Tab, source: list[Any]) -> None:
     able = engine.methods[models[0]]
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=300):
-            image = image_input("Image")
+            image = image_input()
             question, button = question_input("Compare")
             with gr.Group():
                 model = gr.Dropdown(models, value=models[0], label="Model", visible=len(models) > 1)
@@ -100,13 +102,14 @@ def _tiles(rows: list[Row]) -> Iterator[tuple[Any, str]]:
 
 def retrieval_tab(engine: Engine) -> None:
     """A text finds images in a built-in gallery, before and after compression of the encoder."""
-    able = engine.encoder_methods
-    asked = [engine.captions[i] for i in (10, 2, 5, 7)]
+    gallery = engine.gallery
+    able = gallery.methods
+    asked = [gallery.captions[i] for i in (10, 2, 5, 7)]
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=300):
             gr.HTML(
                 '<div class="vtc-note"><p>A small text tower finds scenes in a gallery of '
-                f"{len(engine.captions)}. It was trained on whole captions: size, colour, shape, "
+                f"{len(gallery.captions)}. It was trained on whole captions: size, colour, shape, "
                 "digit and place of every object, then the background. Shorter texts and other "
                 "words mislead it.</p></div>",
             )
@@ -137,17 +140,17 @@ def retrieval_tab(engine: Engine) -> None:
         try:
             if len(description) > MAX_QUESTION:
                 raise ValueError(f"a description has at most {MAX_QUESTION} characters")
-            for said, found in engine.search(description, chosen, percent / 100):
+            for said, found in gallery.search(description, chosen, percent / 100):
                 done = said == "done"
                 news: dict[Any, Any] = {status: pages.status(said, "" if done else "busy")}
                 if done:
-                    own, captions = description.strip(), engine.captions
+                    own, captions = description.strip(), gallery.captions
                     described = captions.index(own) if own in captions else None
                     first, then = found[BASELINE], found[COMPRESSED]
                     news |= {
                         summary: pages.ranking(found, described, SHOWN),
-                        before: pages.sheet("Before compression", _best(engine, first, first)),
-                        after: pages.sheet("After compression", _best(engine, then, first)),
+                        before: pages.sheet("Before compression", _best(gallery, first, first)),
+                        after: pages.sheet("After compression", _best(gallery, then, first)),
                     }
                 yield news
         except Exception as error:
@@ -164,11 +167,11 @@ def retrieval_tab(engine: Engine) -> None:
     )
 
 
-def _best(engine: Engine, ranking: Ranking, before: Ranking) -> list[tuple[Any, str]]:
+def _best(gallery: Gallery, ranking: Ranking, before: Ranking) -> list[tuple[Any, str]]:
     """The first images with rank and similarity, and the rank before compression if it moved."""
     tiles = []
     for i, (index, score) in enumerate(zip(ranking.order[:SHOWN], ranking.scores)):
         was = before.order.index(index)
         moved = "" if was == i else f", was {was + 1}"
-        tiles.append((engine.gallery[index], f"{i + 1}{moved}: similarity {score:.2f}"))
+        tiles.append((gallery.images[index], f"{i + 1}{moved}: similarity {score:.2f}"))
     return tiles

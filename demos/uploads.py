@@ -23,14 +23,16 @@ def read_image(path: str | Path) -> Image.Image:
             text is for the user and names no path.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            check_size(*image.size)
+        with Image.open(path, formats=FORMATS) as file:
+            check_size(*file.size)
             try:
-                image = ImageOps.exif_transpose(image).convert("RGB")
+                image = ImageOps.exif_transpose(file).convert("RGB")
             except (OSError, SyntaxError, ValueError, EOFError) as error:
                 raise ValueError("the image is damaged or cut off; save it again") from error
     except Image.DecompressionBombError:
         raise ValueError(_too_large("more than 178 megapixels")) from None
+    except FileNotFoundError:
+        raise ValueError("the image is no longer kept here; upload it again") from None
     except OSError:  # Pillow's "cannot identify" is one of them
         kinds = ", ".join(FORMATS).replace("WEBP", "WebP")
         raise ValueError(f"this file is not an image that is read here; use {kinds}") from None

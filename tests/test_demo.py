@@ -20,9 +20,12 @@ from typer.testing import CliRunner
 import vtc
 from vtc import cli
 from vtc.benchmarks.mini import mini_llava, mini_processor
-from vtc.demos import choices, engine, loading, measuring, uploads
-from vtc.demos.engine import BASELINE, COMPRESSED, Engine
+from vtc.demos import choices, loading, measuring, uploads
+from vtc.demos.engine import Engine
 from vtc.demos.examples import EXAMPLES
+from vtc.demos.gallery import Gallery
+from vtc.demos.results import BASELINE, COMPRESSED
+from vtc.demos.worker import Worker
 from vtc.methods.fastv import FastV
 
 TITLE, QUESTION = "mini", "is there a red circle ?"
@@ -86,6 +89,11 @@ def test_what_cannot_be_read_is_refused_in_words_that_name_no_path(tmp_path, con
     with pytest.raises(ValueError, match=re.escape(says)) as refused:
         uploads.read_image(path)
     assert str(tmp_path) not in str(refused.value)
+
+
+def test_a_file_that_was_cleared_away_is_to_be_uploaded_again(tmp_path):
+    with pytest.raises(ValueError, match="upload it again"):
+        uploads.read_image(tmp_path / "gone.png")
 
 
 def test_a_cut_off_file_is_refused(tmp_path):
@@ -294,21 +302,6 @@ def test_too_many_methods_are_refused(mini):
         mini.compare(TITLE, picture(), QUESTION, list(mini.methods[TITLE])[:9], 0.25)
 
 
-# ---- memory ------------------------------------------------------------------------------------
-
-
-def test_peak_memory_is_that_of_tensors():
-    with measuring.peak_memory(torch.device("cpu")) as peak:
-        small = torch.ones(1000)
-        del small
-        large = torch.ones(1_000_000)
-        del large
-    assert 4_000_000 <= peak.bytes < 4_010_000
-    with measuring.peak_memory(torch.device("meta")) as unknown:
-        pass
-    assert unknown.bytes is None
-
-
 # ---- models of one's own -----------------------------------------------------------------------
 
 
@@ -395,25 +388,31 @@ def test_the_snippet_does_what_the_page_did(tiny, names, tmp_path, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_search_finds_the_described_scene(tiny, monkeypatch):
-    monkeypatch.setattr(engine, "GALLERY", 4)
-    wanted = 2
-    status, found = last(tiny.search(tiny.captions[wanted], ["pitome"], 0.2))
+def test_search_finds_the_described_scene():
+    worker = Worker()
+    gallery, wanted = Gallery(worker, size=4), 2
+    text = gallery.captions[wanted]
+    try:
+        status, found = last(gallery.search(text, ["pitome"], 0.2))
+        start = time.perf_counter()
+        assert last(gallery.search(text, ["pitome"], 0.2)) == (status, found)
+        assert time.perf_counter() - start < 1  # the gallery is not encoded again
+        with pytest.raises(ValueError, match="describe a scene"):
+            gallery.search(" ", ["pitome"], 0.2)
+        with pytest.raises(vtc.UnsupportedError):
+            last(gallery.search(text, ["fastv"], 0.2))
+    finally:
+        worker.close()
     assert status == "done"
     before, after = found[BASELINE], found[COMPRESSED]
     assert before.order[0] == wanted
     assert before.hits == 4
     assert (before.tokens, after.tokens) == (576, 115)
-    assert sorted(after.order) == list(range(engine.GALLERY))
+    assert sorted(after.order) == list(range(4))
     assert after.scores == sorted(after.scores, reverse=True)
     assert after.scores != before.scores
-    assert "vtc" not in tiny.tower.vision.__dict__
-    start = time.perf_counter()
-    _, again = last(tiny.search(tiny.captions[wanted], ["pitome"], 0.2))
-    assert time.perf_counter() - start < 1  # the gallery is not encoded again
-    assert again == found
-    with pytest.raises(ValueError, match="describe a scene"):
-        tiny.search(" ", ["pitome"], 0.2)
+    assert "vtc" not in gallery.tower.vision.__dict__
+    assert "pitome" in gallery.methods and "fastv" not in gallery.methods
 
 
 # ---- the command -------------------------------------------------------------------------------

@@ -27,8 +27,9 @@ gr = pytest.importorskip("gradio", exc_type=ImportError)
 
 from vtc.benchmarks.mini import mini_llava, mini_processor  # noqa: E402
 from vtc.demos import choices, loading, server, uploads  # noqa: E402
-from vtc.demos.engine import BASELINE, COMPRESSED, Engine, draw  # noqa: E402
+from vtc.demos.engine import Engine, draw  # noqa: E402
 from vtc.demos.examples import EXAMPLES  # noqa: E402
+from vtc.demos.results import BASELINE, COMPRESSED  # noqa: E402
 from vtc.methods.fastv import FastV  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -172,7 +173,7 @@ def test_a_visit(site, visit, artefacts, tmp_path, device):
 
     page.locator("#layer input[type=number]").fill("0")
     page.locator("#layer input[type=number]").press("Tab")
-    page.locator("#caption", has_text="all of them: 576 of 576").wait_for()
+    page.locator("#caption", has_text="at first: 576 of 576").wait_for()
     page.wait_for_function("s => document.querySelector('#picture img').src != s", arg=first)
     page.locator("#kind").get_by_text("merge groups").click()
     page.locator("#caption", has_text="share a colour").wait_for()
