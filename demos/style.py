@@ -47,7 +47,7 @@ CSS = """
     & tr { border: 0; background: none; }
     & th, & td { padding: .34rem .4rem; border: 0; text-align: right;
       border-bottom: 1px solid var(--border-color-primary);
-       white-space: nowrap; font-variant-numeric: tabular-nums; }
+      white-space: nowrap; font-variant-numeric: tabular-nums; }
     & th { font-weight: 600; font-size: .78rem; color: var(--soft); white-space: normal;
       vertical-align: bottom; }
     & tbody tr:last-child td { border-bottom: 0; }

@@ -23,9 +23,11 @@ class Worker:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._closed = threading.Event()
 
     def close(self) -> None:
-        """End the thread; what still waits is dropped."""
+        """End the thread: what runs stops when it next says something, what waits is dropped."""
+        self._closed.set()
         self._thread.shutdown(cancel_futures=True)
 
     def run(self, work: Callable[[Say[T]], None]) -> Iterator[T]:
@@ -38,7 +40,7 @@ class Worker:
         left = threading.Event()
 
         def say(news: T | None) -> None:
-            if left.is_set():
+            if left.is_set() or self._closed.is_set():
                 raise _Left
             if news is not None:
                 box.put(("news", news))

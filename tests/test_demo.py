@@ -257,6 +257,24 @@ def test_who_leaves_stops_the_work(mini):
     assert unwrapped(mini)
 
 
+def test_closing_ends_what_runs():
+    worker = Worker()
+    began = threading.Event()
+
+    def forever(say):
+        while True:
+            began.set()
+            say(None)
+            time.sleep(0.001)
+
+    listener = threading.Thread(target=lambda: list(worker.run(forever)), daemon=True)
+    listener.start()
+    assert began.wait(timeout=10)
+    worker.close()
+    listener.join(timeout=10)
+    assert not listener.is_alive()
+
+
 def test_ten_users_at_once_get_their_own_answers(mini):
     def ask(seed: int) -> tuple[str, str, list[int]]:
         end = last(mini.answer(TITLE, picture(seed), QUESTION, ["fastv"], 0.25, 6, rounds=0))
@@ -424,6 +442,24 @@ def test_the_command_has_an_example_and_is_safe_by_default():
     assert "Example: vtc demo" in done.stdout
     text = re.sub(r"\s+", " ", done.stdout)
     assert "127.0.0.1" in text and "--trust-remote-code" in text and "--share" in text
+
+
+def test_a_port_that_is_taken_is_one_clear_line(monkeypatch):
+    pytest.importorskip("gradio")
+
+    def taken(*args):
+        raise OSError("Cannot find empty port\nin range")
+
+    net = mini_llava()
+    tiny = [choices.Model("mini", net, mini_processor(net), "", "")]
+    monkeypatch.setattr(loading, "embedded", lambda device: tiny)
+    monkeypatch.setattr("vtc.demos.server.serving", taken)
+    monkeypatch.setattr("signal.signal", lambda *args: None)
+    done = CliRunner().invoke(cli.app, ["demo", "--port", "7860"])
+    assert done.exit_code == 2
+    assert done.stderr == (
+        "error: cannot listen on 127.0.0.1:7860; choose another --port or --host\n"
+    )
 
 
 def test_a_model_that_is_not_there_is_one_clear_line(tmp_path):

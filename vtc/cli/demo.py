@@ -72,8 +72,9 @@ def demo(
             out.print(f"{address}  (Ctrl-C stops it)", highlight=False, soft_wrap=True)
             while True:
                 time.sleep(3600)
-    except OSError as error:
-        raise Mistake(f"{error}; choose another --port or --host".replace("\n", " ")) from None
+    except OSError:
+        where = f"{host}:{port or '7860 and up'}"
+        raise Mistake(f"cannot listen on {where}; choose another --port or --host") from None
     except KeyboardInterrupt:
         out.print("stopped")
     finally:
