@@ -10,7 +10,8 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from .report import Section, read, sections
+from .report import read, sections
+from .report_parts import Section
 
 TEMPLATE = """<!DOCTYPE html>
 <html lang="en">

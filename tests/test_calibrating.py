@@ -22,13 +22,15 @@ from snapshot import snapshot
 from typer.testing import CliRunner
 
 import vtc
-from vtc import calibrating, cli
+from vtc import bounds, calibrating, cli, dictation
 from vtc.benchmarks import calibration, mini_families
 from vtc.benchmarks.mini import mini_llava as mini_model
 from vtc.benchmarks.mini import mini_processor
 from vtc.benchmarks.prompts import make_batches
 from vtc.benchmarks.tasks.base import BadItem, Entry, Questions
-from vtc.calibrating import CAP, Point, calibrate, divergence, mean_bound, share_bound
+from vtc.bounds import mean_bound, share_bound
+from vtc.calibrating import CAP, Point, calibrate
+from vtc.dictation import divergence
 from vtc.method import Chain
 from vtc.methods.fastv import FastV
 from vtc.methods.random import Random
@@ -42,7 +44,7 @@ LOOSE = 1.999
 
 @pytest.fixture(autouse=True)
 def _few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrating, "DRAWS", 1000)
+    monkeypatch.setattr(bounds, "DRAWS", 1000)
 
 
 @pytest.fixture
@@ -140,7 +142,7 @@ def test_an_answer_ends_with_its_end_token(model: Any, samples: Any) -> None:
     first = model.generate(**samples[0], max_new_tokens=4, do_sample=False)[:, -4:]
     end = first[0, 1].item()  # the first row ends at its second token, if not before
     model.generation_config.eos_token_id = [end]
-    answer = calibrating._Answer.of(model, samples[0], 4)
+    answer = dictation.Answer.of(model, samples[0], 4)
     for row, written in zip(answer.tokens.tolist(), answer.written.tolist()):
         length = row.index(end) + 1 if end in row else len(row)
         assert written == [i < length for i in range(len(row))]
@@ -217,7 +219,7 @@ def test_the_bound_of_a_share() -> None:
 def test_the_bound_of_a_mean_is_clopper_pearson_of_zeros_and_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(calibrating, "DRAWS", 30_000)
+    monkeypatch.setattr(bounds, "DRAWS", 30_000)
     for ones, of in ((0, 64), (3, 10), (20, 40)):
         values = np.arange(of) < ones
         assert mean_bound(values, 1.0) == pytest.approx(share_bound(ones, of), rel=0.02)
@@ -228,7 +230,7 @@ def test_the_bound_holds_where_few_prompts_have_all_the_divergence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """3 % of the prompts change a lot: a bootstrap's bound fails in a fifth of the trials."""
-    monkeypatch.setattr(calibrating, "DRAWS", 300)
+    monkeypatch.setattr(bounds, "DRAWS", 300)
     rng = np.random.default_rng(0)
 
     def draw(n: int) -> np.ndarray:
@@ -453,7 +455,7 @@ def test_logits_that_are_not_numbers(
     model: Any, samples: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nothing = torch.full((4,), torch.nan)
-    monkeypatch.setattr(calibrating, "divergence", lambda p, q: nothing)
+    monkeypatch.setattr(dictation, "divergence", lambda p, q: nothing)
     with pytest.raises(ValueError, match=r"sample 0: the logits are not finite .* wider dtype"):
         one_point(model, samples, "uniform", 0.5)
 

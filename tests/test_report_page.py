@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vtc import cli
-from vtc.benchmarks import page, plots, report
+from vtc.benchmarks import page, plots, report, report_kinds, report_parts
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 NASTY = "\"><script>alert('x')</script><img src=https://e.vil/ onerror=x> | $\\bad{ & `_*[a](b)"
@@ -323,7 +323,7 @@ def test_the_results_of_this_repository(tmp_path: Path) -> None:
         shown += " ".join(c.text for t in section.tables for line in t.rows for c in line)
         shown += " ".join(t.title for t in section.tables)
         for row in rows:
-            assert report.rounded(row["method"]).split(":")[0] in shown, row["method"]
+            assert report_parts.rounded(row["method"]).split(":")[0] in shown, row["method"]
 
 
 def test_where_it_does_not_pay_in_results_without_a_verdict() -> None:
@@ -333,7 +333,7 @@ def test_where_it_does_not_pay_in_results_without_a_verdict() -> None:
         {"method": "tower", "measured": 0.7},
         {"method": "(stock model, prompt of 3 text tokens)", "measured": 0.5},
     ]
-    found = report.where_it_does_not_pay({"parts": [{"title": "here", "rows": rows}]})
+    found = report_kinds.where_it_does_not_pay({"parts": [{"title": "here", "rows": rows}]})
     assert [(r["method"], r["measured"]) for r in found] == [("slow(a=1)", 0.8), ("tower", 0.7)]
 
 

@@ -40,14 +40,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import ceil, exp, lgamma, log, log1p, sqrt
+from math import ceil, log, log1p, sqrt
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList
+from torch import nn
 
+from .bounds import LEVEL, mean_bound, share_bound
+from .dictation import Answer, generate
 from .errors import UnsupportedError
 from .matching import at_ratio, check_tune, label, largest_image
 from .method import Chain, Method, resolve
@@ -55,10 +55,8 @@ from .report import Report
 from .wrapping import Session, compressing, observe
 
 GRID = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
-LEVEL = 0.95
 CAP = 2.0
 """Nats that a prompt counts at most; sqrt(CAP / 2) is 1, the largest change there can be."""
-DRAWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -258,7 +256,7 @@ class _Search:
                 "the encoder by a retrieval or classification task"
             )
         with observe(model) as session:
-            _generate(model, next(iter(samples)), 1)
+            generate(model, next(iter(samples)), 1)
             _report(session, 0)
             self.tokens = largest_image(session)
 
@@ -270,7 +268,7 @@ class _Search:
         taken: dict[int, list[_Facts]] = {k: [] for k in counts}
         prompts = 0
         for i, sample in enumerate(self.samples):
-            stock = _Answer.of(self.model, sample, self.max_new_tokens)
+            stock = Answer.of(self.model, sample, self.max_new_tokens)
             self._tick("uncompressed")
             prompts += len(stock.written)
             for k in counts:
@@ -288,7 +286,7 @@ class _Search:
             if k not in self.refused:
                 self.points[k] = _point(k / self.tokens, taken[k], self.budgets, self.seed)
 
-    def _compare(self, sample: Any, stock: _Answer, i: int, k: int) -> _Facts | None:
+    def _compare(self, sample: Any, stock: Answer, i: int, k: int) -> _Facts | None:
         """One sample at one budget; None where the method cannot keep so few."""
         with compressing(self.model, self.at(k)) as session:
             try:
@@ -341,68 +339,6 @@ class _Facts:
     flops_share: float
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """The stock model's greedy answer to one sample.
-
-    Attributes:
-        tokens: (B, T); written: (B, T) bool, the end token included, what follows it not.
-        logits: T tensors (B, V), before any processor.
-    """
-
-    tokens: Tensor
-    written: Tensor
-    logits: Sequence[Tensor]
-
-    @classmethod
-    def of(cls, model: Any, sample: Mapping[str, Any], max_new_tokens: int) -> _Answer:
-        out = _generate(model, sample, max_new_tokens)
-        tokens = out.sequences[:, -len(out.logits) :]
-        ends = model.generation_config.eos_token_id
-        ended = torch.zeros_like(tokens, dtype=torch.bool)
-        if ends is not None:
-            ended = torch.isin(tokens, torch.as_tensor(ends, device=tokens.device))
-        return cls(tokens, ended.cumsum(1) - ended.long() == 0, out.logits)
-
-    def compare(self, model: Any, sample: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Let the model write this answer: (B,) divergence, and whether it would have by itself.
-
-        Its greedy answer is the same exactly where it prefers the answer's token at every step.
-        """
-        pen = _Dictation(self.tokens)
-        out = _generate(model, sample, self.tokens.shape[1], LogitsProcessorList([pen]))
-        steps = [divergence(p, q) for p, q in zip(self.logits, out.logits, strict=True)]
-        kl = torch.stack(steps, 1).where(self.written, 0.0).sum(1)
-        same = (torch.stack(pen.same, 1) | ~self.written).all(1)
-        return kl / self.written.sum(1), same
-
-
-class _Dictation(LogitsProcessor):
-    """Makes `generate` write a given answer, and notes where it would have written it anyway."""
-
-    def __init__(self, answer: Tensor) -> None:
-        self.answer = answer
-        self.same: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        token = self.answer[:, len(self.same)]
-        self.same.append(scores.argmax(-1) == token)
-        return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
-
-
-@torch.no_grad()
-def _generate(model: Any, sample: Mapping[str, Any], length: int, processors: Any = None) -> Any:
-    return model.generate(
-        **sample,
-        max_new_tokens=length,
-        do_sample=False,
-        num_beams=1,
-        logits_processor=processors,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-
-
 def _report(session: Session, i: int) -> Report:
     try:
         return session.report()
@@ -425,16 +361,6 @@ def _name(members: tuple[Method, ...]) -> str:
     return " + ".join(m.name for m in members)
 
 
-def divergence(stock: Tensor, other: Tensor) -> Tensor:
-    """KL(p || q) in nats of two (B, V) sets of logits, in fp32: (B,), never below 0."""
-    log_p, log_q = stock.float().log_softmax(-1), other.float().log_softmax(-1)
-    p = log_p.exp()
-    return (p * (log_p - log_q)).where(p > 0, 0.0).sum(-1).clamp_min(0.0)
-
-
-# ---- bounds -----------------------------------------------------------------------------------
-
-
 def _point(ratio: float, facts: Sequence[_Facts], budgets: int, seed: int) -> Point:
     kl = np.minimum([x for f in facts for x in f.kl], CAP)
     same = [x for f in facts for x in f.same]
@@ -451,35 +377,3 @@ def _point(ratio: float, facts: Sequence[_Facts], budgets: int, seed: int) -> Po
         promised_loss=share_bound(len(same) - sum(same), len(same), 1 - (1 - LEVEL) / budgets),
         promised_shift=sqrt(high / 2),
     )
-
-
-def mean_bound(values: np.ndarray, most: float, seed: int = 0, level: float = LEVEL) -> float:
-    """One-sided upper confidence bound of the mean of a variable in [0, most].
-
-    Gaffke's (2005): the quantile, over Dirichlet(1, ..., 1) weights, of the weighted mean of the
-    values and one more at the upper end, a Bayesian bootstrap that expects the worst of the next
-    prompt. It needs no large sample and no distribution, and of zeros and ones it is the bound of
-    Clopper & Pearson; in general its level rests on trials (Learned-Miller & Thomas 2019), not on a
-    proof. A plain bootstrap knows nothing of what too few prompts show: its bound of 64 held in
-    62 % of the trials, not in 95 %, where 3 % of them had nearly all the divergence.
-    """
-    points = np.append(values, most)
-    rng = np.random.default_rng(seed)
-    draws = (rng.standard_exponential(len(points)) for _ in range(DRAWS))
-    return float(np.quantile([weights @ points / weights.sum() for weights in draws], level))
-
-
-def share_bound(count: int, of: int, level: float = LEVEL) -> float:
-    """One-sided upper confidence bound of a probability after ``count`` of ``of`` cases.
-
-    The p at which so few or fewer cases have a chance of 1 - level (Clopper & Pearson 1934).
-    """
-    if count >= of:
-        return 1.0
-    ways = [lgamma(of + 1) - lgamma(i + 1) - lgamma(of - i + 1) for i in range(count + 1)]
-    low, high = count / of, 1.0
-    while high - low > 1e-9:
-        p = (low + high) / 2
-        chance = sum(exp(w + i * log(p) + (of - i) * log1p(-p)) for i, w in enumerate(ways))
-        low, high = (p, high) if chance > 1 - level else (low, p)
-    return high
