@@ -27,6 +27,7 @@ class Answer:
 
     @classmethod
     def of(cls, model: Any, sample: Mapping[str, Any], max_new_tokens: int) -> Answer:
+        """What the model answers, at most so many tokens."""
         out = generate(model, sample, max_new_tokens)
         tokens = out.sequences[:, -len(out.logits) :]
         ends = model.generation_config.eos_token_id
@@ -63,6 +64,7 @@ class _Dictation(LogitsProcessor):
 
 @torch.no_grad()
 def generate(model: Any, sample: Mapping[str, Any], length: int, processors: Any = None) -> Any:
+    """Greedy decoding that keeps the logits of every step."""
     return model.generate(
         **sample,
         max_new_tokens=length,
