@@ -104,7 +104,7 @@ def _faster(before: float, after: float) -> str:
 
 FIGURES: tuple[tuple[str, str, Callable[[float], str], Callable[[float, float], str]], ...] = (
     ("image tokens, last layer", "tokens", "{:g}".format, _less),
-    ("image tokens, mean layer", "average", "{:.1f}".format, _less),
+    ("image tokens, mean over layers", "average", "{:.1f}".format, _less),
     ("time to first token", "first_ms", _ms, _faster),
     ("total time", "total_ms", _ms, _faster),
     ("answer tokens", "new_tokens", "{:g}".format, _less),

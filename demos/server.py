@@ -29,6 +29,14 @@ SESSIONS = 24
 """Open pages whose last result can be redrawn; the one unused for longest goes first."""
 
 
+NO_RECORDS = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    # Gradio keeps thousands of past events and makes statistics of them at each new one.
+    "GRADIO_ANALYTICS_MAX_EVENTS": "1",
+    "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000000",
+}
+
+
 class Guard:
     """ASGI middleware: a content security policy on every answer, no request body that is too
     large or of unknown length."""
@@ -95,45 +103,55 @@ def serving(
         OSError: the port is taken.
     """
     folder = tempfile.mkdtemp(prefix="vtc-demo-")
-    kept = os.environ.get("GRADIO_TEMP_DIR")
-    os.environ["GRADIO_TEMP_DIR"] = folder  # read by every component when it is made
     page = None
     try:
-        page = build(engine)
-        local = is_loopback(host) and not share
-        hosts = ["127.0.0.1", "localhost", "[::1]", host] if local else ["*"]
-        _, address, link = page.launch(
-            server_name=host,
-            server_port=port,
-            share=share,
-            prevent_thread_lock=True,
-            quiet=True,
-            show_error=False,
-            max_file_size=MAX_BYTES,
-            allowed_paths=[],
-            state_session_capacity=SESSIONS,
-            enable_monitoring=False,
-            ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
-            run_history=False,
-            strict_cors=True,
-            footer_links=[],
-            theme=theme(),
-            head=f"<style>{CSS}</style>",  # `css` would be confined to parts of the page
-            app_kwargs={
-                "middleware": [
-                    Middleware(TrustedHostMiddleware, allowed_hosts=hosts),
-                    Middleware(Guard),
-                ]
-            },
-        )
-        yield link or address
+        with _environment(GRADIO_TEMP_DIR=folder, **NO_RECORDS):
+            page = build(engine)
+            local = is_loopback(host) and not share
+            hosts = ["127.0.0.1", "localhost", "[::1]", host] if local else ["*"]
+            _, address, link = page.launch(
+                server_name=host,
+                server_port=port,
+                share=share,
+                prevent_thread_lock=True,
+                quiet=True,
+                show_error=False,
+                max_file_size=MAX_BYTES,
+                allowed_paths=[],
+                state_session_capacity=SESSIONS,
+                enable_monitoring=False,
+                ssr_mode=False,
+                pwa=False,
+                mcp_server=False,
+                run_history=False,
+                strict_cors=True,
+                footer_links=[],
+                theme=theme(),
+                head=f"<style>{CSS}</style>",  # `css` would be confined to parts of the page
+                app_kwargs={
+                    "middleware": [
+                        Middleware(TrustedHostMiddleware, allowed_hosts=hosts),
+                        Middleware(Guard),
+                    ]
+                },
+            )
+            yield link or address
     finally:
         if page is not None:
             page.close(verbose=False)
         shutil.rmtree(folder, ignore_errors=True)
-        if kept is None:
-            del os.environ["GRADIO_TEMP_DIR"]
-        else:
-            os.environ["GRADIO_TEMP_DIR"] = kept
+
+
+@contextmanager
+def _environment(**settings: str) -> Iterator[None]:
+    """Environment variables for the length of a ``with`` block."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
