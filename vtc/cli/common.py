@@ -36,6 +36,7 @@ EXTRAS = {
     "datasets": "data",
     "easy_vqa": "bench",
     "gradio": "demo",
+    "jinja2": "bench",
     "lmms_eval": "lmms-eval",
     "matplotlib": "bench",
     "open_clip": "open-clip",
