@@ -82,6 +82,7 @@ def png_header(width: int, height: int) -> bytes:
         (png_header(200, 200), "damaged"),
         (png_header(4000, 2), "too narrow"),
     ],
+    ids=["text", "empty", "svg", "100-megapixels", "bomb", "no-pixels", "line"],
 )
 def test_what_cannot_be_read_is_refused_in_words_that_name_no_path(tmp_path, content, says):
     path = tmp_path / "upload.png"
