@@ -7,14 +7,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
+from PIL import ImageFile
 
 sys.path.insert(0, str(Path(__file__).parent))  # the mini models and the oracle
 
 # The mini models are so small that handing work to threads costs more than the work.
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture(autouse=True)
+def truncated_images_are_errors(monkeypatch):
+    """As Pillow has it by default; importing lmms_eval lets such images through, half grey."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:

@@ -231,7 +231,7 @@ def test_unusual_blocks_are_refused() -> None:
     tower = oc.VisionTransformer(SIZE, PATCH, WIDTH, 2, HEADS, 2.0, scaled_cosine_attn=True)
     with pytest.raises(UnsupportedError, match="scaled cosine"):
         vtc.wrap(tower, "tome")
-    with pytest.raises(UnsupportedError, match=r"supported: .*CLIP"):
+    with pytest.raises(UnsupportedError, match=r"supported: .*Hugging Face encoders"):
         vtc.wrap(timm.create_model("resnet18", num_classes=3), "tome")
 
 

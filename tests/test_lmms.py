@@ -27,6 +27,7 @@ import vtc
 from vtc.benchmarks import lmms, lmms_tasks, runner
 from vtc.benchmarks.chat import user_turn
 from vtc.benchmarks.lmms_model import VTC, SimpleVTC, generation_of
+from vtc.benchmarks.metrics import metric
 from vtc.benchmarks.model_args import Loading, parse
 from vtc.benchmarks.tasks.base import Task, score
 from vtc.benchmarks.tiny.models import load_llava
@@ -278,7 +279,7 @@ def test_lmms_eval_gives_the_accuracies_of_vtc_bench(tmp_path):
 
     model, processor = load_llava()
     settings = runner.Settings(methods=("visionzip",), keep=(144,), repeats=0, batch_size=8)
-    ours = runner.run(model, processor, "scenes", items, score, settings)["rows"]
+    ours = runner.run(model, processor, "scenes", items, metric("one-word"), settings)["rows"]
     for name, row in zip(("stock", "method"), ours):
         results, samples = result_of(tmp_path / name)
         assert len(samples) == results["n-samples"][task]["effective"] == limit

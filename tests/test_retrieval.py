@@ -724,7 +724,7 @@ def test_vtc_retrieval(saved: dict[str, str], tmp_path: Path) -> None:
     assert "uncompressed" in done.stdout and "i->t @1" in done.stdout
     assert "random on own: changes nothing here" in done.stdout
     written = json.loads((tmp_path / "out" / "retrieval.json").read_text())
-    assert written["benchmark"] == "retrieval" and written["command"].startswith("vtc ")
+    assert written["benchmark"] == "retrieval" and written["command"].startswith("vtc")
     done = invoke(*common, "--json", "--samples", "2")
     assert json.loads(done.stdout)["images"] == 2
 
