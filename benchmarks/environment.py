@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .journal import write_whole
+
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
@@ -72,7 +74,6 @@ def describe_model(model: Any) -> dict[str, Any]:
 
 
 def write_json(result: dict[str, Any], path: Path) -> Path:
-    """Write a result file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    """Write a result file, as a whole or not at all."""
+    write_whole(path, json.dumps(result, indent=1) + "\n")
     return path

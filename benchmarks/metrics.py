@@ -21,7 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..dictation import kl_divergence
 from . import vqa
+
+__all__ = ["METRICS", "RECALL", "Metric", "kl_divergence", "metric"]
 
 Score = Callable[[str, Sequence[str]], float]
 Summary = Callable[[Sequence[str], Sequence[Sequence[str]]], dict[str, float]]
@@ -439,15 +442,3 @@ def agreement(answers: Sequence[str], reference: Sequence[str]) -> float:
     if not pairs:
         raise ValueError("agreement of no answers")
     return sum(a.strip() == b.strip() for a, b in pairs) / len(pairs)
-
-
-def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) in nats over the last dimension, (..., V) -> (...), in fp32.
-
-    p is the uncompressed model, q the compressed one. Log-probabilities or logits: both are
-    normalised here, in fp32. Infinite where q rules out what p does not.
-    """
-    log_p, log_q = log_p.float().log_softmax(-1), log_q.float().log_softmax(-1)
-    p = log_p.exp()
-    terms = torch.where(p > 0, p * (log_p - log_q), 0.0)
-    return terms.sum(-1).clamp_min(0)  # rounding can take a zero below itself

@@ -30,7 +30,7 @@ from vtc.benchmarks.prompts import make_batches
 from vtc.benchmarks.tasks.base import BadItem, Entry, Questions
 from vtc.bounds import mean_bound, share_bound
 from vtc.calibrating import CAP, Point, calibrate
-from vtc.dictation import divergence
+from vtc.dictation import kl_divergence
 from vtc.method import Chain
 from vtc.methods.fastv import FastV
 from vtc.methods.random import Random
@@ -76,10 +76,10 @@ def test_divergence_is_the_one_computed_by_hand() -> None:
     stock, other = torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]]).log(), torch.empty(2, 3)
     other = torch.tensor([[0.9, 0.05, 0.05], [0.2, 0.3, 0.5]]).log()
     by_hand = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.05)
-    got = divergence(stock + 3.0, other - 2.0)  # logits are free up to a constant
+    got = kl_divergence(stock + 3.0, other - 2.0)  # logits are free up to a constant
     assert got.tolist() == pytest.approx([by_hand, 0.0], abs=1e-6)
-    assert got[0] != pytest.approx(divergence(other[:1], stock[:1] + 1e-9).item(), abs=0.1)
-    assert divergence(stock.bfloat16(), stock.bfloat16()).tolist() == [0.0, 0.0]
+    assert got[0] != pytest.approx(kl_divergence(other[:1], stock[:1] + 1e-9).item(), abs=0.1)
+    assert kl_divergence(stock.bfloat16(), stock.bfloat16()).tolist() == [0.0, 0.0]
 
 
 def written_by_hand(model: Any, row: dict[str, Any], method: Any, steps: int) -> tuple[Any, Any]:
@@ -455,7 +455,7 @@ def test_logits_that_are_not_numbers(
     model: Any, samples: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nothing = torch.full((4,), torch.nan)
-    monkeypatch.setattr(dictation, "divergence", lambda p, q: nothing)
+    monkeypatch.setattr(dictation, "kl_divergence", lambda p, q: nothing)
     with pytest.raises(ValueError, match=r"sample 0: the logits are not finite .* wider dtype"):
         one_point(model, samples, "uniform", 0.5)
 

@@ -90,6 +90,7 @@ def test_dependencies_are_under_permissive_licences():
         ("d", "", False),
         ("e", "License :: OSI Approved :: GNU Affero General Public License v3", False),
         ("f", "CC-BY-NC-4.0", False),
+        ("g", "MIT AND GPL-3.0-or-later", False),
         ("nvidia-cudnn-cu13", "LicenseRef-NVIDIA-Proprietary", True),
     ],
 )

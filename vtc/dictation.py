@@ -43,7 +43,7 @@ class Answer:
         """
         pen = _Dictation(self.tokens)
         out = generate(model, sample, self.tokens.shape[1], LogitsProcessorList([pen]))
-        steps = [divergence(p, q) for p, q in zip(self.logits, out.logits, strict=True)]
+        steps = [kl_divergence(p, q) for p, q in zip(self.logits, out.logits, strict=True)]
         kl = torch.stack(steps, 1).where(self.written, 0.0).sum(1)
         same = (torch.stack(pen.same, 1) | ~self.written).all(1)
         return kl / self.written.sum(1), same
@@ -76,8 +76,13 @@ def generate(model: Any, sample: Mapping[str, Any], length: int, processors: Any
     )
 
 
-def divergence(stock: Tensor, other: Tensor) -> Tensor:
-    """KL(p || q) in nats of two (B, V) sets of logits, in fp32: (B,), never below 0."""
-    log_p, log_q = stock.float().log_softmax(-1), other.float().log_softmax(-1)
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats over the last dimension, (..., V) -> (...), in fp32.
+
+    p is the uncompressed model, q the compressed one. Log-probabilities or logits: both are
+    normalised here, in fp32. Infinite where q rules out what p does not.
+    """
+    log_p, log_q = log_p.float().log_softmax(-1), log_q.float().log_softmax(-1)
     p = log_p.exp()
-    return (p * (log_p - log_q)).where(p > 0, 0.0).sum(-1).clamp_min(0.0)
+    terms = (p * (log_p - log_q)).where(p > 0, 0.0)
+    return terms.sum(-1).clamp_min(0)  # rounding can take a zero below itself
