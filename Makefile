@@ -1,6 +1,7 @@
 # make run    benchmark of the embedded model: table, plots and pictures in results/
 # make test   the whole test suite
 # make test-oldest   the same with the oldest supported transformers, in .venv-oldest
+# make soak   property tests with thousands of cases, and tests that take minutes to hours
 # make lint   ruff and mypy
 # make docs   the documentation, in site/
 # PYTHON=python3.12 make ...   another interpreter (3.10 or newer)
@@ -13,7 +14,7 @@ PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 OLDEST := 5.5
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast test-oldest lint docs format clean
+.PHONY: help run test test-fast test-oldest soak lint docs format clean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
@@ -42,6 +43,9 @@ test: $(VENV)/.dev
 
 test-fast: $(VENV)/.dev
 	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+
+soak: $(VENV)/.dev
+	@$(BIN)/python -m pytest $(PARALLEL) --soak
 
 $(VENV)-oldest/.dev: pyproject.toml
 	@$(PYTHON) -m venv $(VENV)-oldest

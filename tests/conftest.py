@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, settings
 from PIL import ImageFile
 
 sys.path.insert(0, str(Path(__file__).parent))  # the mini models and the oracle
@@ -18,6 +19,19 @@ sys.path.insert(0, str(Path(__file__).parent))  # the mini models and the oracle
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 
+# Property tests try the same cases on every machine; `make soak` tries many more, new every time.
+UNHURRIED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("vtc", derandomize=True, max_examples=60, **UNHURRIED)
+settings.register_profile("soak", max_examples=5000, print_blob=True, **UNHURRIED)
+
+
+def pytest_addoption(parser: Any) -> None:
+    parser.addoption("--soak", action="store_true", help="only the soak and property tests, long")
+
+
+def pytest_configure(config: Any) -> None:
+    settings.load_profile("soak" if config.getoption("--soak") else "vtc")
+
 
 @pytest.fixture(autouse=True)
 def truncated_images_are_errors(monkeypatch):
@@ -25,8 +39,18 @@ def truncated_images_are_errors(monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
-def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """On older transformers, what they lack is expected to fail (tests/releases.py)."""
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """Soak tests run alone; on older transformers, what they lack is expected to fail."""
     from releases import expect
 
+    def long(item: Any) -> bool:
+        return bool(item.get_closest_marker("soak"))
+
+    def of_properties(item: Any) -> bool:
+        return getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
+
+    soak = config.getoption("--soak")
+    chosen = [i for i in items if (long(i) or of_properties(i) if soak else not long(i))]
+    config.hook.pytest_deselected(items=[i for i in items if i not in set(chosen)])
+    items[:] = chosen
     expect(items)

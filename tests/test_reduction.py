@@ -3,13 +3,10 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vtc.reduction import Reduction, gather_tokens, top_k
-
-settings.register_profile("vtc", deadline=None, derandomize=True, max_examples=60)
-settings.load_profile("vtc")
 
 
 def random_map(generator, batch, n, k, drops):
