@@ -80,10 +80,10 @@ class _Weights:
             self.attn.dropout.register_forward_pre_hook(self._reweigh),
         ]
 
-    def _forget(self, module: nn.Module, args: tuple) -> None:
+    def _forget(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.bias = None
 
-    def _reweigh(self, module: nn.Module, args: tuple) -> tuple | None:
+    def _reweigh(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self.bias is None:
             return None
         p = args[0].float() * self.bias.to(args[0].device).exp()[:, None, None, :]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 from torch import nn
 
@@ -73,7 +74,7 @@ SUPPORTED = (
 )
 
 
-def _try(names: tuple[str, ...], model: nn.Module):
+def _try(names: tuple[str, ...], model: nn.Module) -> Any:
     for name in names:
         sites = importlib.import_module(f"{__package__}.{name}").locate(model)
         if sites is not None:

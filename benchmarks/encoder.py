@@ -28,7 +28,7 @@ class Encoder:
     tower: Any
     layer: int
     looked_into: list[Any]
-    memory: tuple[int, Any, list[tuple[tuple, dict[str, Any]]]] | None = None
+    memory: tuple[int, Any, list[tuple[tuple[Any, ...], dict[str, Any]]]] | None = None
 
     @classmethod
     def of(cls, model: Any, methods: Sequence[Method]) -> Encoder | None:
@@ -57,7 +57,7 @@ class Encoder:
         @functools.wraps(forward)
         def recall(*args: Any, **kwargs: Any) -> Any:
             if self.memory is None:
-                calls: list[tuple[tuple, dict[str, Any]]] = []
+                calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
                 hooks = [
                     module.register_forward_pre_hook(
                         lambda _, args, kwargs: calls.append((args, kwargs)),

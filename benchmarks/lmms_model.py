@@ -144,11 +144,11 @@ class SimpleVTC(lmms):
     def _document(self, doc_id: int, task: str, split: str) -> Any:
         return self.task_dict[task][split][doc_id]
 
-    def _generation(self, args: tuple) -> dict[str, Any]:
+    def _generation(self, args: tuple[Any, ...]) -> dict[str, Any]:
         """The generation_kwargs among the arguments of a request."""
         return args[1]
 
-    def _chat(self, args: tuple) -> Chat:
+    def _chat(self, args: tuple[Any, ...]) -> Chat:
         """The prompt that the arguments of a request describe."""
         context, _, visuals, *document = args
         return user_turn(visuals(self._document(*document)) or [], context)
@@ -168,9 +168,9 @@ class VTC(SimpleVTC):
 
     is_simple = False
 
-    def _generation(self, args: tuple) -> dict[str, Any]:
+    def _generation(self, args: tuple[Any, ...]) -> dict[str, Any]:
         return args[2]
 
-    def _chat(self, args: tuple) -> Chat:
+    def _chat(self, args: tuple[Any, ...]) -> Chat:
         _, messages, _, *document = args
         return ChatMessages(messages=messages(self._document(*document))).to_hf_messages()

@@ -471,7 +471,7 @@ def video(family: str) -> dict[str, Tensor]:
     }
 
 
-def row_of(family: str, inputs: dict[str, Tensor], rows: list[list[Any]], r: int) -> dict:
+def row_of(family: str, inputs: dict[str, Tensor], rows: list[list[Any]], r: int) -> dict[str, Any]:
     """One row of a batch without padding and mates."""
     real = inputs["attention_mask"][r].bool()
     first = sum(len(EVERY[family].count(s)) for row in rows[:r] for s in row)

@@ -96,7 +96,7 @@ def masked(
     """
 
     def hook(i: int) -> Callable[..., Any]:
-        def mask_dead(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        def mask_dead(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden, kwargs = args[0], dict(kwargs)
             if i == 0:
                 hidden = hidden.nan_to_num(0.0)
@@ -175,7 +175,7 @@ def jumping(layers: Any, parts: dict[int, Tensor], over: str) -> Iterator[None]:
     """
 
     def layer_hook(i: int) -> Callable[..., Any]:
-        def back(module: Any, args: tuple, output: Tensor) -> Any:
+        def back(module: Any, args: tuple[Any, ...], output: Tensor) -> Any:
             if output.shape[1] != parts[i].shape[1]:
                 return None
             return output.where(parts[i][..., None], args[0])
@@ -183,7 +183,7 @@ def jumping(layers: Any, parts: dict[int, Tensor], over: str) -> Iterator[None]:
         return back
 
     def attention_hook(i: int) -> Callable[..., Any]:
-        def nothing(module: Any, args: tuple, output: tuple) -> Any:
+        def nothing(module: Any, args: tuple[Any, ...], output: tuple[Any, ...]) -> Any:
             if output[0].shape[1] != parts[i].shape[1]:
                 return None
             return (output[0] * parts[i][..., None], *output[1:])

@@ -117,7 +117,10 @@ def run(
     def cost() -> None:
         if world.main:
             done = itertools.count(exam.steps)
-            tick = lambda: progress("timing", next(done), steps)  # noqa: E731
+
+            def tick() -> None:
+                progress("timing", next(done), steps)
+
             tick()
             _measure(model, inputs, configurations, settings.repeats, tick)
 

@@ -362,7 +362,7 @@ def compiled(cell: Cell) -> None:
 
     def run() -> Tensor:
         torch._dynamo.reset()
-        whole = torch.compile(model, backend="eager", fullgraph=True)
+        whole: Any = torch.compile(model, backend="eager", fullgraph=True)
         model(**inputs)  # transformers takes a lock in the first forward, which no graph can hold
         try:
             return whole(**inputs, use_cache=True).logits

@@ -31,7 +31,6 @@ _EXPORTS = {
 __all__ = [*_EXPORTS, "methods", "__version__"]
 
 if TYPE_CHECKING:
-    from . import methods as methods
     from .calibrating import Calibration as Calibration
     from .calibrating import calibrate as calibrate
     from .errors import UnsupportedError as UnsupportedError
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from .method import Method as Method
     from .method import Scorer as Scorer
     from .method import chain as chain
+    from .method import known_methods as methods
     from .method import register as register
     from .pictures import overlay as overlay
     from .reduction import Reduction as Reduction

@@ -83,7 +83,7 @@ class _Forward:
     aside: _Aside | None = None  # what jumps over the layer that runs now
     ran: Tensor | None = None  # `local` of the tokens that the last layer has run on
     partial: set[int] = field(default_factory=set)  # layers whose attention saw part of the tokens
-    memo: dict[str, tuple] = field(default_factory=dict)
+    memo: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def once(self, name: str, source: Any, device: torch.device, compute: Any) -> Any:
         """What Hugging Face hands to all layers alike is gathered once between reductions."""
@@ -341,7 +341,9 @@ class DecoderEngine:
         )
         self.forward: _Forward | None = None
         self.mask: Tensor | None = None  # (B, logical length) of this forward, False on padding
-        self.last_mask: tuple[tuple, Tensor | None] | None = None  # what it was made from, and it
+        self.last_mask: tuple[tuple[Any, ...], Tensor | None] | None = (
+            None  # what it was made from, and it
+        )
         self.handles: list[Any] = []
         self.taps: list[tap.Tap] = []
         self.stock: str | None = None
@@ -501,7 +503,7 @@ class DecoderEngine:
                 "fullgraph=True, or compile the stock model and call it on vtc.compress_inputs(...)"
             )
 
-    def _base_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _base_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._refuse_graph()
         ids = args[0] if args else kwargs.get("input_ids")
         encoded = kwargs.get("mm_encoder_outputs") or {}
@@ -599,14 +601,14 @@ class DecoderEngine:
                 "(chunked prefill) cannot be compressed; prefill in one piece"
             )
 
-    def _base_post(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _base_post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.pending = self.forward = self.mask = self.last_mask = None
         for t in self.taps:
             t.clear()
 
     # ---- the language model: phase, checks, aligned output -------------------------------------
 
-    def _lm_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _lm_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._refuse_graph()
         embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
         masks, mask, layout = self.pending or ({}, kwargs.get("attention_mask"), None)
@@ -688,7 +690,9 @@ class DecoderEngine:
             )
         return even_images(visual, self.encoded, each)
 
-    def _lm_post(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    def _lm_post(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
         st = self.forward
         named = isinstance(output, ModelOutput)
         cache = output.get("past_key_values") if named else kwargs.get("past_key_values")
@@ -722,7 +726,9 @@ class DecoderEngine:
 
     # ---- decoder layers ------------------------------------------------------------------------
 
-    def _layer_pre(self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _layer_pre(
+        self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         self._refuse_graph()
         st, cache = self.forward, kwargs.get("past_key_values")
         if i == 0 and st is not None and cache is not None:
@@ -805,7 +811,7 @@ class DecoderEngine:
         choice = Choice(i, view.image, view.position, view.valid, reduction, bypass)
         self.record.choices.append(choice)
 
-    def _attn_pre(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _attn_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Only some tokens enter the attention of this layer."""
         st = self.forward
         if st is None or st.aside is None:
@@ -815,7 +821,7 @@ class DecoderEngine:
         hidden = gather_tokens(kwargs["hidden_states"], st.aside.index)
         return args, {**kwargs, "hidden_states": hidden}
 
-    def _attn_post(self, module: nn.Module, args: tuple, output: Any) -> Any:
+    def _attn_post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The others get nothing from it: the residual carries them to the MLP."""
         st = self.forward
         if st is None or st.aside is None:
@@ -1176,7 +1182,7 @@ class DecoderEngine:
     # ---- behind a layer, and the KV cache stage ------------------------------------------------
 
     def _layer_post(
-        self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
+        self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         st, cache = self.forward, kwargs.get("past_key_values")
         if cache is not None and self.on_cache and (st is not None or self.steadily):
@@ -1303,7 +1309,13 @@ class DecoderEngine:
         return torch.cat([new.new_ones(batch, st.base), new], 1)
 
     def _sublayer_post(
-        self, t: tap.Tap, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any
+        self,
+        t: tap.Tap,
+        name: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
     ) -> None:
         given = args[0] if args else kwargs["hidden_states"]
         t.sublayers[name] = (given, output[0] if isinstance(output, tuple) else output)

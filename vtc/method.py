@@ -310,8 +310,7 @@ def register(cls: M) -> M:
 
 def known_methods() -> dict[str, type[Method]]:
     """All registered methods by name."""
-    from . import methods as package
-
+    package = importlib.import_module(f"{__package__}.methods")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
     return dict(sorted(_REGISTRY.items()))  # type: ignore[arg-type]

@@ -41,14 +41,18 @@ class Readers:
             handle.remove()
         self.tokens = self.valid = None
 
-    def _written(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _written(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         state = self.engine.state
         reduction = None if state is None else state.tokens
         self.valid = None if reduction is None else reduction.valid
         self.tokens = None if self.valid is None else output[0]
 
     def _read(
-        self, names: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict[str, Any]
+        self,
+        names: tuple[str, ...],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         tokens, given = self.tokens, kwargs.get("encoder_hidden_states")
         if tokens is None or self.valid is None or given is None:

@@ -413,7 +413,9 @@ class VisionEngine:
 
     # ---- before the first block ----------------------------------------------------------------
 
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Call | None:
+    def _begin(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Call | None:
         """Start a fresh state, whatever the last forward left; resize the image if asked to."""
         refuse_graph(self.methods)
         self.state = None
@@ -474,7 +476,7 @@ class VisionEngine:
     # ---- inside a block, in order of execution -------------------------------------------------
 
     def _shorten_call(
-        self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+        self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Call | None:
         """Per-token arguments of the block, such as rotary tables, for the tokens that are left."""
         st, gather = self.state, self.sites.blocks[i].gather
@@ -483,7 +485,7 @@ class VisionEngine:
         return gather((args, kwargs), st.tokens.keep)
 
     def _attention(
-        self, i: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+        self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Call | None:
         """Remember what queries and keys come from; add the key bias."""
         st, site = self.state, self.sites.blocks[i]
@@ -515,7 +517,7 @@ class VisionEngine:
         bias = torch.zeros_like(st.sizes) if bias is None else bias
         return bias.masked_fill(~valid.to(bias.device), -torch.inf)
 
-    def _keys(self, i: int, module: nn.Module, args: tuple, output: Tensor) -> None:
+    def _keys(self, i: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Keep a reference to the keys that attention has projected."""
         st = self.state
         if all(module is not child for child in self.sites.blocks[i].attn.children()):
@@ -523,7 +525,7 @@ class VisionEngine:
         if st is not None and i in st.projections and isinstance(st.projections[i].key, _Keys):
             st.projections[i].key.output = output  # type: ignore[attr-defined]
 
-    def _middle(self, i: int, module: nn.Module, args: tuple) -> tuple | None:
+    def _middle(self, i: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Between attention and MLP: shorten what the second norm and the MLP see."""
         st = self.state
         if st is None:
@@ -535,7 +537,7 @@ class VisionEngine:
             st.pending = reduction, x - reduction.select(args[0]) if merged else None
         return (x, *args[1:])
 
-    def _put_back(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    def _put_back(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Give the MLP's output the length of the residual; only survivors' rows matter."""
         st = self.state
         if st is None or st.pending is None:
@@ -544,7 +546,7 @@ class VisionEngine:
             reduction = st.pending[0]
             return scatter_tokens(output, reduction.keep, reduction.source_count)
 
-    def _end_block(self, i: int, module: nn.Module, args: tuple, output: Any) -> Any:
+    def _end_block(self, i: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Take the survivors out of the block's output; then methods that act on the output."""
         st = self.state
         if st is None:
@@ -724,7 +726,7 @@ class VisionEngine:
             x = st.tokens.expand(x)
         return x
 
-    def _features(self, module: nn.Module, args: tuple) -> tuple | None:
+    def _features(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Choose among the patch features before they are projected, unless they are packed."""
         st = self.state
         if st is None:
@@ -746,7 +748,7 @@ class VisionEngine:
             features, done = self._choose(st, args[0])
         return None if done is None else (features, *args[1:])
 
-    def _spread(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    def _spread(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Projected survivors (B, K, D) at their places in the grid (B, N, D), NaN elsewhere."""
         st = self.state
         reduction = None if st is None else st.reduction

@@ -7,7 +7,7 @@ import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ from .adapters.locate import locate
 from .errors import UnsupportedError
 from .method import Chain, Method, known_methods, resolve
 from .report import Record, Report, build_report
+
+M = TypeVar("M", bound=nn.Module)
 
 ATTRIBUTE = "vtc"
 
@@ -106,7 +108,7 @@ class Session:
         if self.decoder is not None:
             self.decoder.install()
 
-    def _encode(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _encode(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if getattr(module, "_is_replica", False):
             raise UnsupportedError(
                 "torch.nn.DataParallel runs copies of the model in threads, which would share one "
@@ -122,7 +124,7 @@ class Session:
         self.record.clock.reset("vision", "method")
         self.record.clock.start("vision")
 
-    def _encoded(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _encoded(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.record.clock.stop("vision")
         if self.packed is not None:
             return  # the features stage is still to come
@@ -236,7 +238,7 @@ def _install(model: Any, methods: tuple[Method, ...]) -> Session:
     return session
 
 
-def wrap(model: nn.Module, method: str | Method | Chain, **parameters: Any) -> nn.Module:
+def wrap(model: M, method: str | Method | Chain, **parameters: Any) -> M:
     """Compress the visual tokens of a stock model, in place.
 
     Args:
@@ -255,7 +257,7 @@ def wrap(model: nn.Module, method: str | Method | Chain, **parameters: Any) -> n
     return model
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: M) -> M:
     """Remove compression: the model is exactly what it was before `wrap`.
 
     Raises:

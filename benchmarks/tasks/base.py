@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, overload
 
 from PIL import Image
 
@@ -95,7 +96,13 @@ class Questions(Sequence[Item]):
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         entry = self.entries[index]
@@ -120,7 +127,7 @@ def _with_ids(entries: Sequence[Entry]) -> list[Entry]:
 
 
 # name -> module with `entries(split, n, seed, **options)`, options
-TASKS: dict[str, tuple[str, dict]] = {
+TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "easy-vqa": ("easy_vqa", {}),
     "scenes": ("scenes", {"level": "default"}),
     "scenes-hard": ("scenes", {"level": "hard"}),

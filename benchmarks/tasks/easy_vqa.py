@@ -7,6 +7,7 @@ import random
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 from PIL import Image
 
@@ -16,7 +17,7 @@ SHAPES = ("circle", "rectangle", "triangle")
 QUESTIONS_PER_IMAGE = 5
 
 
-def _package():
+def _package() -> ModuleType:
     try:
         import easy_vqa
     except ImportError as error:

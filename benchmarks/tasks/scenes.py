@@ -252,7 +252,9 @@ def references(scene: Scene, obj: Obj, without: str) -> list[str]:
     return found
 
 
-def _about(scene: Scene, rng: random.Random, without: str, among=None) -> tuple[Obj, str] | None:
+def _about(
+    scene: Scene, rng: random.Random, without: str, among: Sequence[Obj] | None = None
+) -> tuple[Obj, str] | None:
     """Return an object of `among` and a phrase for it, or None where no phrase is unambiguous."""
     objects = list(scene.objects if among is None else among)
     rng.shuffle(objects)
@@ -263,28 +265,34 @@ def _about(scene: Scene, rng: random.Random, without: str, among=None) -> tuple[
     return None
 
 
-def _color(scene: Scene, rng: random.Random):
+Asked = tuple[str, str] | None  # question and answer, where the scene has one
+
+
+def _color(scene: Scene, rng: random.Random) -> Asked:
     about = _about(scene, rng, "color")
-    if about:
-        template = rng.choice(("what color is {}?", "what is the color of {}?"))
-        return template.format(about[1]), about[0].color
+    if about is None:
+        return None
+    template = rng.choice(("what color is {}?", "what is the color of {}?"))
+    return template.format(about[1]), about[0].color
 
 
-def _shape(scene: Scene, rng: random.Random):
+def _shape(scene: Scene, rng: random.Random) -> Asked:
     about = _about(scene, rng, "shape")
-    if about:
-        template = rng.choice(("what shape is {}?", "what is the shape of {}?"))
-        return template.format(about[1]), about[0].shape
+    if about is None:
+        return None
+    template = rng.choice(("what shape is {}?", "what is the shape of {}?"))
+    return template.format(about[1]), about[0].shape
 
 
-def _digit(scene: Scene, rng: random.Random):
+def _digit(scene: Scene, rng: random.Random) -> Asked:
     about = _about(scene, rng, "digit", [o for o in scene.objects if o.digit is not None])
-    if about:
-        template = rng.choice(("what digit is on {}?", "which digit does {} show?"))
-        return template.format(about[1]), str(about[0].digit)
+    if about is None:
+        return None
+    template = rng.choice(("what digit is on {}?", "which digit does {} show?"))
+    return template.format(about[1]), str(about[0].digit)
 
 
-def _count(scene: Scene, rng: random.Random):
+def _count(scene: Scene, rng: random.Random) -> Asked:
     which = rng.randrange(3)
     if which == 0:
         noun, count = "objects", len(scene.objects)
@@ -299,7 +307,7 @@ def _count(scene: Scene, rng: random.Random):
     return f"how many {noun} are there?", str(count)
 
 
-def _exist(scene: Scene, rng: random.Random):
+def _exist(scene: Scene, rng: random.Random) -> Asked:
     kind, wanted = rng.randrange(3), rng.random() < 0.5
     pairs = [(c, s) for c in COLORS for s in SHAPES]
     if kind == 0:
@@ -325,28 +333,30 @@ def _exist(scene: Scene, rng: random.Random):
     return f"is there {article} {noun}?", "yes" if wanted else "no"
 
 
-def _position(scene: Scene, rng: random.Random):
+def _position(scene: Scene, rng: random.Random) -> Asked:
     axis = rng.choice("xy")
     far = [o for o in scene.objects if abs(getattr(o, axis) - SIDE / 2) >= MARGIN]
     about = _about(scene, rng, "position", far)
-    if about:
-        obj, ref = about
-        if axis == "x":
-            return f"is {ref} on the left or right?", "left" if obj.x < SIDE / 2 else "right"
-        return f"is {ref} at the top or bottom?", "top" if obj.y < SIDE / 2 else "bottom"
+    if about is None:
+        return None
+    obj, ref = about
+    if axis == "x":
+        return f"is {ref} on the left or right?", "left" if obj.x < SIDE / 2 else "right"
+    return f"is {ref} at the top or bottom?", "top" if obj.y < SIDE / 2 else "bottom"
 
 
-def _size(scene: Scene, rng: random.Random):
+def _size(scene: Scene, rng: random.Random) -> Asked:
     about = _about(scene, rng, "size")
-    if about:
-        template = rng.choice(("is {} small or large?", "what size is {}?"))
-        return template.format(about[1]), about[0].size
+    if about is None:
+        return None
+    template = rng.choice(("is {} small or large?", "what size is {}?"))
+    return template.format(about[1]), about[0].size
 
 
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 
 
-def _relation(scene: Scene, rng: random.Random):
+def _relation(scene: Scene, rng: random.Random) -> Asked:
     options = []
     for anchor in scene.objects:
         for phrase, (dx, dy) in RELATIONS.items():

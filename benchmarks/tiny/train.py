@@ -175,7 +175,9 @@ class Loop:
         self.rng.bit_generator.state = saved["numpy_rng"]
         return saved
 
-    def patch_loss(self, image: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, list]:
+    def patch_loss(
+        self, image: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, list[Any]]:
         """Cross-entropy of naming shape, colour and digit (B, N, 3; -1 = none) of every patch.
 
         Projected patches (B, N, D) are compared with the word embeddings by cosine. Also returns
@@ -291,7 +293,7 @@ class Trainer(Loop):
         """Return (B, 336, 336, 3) uint8 as (B, 3, 336, 336) in 0..255, in one memory layout."""
         return torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float().contiguous()
 
-    def batch(self, count: int, easy: int) -> tuple:
+    def batch(self, count: int, easy: int) -> tuple[Any, ...]:
         """Return pixels, tokens (B, PACKED, LENGTH), starts (B, PACKED) and the scenes' indices."""
         index = self.rng.integers(0, max(1, self.scenes.filled()), count - easy)
         pixels = self.pixels(self.scenes.images[index])

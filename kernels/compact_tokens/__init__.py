@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,17 +29,19 @@ _compact = torch.library.custom_op("vtc::compact_tokens", _run, mutates_args=())
 
 
 @_compact.register_fake
-def _(tensors, keep, destination, rows, packed):
+def _(
+    tensors: list[Tensor], keep: Tensor, destination: Any, rows: int, packed: bool
+) -> list[Tensor]:
     return [x.new_empty(rows, *x.shape[2:]) for x in tensors]
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     tensors, keep, destination, _, _ = inputs
     ctx.save_for_backward(keep, destination)
     ctx.shapes = [x.shape for x in tensors]
 
 
-def _backward(ctx, grads):
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     keep, destination = ctx.saved_tensors
     place = torch.arange(keep.numel(), device=keep.device).view(keep.shape)
     if destination is not None:

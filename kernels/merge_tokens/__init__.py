@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,18 +17,18 @@ def _merge(x: Tensor, size: Tensor | None, group: Tensor, k: int) -> tuple[Tenso
 
 
 @_merge.register_fake
-def _(x, size, group, k):
+def _(x: Tensor, size: Tensor | None, group: Tensor, k: int) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty(x.shape[0], k, x.shape[2]), x.new_empty(x.shape[0], k, dtype=wide)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, size, group, _ = inputs
     merged, new_size = output
     ctx.save_for_backward(x, size, group, merged, new_size)
 
 
-def _backward(ctx, grad, grad_size):
+def _backward(ctx: Any, grad: Tensor, grad_size: Tensor) -> tuple[Tensor | None, ...]:
     """d merged_k / d x_i = m_i / M_k; d merged_k / d m_i = (x_i - merged_k) / M_k, i in group k."""
     x, size, group, merged, new_size = ctx.saved_tensors
     slot = group.clamp(min=0)
