@@ -2,6 +2,7 @@
 # make test   the whole test suite
 # make test-oldest   the same with the oldest supported transformers, in .venv-oldest
 # make soak   property tests with thousands of cases, and tests that take minutes to hours
+# make coverage   the test suite, and which lines it does not reach
 # make lint   ruff and mypy
 # make docs   the documentation, in site/
 # PYTHON=python3.12 make ...   another interpreter (3.10 or newer)
@@ -14,7 +15,7 @@ PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 OLDEST := 5.5
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast test-oldest soak lint docs format clean
+.PHONY: help run test test-fast test-oldest soak coverage lint docs format clean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
@@ -46,6 +47,9 @@ test-fast: $(VENV)/.dev
 
 soak: $(VENV)/.dev
 	@$(BIN)/python -m pytest $(PARALLEL) --soak
+
+coverage: $(VENV)/.dev
+	@$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term
 
 $(VENV)-oldest/.dev: pyproject.toml
 	@$(PYTHON) -m venv $(VENV)-oldest
