@@ -4,6 +4,7 @@
 # make soak   property tests with thousands of cases, and tests that take minutes to hours
 # make coverage   the test suite, and which lines it does not reach
 # make lint   ruff and mypy
+# make audit   known vulnerabilities of everything installed
 # make docs   the documentation, in site/
 # PYTHON=python3.12 make ...   another interpreter (3.10 or newer)
 
@@ -15,7 +16,7 @@ PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 OLDEST := 5.5
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast test-oldest soak coverage lint docs format clean
+.PHONY: help run test test-fast test-oldest soak coverage lint audit docs format clean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
@@ -65,6 +66,9 @@ lint: $(VENV)/.dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+audit: $(VENV)/.dev
+	@$(BIN)/python -m pip_audit --local --skip-editable
 
 docs: $(VENV)/.dev
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
