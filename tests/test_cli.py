@@ -45,9 +45,11 @@ def toy(monkeypatch):
     """A mini random model instead of the embedded one, and toy tasks."""
     model, real = mini_llava(), base.open_task
 
-    def open_task(spec: str, n: int | None, seed: int, metric: str | None = None):
+    def open_task(spec: str, n: int | None, seed: int, metric: str | None, data_dir: Path | None):
         known = spec in base.TASKS or spec.endswith(".jsonl")
-        return (toy_task if known else real)(spec, n, seed, metric=metric)
+        if known and data_dir is None:
+            return toy_task(spec, n, seed, metric)
+        return real(spec, n, seed, metric=metric, data_dir=data_dir)
 
     monkeypatch.setattr(base, "open_task", open_task)
     monkeypatch.setattr(cli.bench, "load", lambda *_: (model, mini_processor(model)))
@@ -142,6 +144,7 @@ def test_kernels_prints_its_tables(monkeypatch, tmp_path):
         (["bench", "nonsense"], "easy-vqa"),
         (["bench", "--device", "warp"], "warp"),
         (["bench", "--metric", "nonsense"], "one-word"),
+        (["bench", "scenes", "--data-dir", "."], "scenes takes no data_dir"),
         (["bench", "a/test.jsonl", "b/test.jsonl"], "--out"),
     ],
 )
@@ -153,6 +156,14 @@ def test_mistakes_are_one_clear_line(toy, args, says):
     assert done.stderr.count("\n") == 1
     assert says in done.stderr
     assert "Traceback" not in done.output
+
+
+def test_a_file_that_the_system_refuses_is_one_clear_line():
+    done = invoke("bench", "x" * 300 + ".jsonl")
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: xxx")
+    assert done.stderr.endswith("xxx.jsonl: File name too long\n")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_model_that_is_not_there_is_one_clear_line(tmp_path):

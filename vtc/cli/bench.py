@@ -13,8 +13,16 @@ from typing import Annotated, Any
 import typer
 
 from .common import (
+    AsJson,
+    BatchSize,
+    Device,
+    Dtype,
+    Keep,
+    LLaVA,
     Mistake,
+    OutDir,
     ProgressBar,
+    SomeMethods,
     command,
     device_of,
     err,
@@ -43,12 +51,8 @@ def bench(
             show_default=False,
         ),
     ] = None,
-    methods: Annotated[
-        str | None, typer.Option(help="Names, separated by commas.", show_default=False)
-    ] = None,
-    keep: Annotated[
-        str, typer.Option(help="Kept shares (0.33, 1/3) or token counts, separated by commas.")
-    ] = DEFAULT_KEEP,
+    methods: SomeMethods = None,
+    keep: Keep = DEFAULT_KEEP,
     flops: Annotated[
         float | None,
         typer.Option(
@@ -74,22 +78,24 @@ def bench(
         str | None,
         typer.Option(help="What an answer is worth; default: the task's.", show_default=False),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Folder or hub id of a LLaVA; default: the embedded one."),
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="A local copy of a hub set, laid out as the hub has it; default: $VTC_DATA/NAME.",
+            show_default=False,
+        ),
     ] = None,
-    device: Annotated[str, typer.Option(help='"cpu", "cuda" or "auto".')] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 20,
+    model: LLaVA = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 20,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 6,
     repeats: Annotated[
         int | None, typer.Option(min=0, help="Timed rounds.", show_default=False)
     ] = None,
     seed: Annotated[int, typer.Option(help="Of questions, bootstrap and random methods.")] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Only JSON on the standard output.")
-    ] = False,
-    out_dir: Annotated[Path, typer.Option("--out", help="Folder for results.")] = Path("results"),
+    as_json: AsJson = False,
+    out_dir: OutDir = Path("results"),
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start over; do not go on with an unfinished run.")
     ] = False,
@@ -131,7 +137,8 @@ def bench(
     opened: dict[str, Any] = {}
     for spec in tasks or DEFAULT_TASKS:
         count = samples or (usual if spec in TASKS else None)
-        task = valid(functools.partial(open_task, spec, n=count, seed=seed, metric=metric))
+        chosen = functools.partial(open_task, spec, n=count, seed=seed)
+        task = valid(functools.partial(chosen, metric=metric, data_dir=data_dir))
         if runner.stem(task.name) in opened:
             raise Mistake(f'two tasks are called "{task.name}"; run each with an --out of its own')
         opened[runner.stem(task.name)] = task

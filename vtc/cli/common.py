@@ -7,7 +7,8 @@ import datetime
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -48,6 +49,24 @@ EXTRAS = {
 """Which extra installs a module that a command may miss."""
 
 
+# Options of more than one command.
+Methods = Annotated[str, typer.Option(help="Names, separated by commas.")]
+SomeMethods = Annotated[
+    str | None, typer.Option(help="Names, separated by commas.", show_default=False)
+]
+Keep = Annotated[
+    str, typer.Option(help="Kept shares (0.33, 1/3) or token counts, separated by commas.")
+]
+LLaVA = Annotated[
+    str | None, typer.Option(help="Folder or hub id of a LLaVA; default: the embedded one.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Questions answered together.")]
+Device = Annotated[str, typer.Option(help='"cpu", "cuda" or "auto".')]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Only JSON on the standard output.")]
+OutDir = Annotated[Path, typer.Option("--out", help="Folder for results.")]
+
+
 class Mistake(Exception):
     """Something the caller got wrong; printed as one line."""
 
@@ -83,8 +102,12 @@ def valid(function: Callable[[], Any]) -> Any:
     """Run a check of the arguments; what it refuses is the caller's mistake."""
     try:
         return function()
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
         raise Mistake(str(error)) from None
+    except OSError as error:
+        named = error.filename is not None and error.strerror is not None
+        text = f"{error.filename}: {error.strerror}" if named else str(error)
+        raise Mistake(text) from None
 
 
 def device_of(name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Mistake, command, device_of, err, out
+from .common import Device, Mistake, command, device_of, err, out
 
 
 @command
@@ -26,7 +26,7 @@ def demo(
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")
     ] = "127.0.0.1",
-    device: Annotated[str, typer.Option(help='"cpu", "cuda" or "auto".')] = "auto",
+    device: Device = "auto",
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16; with --model.")
     ] = "float32",

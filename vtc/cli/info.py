@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from .. import __version__
-from .common import Mistake, command, out
+from .common import AsJson, Mistake, command, out
 
 
 @command
@@ -29,7 +29,7 @@ def version() -> None:
 
 @command
 def methods(
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """All methods: where they act, what they need, what they do.
 
@@ -51,7 +51,7 @@ def methods(
 
 @command
 def models(
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """All model families that vtc has an adapter for; "vtc inspect" tells of any other.
 
@@ -73,7 +73,7 @@ def models(
 @command
 def inspect(
     model: Annotated[str, typer.Argument(help="Hub id, folder or config.json.")],
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """How vtc sees a model and which methods work on it, from its configuration alone.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Mistake, command, device_of, err, load, out, valid
+from .common import AsJson, Device, Dtype, Mistake, command, device_of, err, load, out, valid
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,13 +53,11 @@ def overlay(
             help='Folder or hub id, or "tiny-llava-next"; default: the embedded tiny LLaVA.'
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help='"cpu", "cuda" or "auto".')] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
     seed: Annotated[int, typer.Option(help="Of random methods.")] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Only JSON on the standard output.")
-    ] = False,
+    as_json: AsJson = False,
     file: Annotated[
         Path, typer.Option("--out", help="PNG to write; of several kinds NAME-KIND.png.")
     ] = Path("overlay.png"),

@@ -25,9 +25,10 @@ def report(
     from ..benchmarks.page import write
 
     try:
-        written, refused = valid(lambda: write(results, out_dir))
+        out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Mistake(f"cannot write {error.filename or out_dir}: {error.strerror}") from None
+        raise Mistake(f"cannot write {out_dir}: {error.strerror}") from None
+    written, refused = valid(lambda: write(results, out_dir))
     for where, why in refused:
         err.print(f"not read: {where}: {why}", highlight=False, markup=False, soft_wrap=True)
     out.print(f"[dim]written: {', '.join(map(str, written))}[/dim]", soft_wrap=True)

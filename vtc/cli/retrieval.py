@@ -12,7 +12,21 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import Mistake, ProgressBar, command, device_of, out, print_rows, valid
+from .common import (
+    AsJson,
+    Device,
+    Dtype,
+    Keep,
+    Methods,
+    Mistake,
+    OutDir,
+    ProgressBar,
+    command,
+    device_of,
+    out,
+    print_rows,
+    valid,
+)
 
 DEFAULT_METHODS = "pitome,tome,zero-tprune,random,downsample,pool"
 DEFAULT_KEEP = "0.5,0.33,0.22"
@@ -25,20 +39,12 @@ Model = Annotated[
     ),
 ]
 AnyModel = Annotated[str, typer.Option(help="As for retrieval, or timm:NAME, a classifier.")]
-Methods = Annotated[str, typer.Option(help="Names, separated by commas.")]
-Keep = Annotated[
-    str, typer.Option(help="Kept shares (0.33, 1/3) or token counts, separated by commas.")
-]
 Samples = Annotated[
     int | None, typer.Option(min=1, help="Images; default: all.", show_default=False)
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images encoded together, and timed.")]
 Repeats = Annotated[int, typer.Option(min=0, help="Timed rounds; 0 measures no time.")]
 Seed = Annotated[int, typer.Option(help="Of samples, bootstrap and random methods.")]
-Device = Annotated[str, typer.Option(help='"cpu", "cuda" or "auto".')]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Only JSON on the standard output.")]
-OutDir = Annotated[Path, typer.Option("--out", help="Folder for results.")]
 
 
 @command

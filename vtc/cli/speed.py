@@ -15,7 +15,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .common import Mistake, ProgressBar, command, device_of, err, load, out, valid
+from .common import (
+    AsJson,
+    Device,
+    Mistake,
+    OutDir,
+    ProgressBar,
+    SomeMethods,
+    command,
+    device_of,
+    err,
+    load,
+    out,
+    valid,
+)
 
 
 @command
@@ -24,9 +37,7 @@ def speed(
     sweep: Annotated[
         bool, typer.Option("--sweep", help="A grid of batches and prompts: where does it pay?")
     ] = False,
-    methods: Annotated[
-        str | None, typer.Option(help="Names, separated by commas.", show_default=False)
-    ] = None,
+    methods: SomeMethods = None,
     keep: Annotated[
         str | None,
         typer.Option(help="Kept share (0.22, 2/9) or token count.", show_default="0.22"),
@@ -60,7 +71,7 @@ def speed(
             show_default="16, on a GPU 64 without --full and --sweep",
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help='"cpu", "cuda" or "auto".')] = "auto",
+    device: Device = "auto",
     dtype: Annotated[
         str | None,
         typer.Option(help="Of the weights.", show_default="float32, on a GPU bfloat16"),
@@ -70,10 +81,8 @@ def speed(
         typer.Option(min=1, help="Timed rounds.", show_default="5, 3 with --full or --sweep"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of weights, methods and the order of runs.")] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Only JSON on the standard output.")
-    ] = False,
-    out_dir: Annotated[Path, typer.Option("--out", help="Folder for results.")] = Path("results"),
+    as_json: AsJson = False,
+    out_dir: OutDir = Path("results"),
 ) -> None:
     """Time to the first token, decoding, memory: what is gained, and where nothing is.
 
@@ -183,11 +192,9 @@ def _print_tables(result: dict[str, Any], sweep: bool) -> None:
 
 @command
 def kernels(
-    device: Annotated[str, typer.Option(help='"cpu", "cuda" or "auto".')] = "auto",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Only JSON on the standard output.")
-    ] = False,
-    out_dir: Annotated[Path, typer.Option("--out", help="Folder for results.")] = Path("results"),
+    device: Device = "auto",
+    as_json: AsJson = False,
+    out_dir: OutDir = Path("results"),
 ) -> None:
     """Check the fused kernels and time them beside eager torch and torch.compile.
 

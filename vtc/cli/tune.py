@@ -15,7 +15,23 @@ from rich.console import Console
 from rich.table import Table
 
 from .bench import EMBEDDED
-from .common import Mistake, ProgressBar, command, device_of, err, load, out, valid
+from .common import (
+    AsJson,
+    BatchSize,
+    Device,
+    Dtype,
+    LLaVA,
+    Methods,
+    Mistake,
+    OutDir,
+    ProgressBar,
+    command,
+    device_of,
+    err,
+    load,
+    out,
+    valid,
+)
 
 METHODS = "fastv,visionzip,divprune,pitome,random"
 
@@ -44,9 +60,9 @@ def match(
         typer.Option(help="Picture of the prompt; default: one of scenes.", show_default=False),
     ] = None,
     question: Annotated[str, typer.Option(help="Text of the prompt.")] = "What is shown here?",
-    device: Annotated[str, typer.Option(help='"cpu", "cuda" or "auto".')] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
 ) -> None:
     """Tune methods to the same FLOPs on one prompt; a method out of reach says what it reaches.
 
@@ -138,7 +154,7 @@ def calibrate(
     task: Annotated[
         str, typer.Argument(help="A task such as scenes, or a file or folder of your own.")
     ] = "scenes",
-    methods: Annotated[str, typer.Option(help="Names, separated by commas.")] = METHODS,
+    methods: Methods = METHODS,
     max_divergence: Annotated[
         float, typer.Option(help="Mean KL divergence from the stock model, in nats.")
     ] = 0.2,
@@ -148,18 +164,13 @@ def calibrate(
     ] = 300,
     steps: Annotated[int, typer.Option(min=0, help="Bisections behind the grid.")] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer.")] = 6,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Folder or hub id of a LLaVA; default: the embedded one."),
-    ] = None,
-    device: Annotated[str, typer.Option(help='"cpu", "cuda" or "auto".')] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 16,
+    model: LLaVA = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 16,
     seed: Annotated[int, typer.Option(help="Of questions, bounds and random methods.")] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Only JSON on the standard output.")
-    ] = False,
-    out_dir: Annotated[Path, typer.Option("--out", help="Folder for results.")] = Path("results"),
+    as_json: AsJson = False,
+    out_dir: OutDir = Path("results"),
 ) -> None:
     """The strongest compression within a divergence of the stock model, and what it really loses.
 
