@@ -72,6 +72,8 @@ def test_transition_by_hand():
     ):
         out = transition(before, after, direction=direction)[0]
         torch.testing.assert_close(out, torch.tensor(expected), rtol=0, atol=5e-5)
+        small = transition(before / 1000, after / 1000, direction=direction)[0]
+        torch.testing.assert_close(small, out)  # a ratio: the scale of the features is no matter
     flip = plane([1.0, 1.0], [-0.6, 0.3])
     assert transition(*flip).argmax() == 0
     assert transition(*flip, direction="abs").argmax() == 1
