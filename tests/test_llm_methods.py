@@ -120,6 +120,14 @@ def test_published_flops():
     assert sum(PyramidDrop().schedule(576, 32)) / 32 == pytest.approx(270, abs=0.5)
 
 
+@pytest.mark.parametrize("name", ["mustdrop", "pyramiddrop", "sparsevlm", "diprune", "tops", "todre", "vscan"])
+def test_layers_of_a_decoder_twice_as_deep_stand_behind_as_much_of_it(name):
+    cls = vtc.methods()[name]
+    here, deep = cls().decoder_layers(32), cls().decoder_layers(64)
+    assert deep == tuple(2 * (i + 1) - 1 for i in here)
+    assert TransPrune().decoder_layers(64) == tuple(range(13, 24))  # all between its first and last
+
+
 def test_published_schedules():
     assert TransPrune().schedule(576, 32) == [576] * 7 + [504] * 2 + [360] * 3 + [72] * 20
     assert PyramidDrop().schedule(576, 32) == [576] * 8 + [288] * 8 + [144] * 8 + [72] * 8

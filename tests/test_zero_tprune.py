@@ -277,6 +277,11 @@ def test_errors(kwargs: dict, match: str) -> None:
         ZeroTPrune(**kwargs)
 
 
+def test_a_variance_may_be_above_one() -> None:
+    method = ZeroTPrune(v_min=0.5, v_max=2.5)
+    assert (method.v_min, method.v_max) == (0.5, 2.5)
+
+
 # ---- in models ---------------------------------------------------------------------------------
 
 
