@@ -26,6 +26,7 @@ _EXPORTS = {
     "Reduction": "reduction",
     "Report": "report",
     "UnsupportedError": "errors",
+    "NotFiniteError": "errors",
 }
 
 __all__ = [*_EXPORTS, "methods", "__version__"]
@@ -33,6 +34,7 @@ __all__ = [*_EXPORTS, "methods", "__version__"]
 if TYPE_CHECKING:
     from .calibrating import Calibration as Calibration
     from .calibrating import calibrate as calibrate
+    from .errors import NotFiniteError as NotFiniteError
     from .errors import UnsupportedError as UnsupportedError
     from .inputs import compress_inputs as compress_inputs
     from .inspecting import inspect as inspect

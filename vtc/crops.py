@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .adapters.base import CropSites, Sites
 from .errors import UnsupportedError
+from .finite import Finite
 from .method import Method, split_answer
 from .reduction import Reduction
 from .report import Record
@@ -230,6 +231,7 @@ class FlatTokens:
         layouts: of each image, where images have crops.
         frames: whether the images are videos, and the regions of each its frames in order.
         common: arguments that all views share.
+        finite: what looks at the tokens that methods choose among.
     """
 
     features: Tensor
@@ -243,6 +245,7 @@ class FlatTokens:
     order: Tensor
     totals: list[int]
     common: dict[str, Any]
+    finite: Finite
     projected: Tensor | None = None
     layouts: list[CropLayout] | None = None
     frames: bool = False
@@ -337,7 +340,9 @@ class FlatTokens:
                 arrange=self._arrange(index),
                 **self.common,
             )
-            reduction, tokens = split_answer(m.on_features(view))
+            reduction, tokens = split_answer(
+                self.finite.ask(m.on_features, view, m.name, "features")
+            )
             for name, x in view.scratch.items():
                 if name not in written:
                     written[name] = x.new_zeros(len(keep), *x.shape[2:])
@@ -507,6 +512,7 @@ class PackedEngine:
             flat, rows, every = self._flatten(st, packed, layouts)
             for j, m in self.vision.behind:
                 flat.ask(j, m)
+            self._look(flat)
             self.record.packed[self.modality] = flat.outcome(layouts, st.history)
             st.unpacked, st.projections, st.reprojected = None, {}, flat.reprojected
             left = flat.image[flat.keep]
@@ -525,6 +531,13 @@ class PackedEngine:
             out[every] = torch.nan
             out[rows[flat.keep]] = projected
             return out
+
+    def _look(self, flat: FlatTokens) -> None:
+        """All that goes to the LLM must be numbers: NaN means dropped from here on."""
+        finite, numbers = self.vision.finite, flat.image[flat.keep]
+        projected: Any = flat.projected
+        finite.look(projected[:, None], "projected features", numbers=numbers)
+        finite.check()
 
 
 class CropEngine(PackedEngine):
@@ -624,6 +637,7 @@ class CropEngine(PackedEngine):
             order=order,
             totals=[len(layout.rows) for layout in layouts],
             common=self.vision.view_arguments(st),
+            finite=self.vision.finite,
             projected=packed[rows],
             layouts=layouts,
         )

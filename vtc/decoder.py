@@ -24,7 +24,8 @@ from transformers.utils import ModelOutput
 from . import cache as kv
 from . import tap
 from .adapters.base import DecoderSites
-from .errors import UnsupportedError
+from .errors import NotFiniteError, UnsupportedError
+from .finite import Finite
 from .kernels.compact_tokens import compact
 from .method import Method, refuse_graph, split_answer
 from .quantized import Packing, pack_layer
@@ -344,6 +345,7 @@ class DecoderEngine:
         self.last_mask: tuple[tuple[Any, ...], Tensor | None] | None = (
             None  # what it was made from, and it
         )
+        self.finite = Finite("prompt")
         self.handles: list[Any] = []
         self.taps: list[tap.Tap] = []
         self.stock: str | None = None
@@ -603,6 +605,7 @@ class DecoderEngine:
 
     def _base_post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.pending = self.forward = self.mask = self.last_mask = None
+        self.finite.flags.clear()
         for t in self.taps:
             t.clear()
 
@@ -699,6 +702,7 @@ class DecoderEngine:
         if self.on_cache and cache is not None and (st is not None or self.steadily):
             with self.record.clock.measure("method"):
                 self._cache_stage(st, cache)
+        self.finite.check()
         self.record.clock.stop("decode")
         self.record.clock.stop("prefill")
         if st is None:
@@ -786,7 +790,7 @@ class DecoderEngine:
             if i not in layers:
                 continue
             view = self._method_view(index, i, st, hidden, cache, kwargs)
-            reduction = method.on_bypass(view)
+            reduction = self.finite.ask(method.on_bypass, view, method.name, "bypass", i - 1)
             if reduction is None:
                 continue
             part = replace(st, scratch={}, memos={}, memo={})
@@ -858,7 +862,9 @@ class DecoderEngine:
             if i - 1 not in layers:
                 continue
             view = self._method_view(index, i, st, hidden, cache, kwargs)
-            reduction, tokens = split_answer(method.on_decoder_layer(view))
+            reduction, tokens = split_answer(
+                self.finite.ask(method.on_decoder_layer, view, method.name, "decoder", i - 1)
+            )
             if reduction is not None:
                 self._note_choice(i, view, reduction)
                 if tokens is None and method.merges:
@@ -935,9 +941,10 @@ class DecoderEngine:
         left.scatter_add_(1, view.image.clamp(min=0), alive.float())
         for r, row in enumerate(st.images):
             if not bool(left[r, : len(row)].all()):
-                raise ValueError(
+                raise NotFiniteError(
                     f"the features of an image in row {r} are not a number: corrupt pixels, or an "
-                    "overflow in the encoder (try bfloat16 or float32)"
+                    "overflow in the encoder (try bfloat16 or float32)",
+                    *("", "features", None, (r,)),
                 )
 
     def _method_view(
@@ -1258,7 +1265,10 @@ class DecoderEngine:
                 if alive is not None:
                     columns = layer.columns(view.keys.device)
                     view.reaches_end = alive.to(view.keys.device).gather(1, columns)
-                answer = method.on_cache(view)
+                if st is None:  # every slot again for each token that is decoded
+                    answer = method.on_cache(view)
+                else:
+                    answer = self.finite.ask(method.on_cache, view, method.name, "cache", i)
                 if isinstance(answer, Packing):
                     layers[i] = pack_layer(cache, i, answer, view.valid)
                 elif answer is not None:

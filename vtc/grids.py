@@ -188,6 +188,7 @@ class GridEngine(PackedEngine):
             order=order,
             totals=[layout.tokens for layout in layouts],
             common=self.vision.view_arguments(st),
+            finite=self.vision.finite,
             projected=packed[every],
             frames=self.modality == "video",
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -52,6 +52,10 @@ def fold(reduction: Reduction | None, x: Tensor, how: How) -> Tensor:
         return x
     total = reduction.sum(x)
     return total if how == "sum" else total / reduction.sum(torch.ones_like(x)).clamp(min=1)
+
+
+Watched = tuple[dict[str, Tensor], Tensor | None]
+"""What a method chooses among, tensors (B, T, ...) by name; (B, T) bool, the tokens that count."""
 
 
 @dataclass
@@ -164,6 +168,10 @@ class VisionView:
     valid: Tensor | None = None
 
     @property
+    def watched(self) -> Watched:
+        return {"tokens": self.x}, self.valid
+
+    @property
     def count(self) -> int:
         """Patch tokens now, without the prefix."""
         return self.x.shape[1] - self.prefix
@@ -247,6 +255,13 @@ class FeaturesView:
     share: int | None = None  # of the image's budget, where the engine has divided it
     packed: Tensor | None = None  # (B, N, D) where the projector has run already
     arrange: Callable[[Any, How, Callable[[], Tensor]], Tensor] | None = None
+
+    valid: ClassVar[None] = None  # views are rectangular
+
+    @property
+    def watched(self) -> Watched:
+        read = {"projected features": self.projected} if "projected" in vars(self) else {}
+        return {"features": self.features, **read}, None
 
     @property
     def count(self) -> int:
@@ -372,6 +387,11 @@ class DecoderView:
     scratch: dict[str, Tensor] = field(default_factory=dict)
     memo: dict[str, Tensor] = field(default_factory=dict)
     separator: Tensor | None = None
+
+    @property
+    def watched(self) -> Watched:
+        """The text too, which tokens are ranked by."""
+        return {"hidden states": self.hidden}, self.visual | self.text
 
     @property
     def count(self) -> int:
@@ -526,6 +546,13 @@ class CacheView:
     scratch: dict[str, Tensor] = field(default_factory=dict)
     reaches_end: Tensor | None = None
     peers: list[dict[str, Tensor]] = field(default_factory=list)
+
+    @property
+    def watched(self) -> Watched:
+        return {
+            "keys": self.keys.transpose(1, 2),
+            "values": self.values.transpose(1, 2),
+        }, self.valid
 
     @property
     def queries(self) -> int:

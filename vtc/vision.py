@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .adapters.base import BlockSites, Call, GridSites, VisionSites
 from .errors import UnsupportedError
+from .finite import Finite
 from .method import Method, known_methods, refuse_graph, split_answer
 from .reading import Readers
 from .reduction import Reduction
@@ -242,6 +243,7 @@ class VisionEngine:
         self.feature_block = feature_block
         self.projector = projector
         self.clock = clock
+        self.finite = Finite("image or crop" if packs else "image")
         self.state: VisionState | None = None
         self.handles: list[Any] = []
         steps = list(enumerate(methods))
@@ -419,6 +421,7 @@ class VisionEngine:
         """Start a fresh state, whatever the last forward left; resize the image if asked to."""
         refuse_graph(self.methods)
         self.state = None
+        self.finite.flags.clear()
         if self.grids is not None:
             images = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
             self.state = self._joined_state(images[0]) if images else None
@@ -564,6 +567,7 @@ class VisionEngine:
                 st.projections.pop(i, None)  # frees keys and norms of this block
             if self.projector is None and i == self.feature_block:
                 x = self._finish(st, x)
+                self.finite.check()
         if x is stock:
             return None
         return (x, *output[1:]) if isinstance(output, tuple) else x
@@ -589,7 +593,9 @@ class VisionEngine:
                 places=None if st.reduction is None else st.reduction.keep.to(x.device),
                 valid=None if st.tokens is None else st.tokens.valid,
             )
-            reduction, tokens = split_answer(m.on_vision_layer(view))
+            reduction, tokens = split_answer(
+                self.finite.ask(m.on_vision_layer, view, m.name, "vision", i)
+            )
             if reduction is None or _is_identity(reduction):
                 continue
             if view.valid is not None and not m.ragged:
@@ -634,7 +640,9 @@ class VisionEngine:
                 scratch=st.notes[j],
                 **self.view_arguments(st),
             )
-            reduction, tokens = split_answer(m.on_features(view))
+            reduction, tokens = split_answer(
+                self.finite.ask(m.on_features, view, m.name, "features")
+            )
             if reduction is None or _is_identity(reduction):
                 continue
             features, size = apply_method(m, reduction, features, st.size, tokens)
@@ -686,6 +694,7 @@ class VisionEngine:
             order=slot,
             totals=[total] * batch,
             common=self.view_arguments(st),
+            finite=self.finite,
         )
         flat.ask(0, m)
         reduction, mask = None, valid
@@ -751,11 +760,16 @@ class VisionEngine:
     def _spread(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Projected survivors (B, K, D) at their places in the grid (B, N, D), NaN elsewhere."""
         st = self.state
-        reduction = None if st is None else st.reduction
+        if st is None:
+            return None
+        reduction = st.reduction
+        valid = None if reduction is None else reduction.valid
+        self.finite.look(output, "projected features", valid)  # NaN means dropped from here on
+        self.finite.check()
         if reduction is None:
             return None
         with self._measured():
-            n, keep, valid = reduction.source_count, reduction.keep, reduction.valid
+            n, keep = reduction.source_count, reduction.keep
             if valid is not None:
                 keep = keep.where(valid, n)  # one row more takes the padding slots
             return scatter_tokens(output, keep, n + (valid is not None), torch.nan)[:, :n]
