@@ -112,8 +112,13 @@ class Finite:
             self.look(x, what, real, *where, numbers)
         if answer is None:
             return
-        packs = isinstance(answer, Packing)
-        scores = answer.rank if packs else split_answer(answer)[0].scores  # type: ignore[union-attr]
+        if isinstance(answer, Packing):
+            scores = answer.rank
+        else:
+            reduction, tokens = split_answer(answer)
+            scores = reduction.scores  # type: ignore[union-attr]
+            if tokens is not None:
+                self.look(tokens, "new tokens", reduction.valid, *where, numbers)  # type: ignore[union-attr]
         if scores is not None:  # infinite where a method keeps or leaves tokens in any case
             bad = scores.isnan()
             bad = bad if view.valid is None else bad & view.valid[:, -bad.shape[1] :].to(bad.device)
