@@ -512,12 +512,12 @@ class PackedEngine:
             flat, rows, every = self._flatten(st, packed, layouts)
             for j, m in self.vision.behind:
                 flat.ask(j, m)
-            self._look(flat)
             self.record.packed[self.modality] = flat.outcome(layouts, st.history)
             st.unpacked, st.projections, st.reprojected = None, {}, flat.reprojected
             left = flat.image[flat.keep]
             counts = torch.bincount(left, minlength=len(layouts)).tolist()
             projected: Any = flat.projected
+            self.vision.finite.look_at_projected(projected[:, None], image=left)
             if any(flat.notes):
                 notes = [
                     {name: list(x.split(counts)) for name, x in note.items()} for note in flat.notes
@@ -531,13 +531,6 @@ class PackedEngine:
             out[every] = torch.nan
             out[rows[flat.keep]] = projected
             return out
-
-    def _look(self, flat: FlatTokens) -> None:
-        """All that goes to the LLM must be numbers: NaN means dropped from here on."""
-        finite, numbers = self.vision.finite, flat.image[flat.keep]
-        projected: Any = flat.projected
-        finite.look(projected[:, None], "projected features", numbers=numbers)
-        finite.check()
 
 
 class CropEngine(PackedEngine):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,16 +42,26 @@ def broken(x: Tensor, real: Tensor | None = None) -> Tensor:
     return (bad if real is None else bad & real.to(bad.device)).any(1)
 
 
-@dataclass
-class Flag:
-    """One look: (B,) bool, rows that are broken, and what to say of them."""
+class About(NamedTuple):
+    """What was looked at: of which method ("" for none), in which stage and layer."""
 
-    rows: Tensor
     method: str
     stage: str
     layer: int | None
     what: str
-    numbers: Tensor | None  # of the images in the rows, where they are not the rows themselves
+
+
+class Flag(NamedTuple):
+    """One look: (B,) bool, rows that are broken; (B,) images in them, None where they are these."""
+
+    about: About
+    rows: Tensor
+    image: Tensor | None
+
+    def numbers(self) -> list[int]:
+        """The images or prompts that are broken."""
+        rows = self.rows.nonzero()[:, 0]
+        return (rows if self.image is None else self.image[rows.to(self.image.device)]).tolist()
 
 
 @dataclass
@@ -88,41 +98,45 @@ class Finite:
             self._look(view, answer, name, stage, layer)
         return answer
 
-    def look(
-        self,
-        x: Tensor,
-        what: str,
-        real: Tensor | None = None,
-        method: str = "",
-        stage: str = "features",
-        layer: int | None = None,
-        numbers: Tensor | None = None,
+    def look_at_projected(
+        self, x: Tensor, real: Tensor | None = None, image: Tensor | None = None
     ) -> None:
-        """Leave a flag for tokens x (B, T, ...); see `broken` and `Flag`."""
+        """Read all flags, and whether features x (B, K, D) for the LLM are numbers.
+
+        There a NaN would mean that the token was dropped.
+
+        Args:
+            real: (B, K) bool, the tokens that count; image: (B,) as in `Flag`.
+
+        Raises:
+            NotFiniteError: they are not.
+        """
         if not _untouchable():
-            rows = broken(x.detach(), real)
-            self.flags.append(Flag(rows, method, stage, layer, what, numbers))
+            about = About("", "features", None, "projected features")
+            self.flags.append(Flag(about, broken(x.detach(), real), image))
+            self.check()
 
     def _look(self, view: Any, answer: Any, name: str, stage: str, layer: int | None) -> None:
-        """Leave flags for what a method chose among, and for the scores it tells."""
-        numbers = getattr(view, "image", None) if stage == "features" else None
-        where = (name, stage, layer)
+        """Leave flags for what a method chose among, what it made and the scores it tells."""
         parts, real = view.watched
-        for what, x in parts.items():
-            self.look(x, what, real, *where, numbers)
-        if answer is None:
-            return
+        looks = [(what, x, real) for what, x in parts.items()]
+        scores = None
         if isinstance(answer, Packing):
             scores = answer.rank
-        else:
+        elif answer is not None:
             reduction, tokens = split_answer(answer)
-            scores = reduction.scores  # type: ignore[union-attr]
+            assert reduction is not None
+            scores = reduction.scores
             if tokens is not None:
-                self.look(tokens, "new tokens", reduction.valid, *where, numbers)  # type: ignore[union-attr]
+                looks.append(("new tokens", tokens, reduction.valid))
+        found = {what: broken(x.detach(), counts) for what, x, counts in looks}
         if scores is not None:  # infinite where a method keeps or leaves tokens in any case
             bad = scores.isnan()
             bad = bad if view.valid is None else bad & view.valid[:, -bad.shape[1] :].to(bad.device)
-            self.flags.append(Flag(bad.any(1), *where, "scores", numbers))
+            found["scores"] = bad.any(1)
+        image = getattr(view, "image", None) if stage == "features" else None
+        for what, rows in found.items():
+            self.flags.append(Flag(About(name, stage, layer, what), rows, image))
 
     def check(self) -> None:
         """Read the flags, all at once, and forget them.
@@ -136,21 +150,15 @@ class Finite:
         device = flags[0].rows.device
         if not bool(torch.stack([f.rows.any().to(device) for f in flags]).any()):
             return
-        first = next(f for f in flags if bool(f.rows.any()))
-        rows = first.rows.nonzero()[:, 0]
-        rows = rows if first.numbers is None else first.numbers[rows.to(first.numbers.device)]
-        numbers = tuple(sorted(set(rows.tolist())))
-        some = ", ".join(map(str, numbers))
-        place = WHERE[first.stage].format(layer=first.layer)
-        who = f"{first.method}: " if first.method else ""
+        method, stage, layer, what = about = next(f.about for f in flags if f.numbers())
+        # Images of different sizes come in views of their own.
+        rows = tuple(sorted({i for f in flags if f.about == about for i in f.numbers()}))
         raise NotFiniteError(
-            f"{who}the {first.what} {place} are not a number or overflow, in {self.kind} {some} "
-            f"(from 0): corrupt pixels, a broken checkpoint, or an overflow in the model (try "
-            "bfloat16 or float32)",
-            first.method,
-            first.stage,
-            first.layer,
-            numbers,
+            (f"{method}: " if method else "")
+            + f"the {what} {WHERE[stage].format(layer=layer)} are not a number or overflow, in "
+            f"{self.kind} {', '.join(map(str, rows))} (from 0): corrupt pixels, a broken "
+            "checkpoint, or an overflow in the model (try bfloat16 or float32)",
+            *(method, stage, layer, rows),
         )
 
 

@@ -764,8 +764,8 @@ class VisionEngine:
             return None
         reduction = st.reduction
         valid = None if reduction is None else reduction.valid
-        self.finite.look(output, "projected features", valid)  # NaN means dropped from here on
-        self.finite.check()
+        if not (self.packs and self.behind):  # else when they are packed
+            self.finite.look_at_projected(output, valid)
         if reduction is None:
             return None
         with self._measured():
