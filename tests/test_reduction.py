@@ -9,28 +9,48 @@ from hypothesis import strategies as st
 from vtc.reduction import Reduction, gather_tokens, top_k
 
 
-def random_map(generator, batch, n, k, drops):
-    """Targets (batch, n) with k survivors in each row; the others fold or, with drops, may go."""
-    target = torch.empty(batch, n, dtype=torch.int64)
-    for row in target:
-        order = torch.randperm(n, generator=generator)
-        row.copy_(order[torch.randint(k, (n,), generator=generator)])
+def random_map(generator, survivors, real, drops):
+    """Targets (B, N): row b has that many survivors; the others fold or, with drops, may go.
+
+    Args:
+        survivors: a count for each row; real: (B, N) bool, what is no token is dropped.
+    """
+    target = torch.full(real.shape, -1)
+    for row, k, there in zip(target, survivors, real, strict=True):
+        order = there.nonzero()[:, 0]
+        order = order[torch.randperm(len(order), generator=generator)]
+        k = min(k, len(order))
+        if k:
+            row[order] = order[torch.randint(k, (len(order),), generator=generator)]
         row[order[:k]] = order[:k]
         if drops:
-            gone = order[k:][torch.rand(n - k, generator=generator) < 0.4]
+            gone = order[k:][torch.rand(len(order) - k, generator=generator) < 0.4]
             row[gone] = -1
     return target
 
 
 @st.composite
-def maps(draw, drops=None, n=None, batch=None):
-    """A Reduction that merges and, with drops, prunes; and a generator for data."""
+def maps(draw, drops=None, source=None):
+    """A Reduction that merges and, with drops, prunes, ragged or not; and a generator for data.
+
+    Args:
+        source: the Reduction whose slots it takes; None for a batch without padding.
+    """
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    batch = draw(st.integers(1, 3)) if batch is None else batch
-    n = draw(st.integers(1, 12)) if n is None else n
-    k = draw(st.integers(1, n))
+    if source is None:
+        real = torch.ones(draw(st.integers(0, 3)), draw(st.integers(1, 12)), dtype=torch.bool)
+    else:
+        real = valid_of(source)
+    batch, n = real.shape
+    counts = st.integers(0, n)
+    if draw(st.booleans()) and bool(real.all()):
+        k = draw(counts)
+        drops = drops or k == 0
+        survivors = [k] * batch
+    else:
+        k, survivors = None, draw(st.lists(counts, min_size=batch, max_size=batch))
     drops = draw(st.booleans()) if drops is None else drops
-    return Reduction.from_merge(random_map(generator, batch, n, k, drops), k), generator
+    return Reduction.from_merge(random_map(generator, survivors, real, drops), k), generator
 
 
 @st.composite
@@ -38,31 +58,38 @@ def chains(draw, length, drops=None):
     first, generator = draw(maps(drops=drops))
     chain = [first]
     while len(chain) < length:
-        nxt, _ = draw(maps(drops=drops, n=chain[-1].count, batch=first.batch))
+        nxt, _ = draw(maps(drops=drops, source=chain[-1]))
         chain.append(nxt)
     return chain, generator
 
 
+def valid_of(r):
+    """(B, K) bool, the slots that are no padding."""
+    return torch.ones_like(r.keep, dtype=torch.bool) if r.valid is None else r.valid
+
+
 @st.composite
 def masks(draw):
-    batch, n = draw(st.integers(1, 4)), draw(st.integers(1, 10))
+    batch, n = draw(st.integers(0, 4)), draw(st.integers(0, 10))
     rows = st.lists(st.booleans(), min_size=n, max_size=n)
-    return torch.tensor(draw(st.lists(rows, min_size=batch, max_size=batch)))
+    rows = draw(st.lists(rows, min_size=batch, max_size=batch))
+    return torch.tensor(rows, dtype=torch.bool).reshape(batch, n)
 
 
 def equal(a, b):
     """The same map: the same groups, and the same survivors where they are valid."""
+    if not a.batch and not b.batch:  # without rows, nothing tells how many slots there are
+        return a.source_count == b.source_count
     if a.keep.shape != b.keep.shape or not torch.equal(a.group, b.group):
         return False
-    ones = torch.ones_like(a.keep, dtype=torch.bool)
-    va, vb = (ones if x.valid is None else x.valid for x in (a, b))
+    va, vb = valid_of(a), valid_of(b)
     return torch.equal(va, vb) and torch.equal(a.keep.where(va, -1), b.keep.where(vb, -1))
 
 
 def well_formed(r):
     """What the docstring of Reduction promises."""
-    valid = torch.ones_like(r.keep, dtype=torch.bool) if r.valid is None else r.valid
-    for keep, group, alive in zip(r.keep, r.group, valid, strict=True):
+    assert r.group.shape == (r.batch, r.source_count) and r.keep.shape == (r.batch, r.count)
+    for keep, group, alive in zip(r.keep, r.group, valid_of(r), strict=True):
         survivors = keep[alive]
         assert (survivors.diff() > 0).all()
         slots = torch.arange(r.count)[alive]
@@ -74,13 +101,15 @@ def well_formed(r):
 def test_from_merge_is_well_formed(case):
     reduction, _ = case
     well_formed(reduction)
-    assert reduction.counts.tolist() == [reduction.count] * reduction.batch
+    assert reduction.counts.tolist() == [int(row.amax()) + 1 for row in reduction.group]
 
 
 @given(maps())
 def test_from_merge_counts_the_survivors_itself(case):
     reduction, _ = case
-    target = reduction.keep.gather(1, reduction.group.clamp(min=0)).where(reduction.group >= 0, -1)
+    n = reduction.source_count
+    index = torch.arange(n).expand_as(reduction.group)
+    target = reduction.expand(reduction.select(index)).where(reduction.group >= 0, -1)
     assert equal(Reduction.from_merge(target), reduction)
 
 
@@ -106,6 +135,25 @@ def test_select_composes(case):
 
 
 @given(chains(2))
+def test_expand_composes(case):
+    """What is dropped in either step comes back as zeros."""
+    (a, b), generator = case
+    y = torch.randn(b.batch, b.count, 2, generator=generator)
+    assert torch.equal(a.expand(b.expand(y)), a.then(b).expand(y))
+
+
+@given(maps())
+def test_expand_gives_each_token_the_value_of_its_survivor(case):
+    """expand(select(x)): what survives is unchanged, what was folded gets its slot's, else zero."""
+    r, generator = case
+    x = torch.randn(r.batch, r.source_count, 2, generator=generator)
+    back = r.expand(r.select(x))
+    for b in range(r.batch):
+        for i, slot in enumerate(r.group[b].tolist()):
+            assert torch.equal(back[b, i], x[b, r.keep[b, slot]] if slot >= 0 else x[b, i] * 0)
+
+
+@given(chains(2))
 def test_merges_compose_with_sizes(case):
     (a, b), generator = case
     x = torch.randn(a.batch, a.source_count, 3, generator=generator, dtype=torch.float64)
@@ -120,8 +168,9 @@ def test_merges_compose_with_sizes(case):
 def test_merge_undoes_expand(case):
     r, generator = case
     y = torch.randn(r.batch, r.count, 2, generator=generator, dtype=torch.float64)
-    torch.testing.assert_close(r.merge(r.expand(y))[0], y)
-    assert torch.equal(r.select(r.expand(y)), y)
+    real = valid_of(r)
+    torch.testing.assert_close(r.merge(r.expand(y))[0], y * real[..., None])
+    assert torch.equal(r.select(r.expand(y))[real], y[real])
 
 
 @given(maps())
@@ -134,24 +183,66 @@ def test_merge_is_the_weighted_mean_of_each_group(case):
         for slot in range(r.count):
             inside = r.group[b] == slot
             weight = size[b, inside]
-            mean = (x[b, inside] * weight[:, None]).sum(0) / weight.sum()
-            torch.testing.assert_close(merged[b, slot], mean)
+            mean = (x[b, inside] * weight[:, None]).sum(0) / weight.sum().clamp(min=0.1)
+            torch.testing.assert_close(merged[b, slot], mean)  # zeros on padding
             torch.testing.assert_close(sizes[b, slot], weight.sum())
 
 
-@given(maps())
-def test_sizes_conserve_the_count(case):
+@given(maps(), st.sampled_from(["float16", "bfloat16"]))
+def test_half_precision_is_accumulated_in_fp32(case, dtype):
+    """Means and sums are those of fp64, rounded once."""
     r, generator = case
+    dtype = getattr(torch, dtype)
+    x = (torch.randn(r.batch, r.source_count, 2, generator=generator) * 100).to(dtype)
+    size = torch.randint(1, 300, x.shape[:2], generator=generator).float()
+    close = {"rtol": torch.finfo(dtype).eps, "atol": 1e-3}
+    merged, sizes = r.merge(x, size)
+    assert merged.dtype == dtype and sizes.dtype == torch.float32
+    exact, total = r.merge(x.double(), size.double())
+    torch.testing.assert_close(merged.double(), exact, **close)
+    assert torch.equal(sizes.double(), total)
+    torch.testing.assert_close(r.sum(x).double(), r.sum(x.double()), **close)
+
+
+@given(maps())
+def test_sums_and_sizes_conserve_mass(case):
+    """What is not dropped is all there, once; padding slots hold nothing."""
+    r, generator = case
+    x = torch.randint(-9, 9, (r.batch, r.source_count, 2), generator=generator)
+    size = torch.randint(1, 9, (r.batch, r.source_count), generator=generator).float()
+    alive = r.group >= 0
+    assert torch.equal(r.sum(x).sum(1), (x * alive[..., None]).sum(1))
+    _, sizes = r.merge(x.float(), size)
+    assert torch.equal(sizes.sum(1), (size * alive).sum(1))
+    assert torch.equal(r.merge(x.float())[1].sum(1), alive.sum(1).float())
+    assert not r.sum(x)[~valid_of(r)].any() and not sizes[~valid_of(r)].any()
+
+
+@given(maps(), st.data())
+def test_a_row_alone(case, data):
+    """`row` and `to` keep everything; a row does not depend on the others."""
+    r, generator = case
+    scores = torch.rand(r.batch, r.source_count, generator=generator)
+    r = r.ranked(scores)
+    same = r.to("cpu")
+    assert equal(same, r) and torch.equal(same.scores, scores)
+    if not r.batch:
+        return
+    i = data.draw(st.integers(0, r.batch - 1))
+    row = r.row(i)
+    well_formed(row)
+    assert row.batch == 1 and torch.equal(row.group, r.group[i : i + 1])
+    assert torch.equal(row.scores, scores[i : i + 1])
     x = torch.randn(r.batch, r.source_count, 2, generator=generator)
-    _, size = r.merge(x)
-    assert torch.equal(size.sum(1), (r.group >= 0).sum(1).float())
+    for whole, alone in zip(r.merge(x), row.merge(x[i : i + 1]), strict=True):
+        torch.testing.assert_close(alone, whole[i : i + 1])
 
 
 @given(maps())
 def test_expand_gives_zeros_where_tokens_were_dropped(case):
     r, generator = case
     y = torch.randn(r.batch, r.count, 2, generator=generator)
-    y[:, 0] = torch.nan  # must not leak into dropped tokens
+    y[:, :1] = torch.nan  # must not leak into dropped tokens
     back = r.expand(y)
     assert (back[r.group < 0] == 0).all()
     assert back[r.group == 0].isnan().all()
@@ -163,7 +254,7 @@ def test_from_mask(mask):
     well_formed(r)
     assert torch.equal(r.group >= 0, mask)
     assert torch.equal(r.counts, mask.sum(1))
-    assert (r.valid is None) == (mask.sum(1).unique().numel() == 1)
+    assert (r.valid is None) == (mask.sum(1).unique().numel() <= 1)
 
 
 @given(masks(), st.integers(0, 2**31))
@@ -183,33 +274,36 @@ def test_ragged_rows_do_not_mix(mask, seed):
         assert size[b].tolist() == [1.0] * k + [0.0] * (r.count - k)
 
 
-@given(masks(), masks())
-def test_ragged_then_keeps_padding_out(first, second):
-    a = Reduction.from_mask(first)
-    mask = torch.zeros(a.batch, a.count, dtype=torch.bool)
-    rows, columns = min(len(second), len(mask)), min(second.shape[1], mask.shape[1])
-    mask[:rows, :columns] = second[:rows, :columns]
-    real = torch.arange(a.count) < a.counts[:, None]
-    b = Reduction.from_mask(mask & real)
-    well_formed(a.then(b))
-    assert torch.equal(a.then(b).counts, (mask & real).sum(1))
+@given(chains(2))
+def test_then_keeps_padding_out(case):
+    (a, b), _ = case
+    both = a.then(b)
+    well_formed(both)
+    assert torch.equal(both.counts, b.counts)
     # A second map that keeps everything does not bring padding back.
     everything = a.then(Reduction.identity(a.batch, a.count))
     assert torch.equal(everything.counts, a.counts)
 
 
-@given(masks(), st.integers(0, 2**31), st.integers(0, 12))
-def test_from_scores_takes_the_best(valid, seed, k):
+@given(masks(), st.integers(0, 2**31), st.lists(st.integers(0, 12), min_size=4, max_size=4))
+def test_from_scores_takes_the_best(valid, seed, counts):
+    """As many as each row asks for, of its tokens; ties go to the lower index."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(-2, 3, valid.shape, generator=generator).float()
     scores[scores == -2] = -torch.inf  # a legal score, still ahead of what is not a token
+    k = torch.tensor(counts[: len(scores)])
     r = Reduction.from_scores(scores, k, valid)
     well_formed(r)
     for b in range(len(scores)):
         ranked = sorted(torch.nonzero(valid[b])[:, 0].tolist(), key=lambda i: (-scores[b, i], i))
-        assert torch.nonzero(r.group[b] >= 0)[:, 0].tolist() == sorted(ranked[:k])
-    per_row = Reduction.from_scores(scores, torch.full((len(scores),), k), valid)
-    assert equal(per_row, r)
+        assert torch.nonzero(r.group[b] >= 0)[:, 0].tolist() == sorted(ranked[: counts[b]])
+    same = torch.full_like(k, counts[0])
+    assert equal(
+        Reduction.from_scores(scores, counts[0], valid), r.from_scores(scores, same, valid)
+    )
+    every = torch.ones_like(valid)
+    assert equal(Reduction.from_scores(scores, counts[0]), r.from_scores(scores, same, every))
+    assert torch.equal(r.scores, scores)
 
 
 @given(masks(), st.integers(0, 2**31))
@@ -218,7 +312,7 @@ def test_constructors_agree_on_plain_pruning(mask, seed):
     batch, n = mask.shape
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(0, 4, (batch, n), generator=generator).float()
-    k = 1 + seed % n
+    k = seed % (n + 1)
     r = Reduction.from_scores(scores, k)
     kept = r.group >= 0
     assert r.valid is None and r.count == k
@@ -234,7 +328,7 @@ def test_ties_go_to_the_lower_index():
     assert top_k(torch.zeros(2, 700), 5).tolist() == [[0, 1, 2, 3, 4]] * 2
 
 
-def test_half_precision_is_ranked_and_summed_in_fp32():
+def test_half_precision_does_not_saturate():
     x = torch.ones(1, 1000, 2, dtype=torch.bfloat16)
     one = Reduction(torch.tensor([[0]]), torch.zeros(1, 1000, dtype=torch.int64))
     merged, size = one.merge(x)
@@ -263,6 +357,11 @@ def test_a_row_may_lose_everything():
     assert r.select(x).shape == r.merge(x)[0].shape == (2, 0, 4)
     assert torch.equal(r.expand(r.select(x)), torch.zeros(2, 3, 4))
     assert equal(r.then(Reduction.identity(2, 0)), r)
+
+
+def test_no_negative_count():
+    with pytest.raises(ValueError, match=r"k counts tokens.*got -1"):
+        Reduction.from_scores(torch.zeros(1, 3), -1)
 
 
 def test_then_says_which_lengths_do_not_fit():

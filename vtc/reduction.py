@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -102,7 +103,14 @@ class Reduction:
             scores: (B, N), ranked in fp32.
             k: one count for all rows, or a tensor (B,) of counts.
             valid: (B, N) bool, False on entries that are not tokens and must never survive.
+
+        NaN would rank first: the engine looks at the scores, and raises `NotFiniteError`.
+
+        Raises:
+            ValueError: a negative count.
         """
+        if isinstance(k, int) and k < 0:
+            raise ValueError(f"k counts tokens that survive; got {k}")
         if isinstance(k, int) and valid is None:
             return cls.from_keep(top_k(scores, k), scores.shape[1]).ranked(scores)
         valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
@@ -200,7 +208,7 @@ class Reduction:
         rows = torch.arange(batch, device=x.device)[:, None] * (self.count + 1)
         group = self.group.to(x.device)
         slot = rows + group.where(group >= 0, self.count)  # the last slot takes what is dropped
-        flat = x.reshape(batch * n, -1).to(_at_least_fp32(x.dtype))
+        flat = x.reshape(batch * n, prod(x.shape[2:])).to(_at_least_fp32(x.dtype))
         out = flat.new_zeros(batch * (self.count + 1), flat.shape[1])
         out = out.index_add_(0, slot.flatten(), flat).to(x.dtype)
         return out.reshape(batch, self.count + 1, *x.shape[2:])[:, : self.count]
@@ -235,5 +243,6 @@ class Reduction:
         return Reduction(*(None if x is None else x[i : i + 1].cpu() for x in parts))  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str) -> Reduction:
-        valid = None if self.valid is None else self.valid.to(device)
-        return Reduction(self.keep.to(device), self.group.to(device), valid)
+        """The same reduction on another device."""
+        parts = (self.keep, self.group, self.valid, self.scores)
+        return Reduction(*(None if x is None else x.to(device) for x in parts))  # type: ignore[arg-type]
