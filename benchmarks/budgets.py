@@ -26,6 +26,8 @@ def parse_keep(text: str) -> Fraction | int:
         ValueError: neither a share in (0, 1] nor a count.
     """
     try:
+        if "e" in text.lower():  # an exponent: 1e999999999 would be written out
+            raise ValueError
         value = Fraction(text.strip())
     except (ValueError, ZeroDivisionError):
         raise ValueError(f'"{text}" is no budget; give 0.33, 1/3 or a token count') from None

@@ -205,7 +205,7 @@ def _parse(path: Path, data: bytes) -> tuple[Line, list[Line]]:
         try:
             line = json.loads(text)
             known = isinstance(line, dict) and ("open" if number == 1 else "index") in line
-        except ValueError:
+        except (ValueError, RecursionError):
             known = False
         if not known:
             raise JournalError(

@@ -137,7 +137,7 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
     """
     try:
         return _convert(value, hint)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RecursionError):
         name = getattr(hint, "__name__", None) if get_origin(hint) is None else None
         raise ValueError(f"{key}={value} is not of type {name or hint}") from None
 

@@ -38,7 +38,7 @@ def read(paths: Iterable[Path]) -> tuple[list[tuple[Path, Result]], list[tuple[s
                 found.append((file, _checked(json.loads(file.read_text("utf-8")))))
             except OSError as error:
                 refused.append((str(file), error.strerror or str(error)))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 refused.append((str(file), f"no result file: {error}"))
     if not found:
         why = "; ".join(f"{where}: {reason}" for where, reason in refused) or "no path was given"

@@ -254,6 +254,8 @@ def _parse(line: bytes) -> Row | ValueError:
         return ValueError(f"not JSON, one object a line: {error.msg}, column {error.colno}")
     except RecursionError:
         return ValueError("not JSON that can be read: nested too deeply")
+    except ValueError as error:  # a number of more digits than Python reads
+        return ValueError(f"not JSON that can be read: {error}")
     if not isinstance(row, dict):
         return ValueError(f"must be an object with fields, not {row!r:.60}")
     return row

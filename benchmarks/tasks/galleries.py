@@ -145,7 +145,7 @@ def _mapping(file: str | Path, classes: Sequence[str]) -> dict[str, str | int]:
     try:
         text = path.read_text(encoding="utf-8")
         made = json.loads(text) if path.suffix == ".json" else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     if made is None:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
