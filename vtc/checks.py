@@ -24,7 +24,7 @@ def _whole(value: Any) -> bool:
 def _inside(value: Any, low: float, high: float, ends: str) -> bool:
     if not isinstance(value, Real) or isinstance(value, bool):
         return False
-    number = float(value)
+    number: Any = value
     above = number > low if ends[0] == "(" else number >= low
     return above and (number < high if ends[1] == ")" else number <= high)
 

@@ -37,6 +37,13 @@ class Routers(dict[int, Tensor]):
             from safetensors.torch import load_file
 
             source = load_file(source)
+        if not isinstance(source, Mapping) or not all(
+            isinstance(x, Tensor) for x in source.values()
+        ):
+            raise ValueError(
+                "routers are {layer: (D,) weights}, a state dict or a safetensors file; "
+                f"got {source!r:.60}"
+            )
         found = cls()
         for name, weight in source.items():
             number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", str(name))
