@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class UnsupportedError(ValueError):
     """A method, model and way of calling that do not go together.
@@ -32,6 +34,6 @@ class NotFiniteError(ValueError):
         super().__init__(message)
         self.method, self.stage, self.layer, self.rows = method, stage, layer, rows
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         """Exceptions pickle their message alone."""
         return type(self), (self.args[0], self.method, self.stage, self.layer, self.rows)
