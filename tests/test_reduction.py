@@ -285,6 +285,17 @@ def test_then_keeps_padding_out(case):
     assert torch.equal(everything.counts, a.counts)
 
 
+@given(maps(), st.data())
+def test_padding_that_a_second_map_keeps_is_still_padding(case, data):
+    a, _ = case
+    size = a.batch * a.count
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
+    mask = mask.bool().reshape(a.batch, a.count)
+    both = a.then(Reduction.from_mask(mask))
+    well_formed(both)
+    assert torch.equal(both.counts, (mask & valid_of(a)).sum(1))
+
+
 @given(masks(), st.integers(0, 2**31), st.lists(st.integers(0, 12), min_size=4, max_size=4))
 def test_from_scores_takes_the_best(valid, seed, counts):
     """As many as each row asks for, of its tokens; ties go to the lower index."""
