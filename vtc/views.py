@@ -549,10 +549,10 @@ class CacheView:
 
     @property
     def watched(self) -> Watched:
-        return {
-            "keys": self.keys.transpose(1, 2),
-            "values": self.values.transpose(1, 2),
-        }, self.valid
+        """Of a packed layer, what is not packed yet: the last slots."""
+        parts = {"keys": self.keys.transpose(1, 2), "values": self.values.transpose(1, 2)}
+        first = self.visual.shape[1] - self.keys.shape[2]
+        return parts, None if self.valid is None else self.valid[:, first:]
 
     @property
     def queries(self) -> int:
