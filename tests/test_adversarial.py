@@ -14,13 +14,14 @@ import mini_llava
 import mini_qwen
 import pytest
 import torch
-from adversarial import EXTREME, PATTERNS, PLACES, methods, model, replacing
+from adversarial import EXTREME, PATTERNS, PLACES, features, methods, model, replacing
 from hypothesis import given
 from hypothesis import strategies as st
 from test_reduction import well_formed
 from torch import Tensor
 
 import vtc
+from vtc.benchmarks import mini_families
 from vtc.benchmarks.budgets import seeded
 from vtc.finite import Finite
 from vtc.method import split_answer
@@ -201,6 +202,46 @@ def test_one_and_two_visual_tokens_in_the_llm() -> None:
             assert counts == [1, 1, method.budget(15, (3, 5))], name
         assert all(counts), name
     assert tried > 20
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("family", ["LLaVA-NeXT", "LLaVA-OneVision", "Qwen2.5-VL", "InternVL"])
+@torch.no_grad()
+def test_crops_tiles_and_grids(family: str) -> None:
+    """Every pattern in place of what goes into the projector, images of several sizes."""
+    stock, made = mini_families.build(family), mini_families.EVERY[family]
+    first, second, third = made.sizes
+    inputs = mini_families.prompt(family, [[first, second], [third]], pad="left")
+    real = inputs["attention_mask"].bool()
+    tried = 0
+    for name, cls in vtc.methods().items():
+        if name in ("mod", "evs"):  # routers, videos
+            continue
+        method = seeded(name, None if name == "vidkv" else Fraction(1, 3), 0)
+        try:
+            method = method if made.has_cls else replace(method, **cls.without_cls)
+            vtc.wrap(stock, replace(method, **cls.outside_encoder) if made.joins else method)
+        except vtc.UnsupportedError:  # acts inside the encoder, or needs [CLS]
+            continue
+        llm = stock.vtc.sites.decoder
+        for pattern in PATTERNS.values():
+
+            def put(module: Any, args: tuple, pattern: Any = pattern) -> tuple:
+                x = args[0].flatten(0, -2)
+                return (features(pattern, 0, x).reshape(args[0].shape), *args[1:])
+
+            source = llm.projector if llm.grids is None else llm.grids.source
+            handle = source.register_forward_pre_hook(put, prepend=True)
+            logits, report = stock(**inputs).logits, stock.vtc.report()
+            again, second_report = stock(**inputs).logits, stock.vtc.report()
+            handle.remove()
+            tried += 1
+            assert logits[real].isfinite().all(), name
+            assert torch.equal(logits, again) and kept(report) == kept(second_report), name
+            if method.has_budget and method.stages & ENTERS and report.asked is not None:
+                assert report.final_tokens == pytest.approx(report.asked), name
+        vtc.unwrap(stock)
+    assert tried > 20 * len(PATTERNS)
 
 
 @given(st.sampled_from(sorted(PATTERNS)), st.integers(1, 5), st.integers(1, 6), st.data())
