@@ -166,7 +166,7 @@ class Session:
             edges = pixels.shape[-2:] if known else (0, 0)  # of encoders that no adapter knows
             self.record.grid = (edges[0] // max(patch, 1), edges[1] // max(patch, 1))
         self.records.last = self.record
-        self.record.encoded, self.record.final = False, None  # a report of half a forward is none
+        self.record.encoded = False
         self.record.clock.reset("vision", "method")
         self.record.clock.start("vision")
 
