@@ -7,6 +7,7 @@ The model is never told which tiles are one image: ``keep_tokens`` is a count fo
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,12 @@ from torch import Tensor
 from .base import GridSites, Sites, language_sites
 from .grids import tile_grids
 from .llava import feature_block
+
+
+def _project(projector: Any, x: Tensor) -> Tensor:
+    """What the projector does with one joined patch."""
+    x, gate = projector.linear_1(projector.layernorm.forward(x)).chunk(2, dim=-1)
+    return projector.linear_2(projector.act(gate) * x)
 
 
 def locate(model: Any) -> Sites | None:
@@ -35,15 +42,10 @@ def locate(model: Any) -> Sites | None:
         tokens_per_image=edge**2,
     )
 
-    def project(x: Tensor) -> Tensor:
-        """What the projector does with one joined patch."""
-        x, gate = projector.linear_1(projector.layernorm.forward(x)).chunk(2, dim=-1)
-        return projector.linear_2(projector.act(gate) * x)
-
     grids = GridSites(
         images=tile_grids("pixel_values", vision.patch),  # one grid for each tile
         source=projector.layernorm,  # the first module that takes a row for each LLM token
-        project=project,
+        project=partial(_project, projector),
         fold=config.downsample_factor,
     )
     return Sites("Aya Vision", vision, replace(sites, grids=grids))

@@ -10,17 +10,15 @@ dropout module, and softmax(s + b) = p e^b / sum(p e^b); BLIP-2 calls the attent
 from __future__ import annotations
 
 import inspect
-import sys
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..attention import Around
+from ..threads import PerThread, Threaded
 from .base import BlockSites, Call, VisionSites, is_a, mlp_width
 
 TOWERS = ("BlipVisionModel", "Blip2VisionModel", "InstructBlipVisionModel")
@@ -62,12 +60,13 @@ class _Handles:
             handle.remove()
 
 
-class _Weights:
+class _Weights(Threaded):
     """Key biases for one BLIP attention, whose probabilities pass ``attn.dropout``."""
+
+    bias: PerThread[Tensor | None] = PerThread(lambda: None)
 
     def __init__(self, attn: Any) -> None:
         self.attn = attn
-        self.bias: Tensor | None = None
 
     def add(self, call: Call, bias: Tensor) -> Call:
         self.bias = bias
@@ -92,47 +91,30 @@ class _Weights:
         return (p.to(args[0].dtype),)
 
 
-def _biased(name: str) -> Any:
-    """The attention function ``name`` with a key bias (B, T) as one more argument."""
+def _install(weights: list[_Weights]) -> _Handles:
+    return _Handles([handle for w in weights for handle in w.install()])
 
-    def attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        **kwargs: Any,
-    ) -> Any:
-        bias = kwargs.pop(BIAS, None)
-        if bias is not None:
-            bias = bias[:, None, None, :].to(query)
-            attention_mask = bias if attention_mask is None else attention_mask + bias
-        if name == "eager":  # has no entry: every model file brings its own
-            stock = sys.modules[type(module).__module__].eager_attention_forward
-        else:
-            stock = ALL_ATTENTION_FUNCTIONS[name]
-        return stock(module, query, key, value, attention_mask, **kwargs)
 
-    return attention
+def _biased(
+    stock: Any,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
+) -> Any:
+    """The stock attention function with a key bias (B, T) as one more argument."""
+    bias = kwargs.pop(BIAS, None)
+    if bias is not None:
+        bias = bias[:, None, None, :].to(query)
+        attention_mask = bias if attention_mask is None else attention_mask + bias
+    return stock(module, query, key, value, attention_mask, **kwargs)
 
 
 def _add_argument(call: Call, bias: Tensor) -> Call:
     args, kwargs = call
     return args, {**kwargs, BIAS: bias}
-
-
-class _Implementation:
-    """Handle of an attention implementation that takes key biases."""
-
-    def __init__(self, tower: Any) -> None:
-        self.tower, self.stock = tower, tower.config._attn_implementation
-        name = IMPLEMENTATION + self.stock
-        AttentionInterface.register(name, _biased(self.stock))
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[self.stock])
-        tower.set_attn_implementation(name)
-
-    def remove(self) -> None:
-        self.tower.set_attn_implementation(self.stock)
 
 
 def _block(block: Any, bias: Any) -> BlockSites:
@@ -191,11 +173,10 @@ def locate(model: Any) -> VisionSites | None:
         weights = [_Weights(layer.self_attn) for layer in layers]
         biases = [w.add for w in weights]
 
-        def install() -> Any:
-            return _Handles([h for w in weights for h in w.install()])
-
+        install = partial(_install, weights)
     elif _takes_arguments(layers[0].self_attn):
-        biases, install = [_add_argument] * len(layers), partial(_Implementation, tower)
+        biases = [_add_argument] * len(layers)
+        install = partial(Around, [layer.self_attn for layer in layers], IMPLEMENTATION, _biased)
     else:
         biases, install = [None] * len(layers), None
     return VisionSites(

@@ -8,12 +8,19 @@ their own. Attention among the tokens of an image is bidirectional, by a mask ov
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from .base import GridSites, Sites, language_sites
 from .grids import tile_grids
+
+
+def _project(projector: Any, x: Tensor) -> Tensor:
+    """What the projector does with one joined patch."""
+    normed = projector.mm_soft_emb_norm.forward(x)
+    return (normed @ projector.mm_input_projection_weight).type_as(x)
 
 
 def locate(model: Any) -> Sites | None:
@@ -26,10 +33,6 @@ def locate(model: Any) -> Sites | None:
     vision = locate_vision(base.vision_tower)
     projector = base.multi_modal_projector
     norm = projector.mm_soft_emb_norm
-
-    def project(x: Tensor) -> Tensor:
-        return (norm.forward(x) @ projector.mm_input_projection_weight).type_as(x)
-
     sites = language_sites(
         model,
         base,
@@ -39,5 +42,7 @@ def locate(model: Any) -> Sites | None:
         tokens_per_image=projector.tokens_per_side**2,
     )
     images = tile_grids("pixel_values", vision.patch)
-    grids = GridSites(images, source=norm, project=project, fold=projector.kernel_size)
+    grids = GridSites(
+        images, source=norm, project=partial(_project, projector), fold=projector.kernel_size
+    )
     return Sites("Gemma 3", vision, replace(sites, grids=grids))

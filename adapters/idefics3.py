@@ -9,6 +9,7 @@ zeros fill up samples with fewer of them; the model takes them out in front of t
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from .base import GridSites, Sites, language_sites
@@ -17,6 +18,14 @@ NAMES = {
     "Idefics3ForConditionalGeneration": "Idefics3",
     "SmolVLMForConditionalGeneration": "SmolVLM",
 }
+
+
+def _images(family: str, patch: int, call: dict[str, Any]) -> list[list[tuple[int, int]]]:
+    pixels = call["pixel_values"].flatten(0, 1)  # (samples, tiles, 3, H, W)
+    real = int((pixels != 0).flatten(1).any(1).sum())
+    if real == 0 and family == "SmolVLM":
+        real = 1  # a prompt without images keeps one tile
+    return [[(pixels.shape[2] // patch, pixels.shape[3] // patch)]] * real
 
 
 def locate(model: Any) -> Sites | None:
@@ -32,13 +41,6 @@ def locate(model: Any) -> Sites | None:
     edge = config.vision_config.image_size // vision.patch // fold
     projection = base.connector.modality_projection
 
-    def images(call: dict[str, Any]) -> list[list[tuple[int, int]]]:
-        pixels = call["pixel_values"].flatten(0, 1)  # (samples, tiles, 3, H, W)
-        real = int((pixels != 0).flatten(1).any(1).sum())
-        if real == 0 and family == "SmolVLM":
-            real = 1  # a prompt without images keeps one tile
-        return [[(pixels.shape[2] // vision.patch, pixels.shape[3] // vision.patch)]] * real
-
     sites = language_sites(
         model,
         base,
@@ -47,5 +49,10 @@ def locate(model: Any) -> Sites | None:
         len(vision.blocks) - 1,
         tokens_per_image=edge**2,
     )
-    grids = GridSites(images, source=projection, project=projection.forward, fold=fold)
+    grids = GridSites(
+        partial(_images, family, vision.patch),
+        source=projection,
+        project=projection.forward,
+        fold=fold,
+    )
     return Sites(family, vision, replace(sites, grids=grids))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ..errors import UnsupportedError
@@ -49,17 +50,18 @@ def decoder_sites(model: Any, base: Any, vision: VisionSites) -> DecoderSites:
     )
 
 
+def _images(patch: int, call: dict[str, Any]) -> list[list[tuple[int, int]]]:
+    if call.get("image_sizes") is None:  # all are as large as the batch
+        return tile_grids("pixel_values", patch)(call)
+    return sized_grids(patch)(call)
+
+
 def pixtral_grids(base: Any, patch: int) -> GridSites:
     """How a Pixtral tower packs images of any size, every patch a token."""
-    sized = sized_grids(patch)
-
-    def images(call: dict[str, Any]) -> list[list[tuple[int, int]]]:
-        if call.get("image_sizes") is None:  # all are as large as the batch
-            return tile_grids("pixel_values", patch)(call)
-        return sized(call)
-
     projector = base.multi_modal_projector
-    return GridSites(images, source=projector, project=projector.forward, packed=True)
+    return GridSites(
+        partial(_images, patch), source=projector, project=projector.forward, packed=True
+    )
 
 
 def locate(model: Any) -> Sites | None:

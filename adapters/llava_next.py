@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -24,30 +25,53 @@ FAMILIES = {
 }
 
 
+def _stock(base: Any) -> Any:
+    """The module with the functions that decide on crops, whatever this release makes of them."""
+    return sys.modules[type(base).__module__]
+
+
+def _edge(base: Any) -> int:
+    return base.config.vision_config.image_size
+
+
+def _newline(base: Any) -> Tensor:
+    return base.image_newline
+
+
+def _images(base: Any, call: dict[str, Any]) -> list[tuple[tuple[int, int], int]]:
+    points, count = base.config.image_grid_pinpoints, _stock(base).image_size_to_num_patches
+    sizes = [(int(h), int(w)) for h, w in call["image_sizes"]]
+    return [(size, count(size, points, _edge(base))) for size in sizes]
+
+
+def _grid(base: Any, size: tuple[int, int]) -> tuple[int, int]:
+    shape = _stock(base).get_anyres_image_grid_shape
+    rows, columns = shape(size, base.config.image_grid_pinpoints, _edge(base))
+    return int(rows), int(columns)
+
+
+def _pack(
+    base: Any,
+    features: Tensor,
+    size: tuple[int, int],
+    newline: Tensor,
+    call: dict[str, Any],
+    fit: bool,
+) -> Tensor:
+    strategy = base.config.vision_feature_select_strategy
+    return type(base).pack_image_features(base, [features], [size], strategy, newline)[0][0]
+
+
 def crop_sites(base: Any) -> CropSites:
     """Sites of a model that packs crops with ``base.pack_image_features``."""
-    config = base.config
-    edge = config.vision_config.image_size
-    side = edge // config.vision_config.patch_size
-    # The stock functions that decide on crops, whatever this release makes of them.
-    stock: Any = sys.modules[type(base).__module__]
-
-    def images(call: dict[str, Any]) -> list[tuple[tuple[int, int], int]]:
-        points = config.image_grid_pinpoints
-        sizes = [(int(h), int(w)) for h, w in call["image_sizes"]]
-        return [(size, stock.image_size_to_num_patches(size, points, edge)) for size in sizes]
-
-    def grid(size: tuple[int, int]) -> tuple[int, int]:
-        rows, columns = stock.get_anyres_image_grid_shape(size, config.image_grid_pinpoints, edge)
-        return int(rows), int(columns)
-
-    def pack(
-        features: Tensor, size: tuple[int, int], newline: Tensor, call: dict[str, Any], fit: bool
-    ) -> Tensor:
-        strategy = config.vision_feature_select_strategy
-        return type(base).pack_image_features(base, [features], [size], strategy, newline)[0][0]
-
-    return CropSites((side, side), lambda: base.image_newline, images, grid, pack)
+    side = _edge(base) // base.config.vision_config.patch_size
+    return CropSites(
+        side=(side, side),
+        newline=partial(_newline, base),
+        images=partial(_images, base),
+        grid=partial(_grid, base),
+        pack=partial(_pack, base),
+    )
 
 
 def locate(model: Any) -> Sites | None:

@@ -9,6 +9,7 @@ video shrinks to half its edges bilinearly behind the projector; a newline ends 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -22,25 +23,35 @@ NO_LIMIT = "anyres_max_1000000"
 """An aspect ratio setting under which no canvas is resampled."""
 
 
+def _images(crops: CropSites, call: dict[str, Any]) -> list[tuple[tuple[int, int], int]]:
+    found, together = crops.images(call), call.get("batch_num_images")
+    if together is None:
+        return found
+    alone = [int(n) == 1 for n in together for _ in range(int(n))]
+    return [(size, n if a else 1) for (size, n), a in zip(found, alone, strict=True)]
+
+
+def _pack(
+    base: Any,
+    features: Tensor,
+    size: tuple[int, int],
+    newline: Tensor,
+    call: dict[str, Any],
+    fit: bool,
+) -> Tensor:
+    limit = call.get("vision_aspect_ratio") or base.config.vision_aspect_ratio
+    limit = limit if fit else NO_LIMIT
+    return type(base).pack_image_features(base, [features], [size], newline, limit)[0][0]
+
+
+def _half(edge: int) -> int:
+    return (edge + 1) // 2
+
+
 def onevision_crops(base: Any) -> CropSites:
     """`crop_sites` with the two differences to LLaVA-NeXT."""
     crops = crop_sites(base)
-
-    def images(call: dict[str, Any]) -> list[tuple[tuple[int, int], int]]:
-        found, together = crops.images(call), call.get("batch_num_images")
-        if together is None:
-            return found
-        alone = [int(n) == 1 for n in together for _ in range(int(n))]
-        return [(size, n if a else 1) for (size, n), a in zip(found, alone, strict=True)]
-
-    def pack(
-        features: Tensor, size: tuple[int, int], newline: Tensor, call: dict[str, Any], fit: bool
-    ) -> Tensor:
-        limit = call.get("vision_aspect_ratio") or base.config.vision_aspect_ratio
-        limit = limit if fit else NO_LIMIT
-        return type(base).pack_image_features(base, [features], [size], newline, limit)[0][0]
-
-    return replace(crops, images=images, pack=pack)
+    return replace(crops, images=partial(_images, crops), pack=partial(_pack, base))
 
 
 def locate(model: Any) -> Sites | None:
@@ -58,7 +69,7 @@ def locate(model: Any) -> Sites | None:
         source=projector,
         project=projector.forward,
         newlines=1,
-        shrink=lambda edge: (edge + 1) // 2,
+        shrink=_half,
     )
     sites = replace(
         sites,

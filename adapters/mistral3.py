@@ -8,6 +8,7 @@ features are what it gives. Text tokens end the rows of an image in the prompt.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,11 @@ from torch import Tensor
 from .base import GridSites, Sites, language_sites
 from .grids import sized_grids
 from .llava import feature_block
+
+
+def _project(projector: Any, x: Tensor) -> Tensor:
+    """What the projector does with one joined patch."""
+    return projector.linear_2(projector.act(projector.linear_1.forward(x)))
 
 
 def locate(model: Any) -> Sites | None:
@@ -26,10 +32,6 @@ def locate(model: Any) -> Sites | None:
     base, config = model.model, model.config
     vision = locate_vision(base.vision_tower)
     projector = base.multi_modal_projector
-
-    def project(x: Tensor) -> Tensor:
-        return projector.linear_2(projector.act(projector.linear_1.forward(x)))
-
     sites = language_sites(
         model,
         base,
@@ -41,7 +43,7 @@ def locate(model: Any) -> Sites | None:
     grids = GridSites(
         images=sized_grids(vision.patch),
         source=projector.linear_1,
-        project=project,
+        project=partial(_project, projector),
         fold=config.spatial_merge_size,
         packed=True,
     )

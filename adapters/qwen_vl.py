@@ -62,10 +62,10 @@ def _windows(edge: int, side: int) -> list[slice]:
     return [slice(i, min(i + side, edge)) for i in range(0, edge, side)]
 
 
-def _window_order(side: int, fold: int, grids: list[tuple[int, int]]) -> Tensor:
+def _window_order(side: int, fold: int, name: str, call: dict[str, Any]) -> Tensor:
     """(T,) where each patch lies when windows of side x side groups follow each other."""
     order, start = [], 0
-    for height, width in grids:
+    for height, width in [grid for image in _grids(name, call) for grid in image]:
         rows, columns = height // fold, width // fold
         index = torch.arange(rows * columns).reshape(rows, columns)
         windows = [
@@ -82,6 +82,25 @@ def _grids(name: str, call: dict[str, Any]) -> list[list[tuple[int, int]]]:
     return [[(h, w)] * t for t, h, w in call[name].tolist()]
 
 
+def _merge(merger: Any, x: Tensor) -> Tensor:
+    """What the merger does with one joined patch."""
+    if hasattr(merger, "mlp"):
+        return merger.mlp.forward(x)
+    return merger.linear_fc2(merger.act_fn(merger.linear_fc1.forward(x)))
+
+
+def _nearest(full: list[int], block: int) -> int:
+    """The block of full attention nearest to one, the later of two."""
+    return min(full, key=lambda j: (abs(block - j), -j), default=block)
+
+
+def _attended(side: int, fold: int, full: list[int], grid: tuple[int, int], i: int) -> list[int]:
+    if i in full:
+        return [grid[0] * grid[1]]
+    rows, columns = (_windows(edge // fold, side) for edge in grid)
+    return [(y.stop - y.start) * (x.stop - x.start) * fold**2 for y in rows for x in columns]
+
+
 def grid_sites(tower: Any, name: str) -> GridSites:
     """Sites of the merger: `PatchMerger` with an ``mlp``, or with its layers spelled out.
 
@@ -96,32 +115,16 @@ def grid_sites(tower: Any, name: str) -> GridSites:
     mergers = [merger, *getattr(tower, "deepstack_merger_list", ())]
     matrices = [m for part in mergers for m in part.modules() if isinstance(m, nn.Linear)]
 
-    def project(x: Tensor) -> Tensor:
-        if hasattr(merger, "mlp"):
-            return merger.mlp.forward(x)
-        return merger.linear_fc2(merger.act_fn(merger.linear_fc1.forward(x)))
-
-    def order(call: dict[str, Any]) -> Tensor:
-        return _window_order(side, fold, [grid for image in _grids(name, call) for grid in image])
-
-    def attended(grid: tuple[int, int], block: int) -> list[int]:
-        if block in full:
-            return [grid[0] * grid[1]]
-        rows, columns = (_windows(edge // fold, side) for edge in grid)
-        return [(y.stop - y.start) * (x.stop - x.start) * fold**2 for y in rows for x in columns]
-
     return GridSites(
         images=partial(_grids, name),
         source=merger.mlp if hasattr(merger, "mlp") else merger.linear_fc1,
-        project=project,
+        project=partial(_merge, merger),
         fold=fold,
         grouped=True,
         packed=True,
-        order=order if windowed else None,
-        whole=(lambda i: min(full, key=lambda j: (abs(i - j), -j), default=i))
-        if windowed
-        else None,
-        attended=attended,
+        order=partial(_window_order, side, fold, name) if windowed else None,
+        whole=partial(_nearest, full) if windowed else None,
+        attended=partial(_attended, side, fold, full),
         weights=sum(m.weight.numel() for m in matrices),
     )
 

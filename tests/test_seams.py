@@ -18,6 +18,7 @@ from mini_anyres import build as build_anyres
 from torch import nn
 
 import vtc.tap
+from vtc.attention import Around
 
 RELEASE = transformers.__version__
 FAMILIES = {
@@ -140,25 +141,26 @@ def test_cache_layers() -> None:
 
 
 def test_attention_interface() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers import AttentionInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    need(hasattr(AttentionInterface, "register"), "AttentionInterface.register", "vtc/tap.py")
-    need(
-        hasattr(AttentionMaskInterface, "register"), "AttentionMaskInterface.register", "vtc/tap.py"
-    )
-    for name in ("sdpa", "eager", "flash_attention_2"):
-        need(name in ALL_MASK_ATTENTION_FUNCTIONS, f"the mask function of {name}", "vtc/tap.py")
-    need("sdpa" in ALL_ATTENTION_FUNCTIONS, "the attention function of sdpa", "vtc/tap.py")
+    reader = "vtc/attention.py"
+    need(hasattr(AttentionInterface, "register"), "AttentionInterface.register", reader)
+    need("sdpa" in ALL_ATTENTION_FUNCTIONS, "the attention function of sdpa", reader)
     decoder = mini.build(attention="eager").model.language_model
     module = inspect.getmodule(type(decoder.layers[0].self_attn))
-    need(hasattr(module, "eager_attention_forward"), "eager_attention_forward", "vtc/tap.py")
-    need(hasattr(decoder, "set_attn_implementation"), "set_attn_implementation", "vtc/tap.py")
-    vtc.tap.AttentionInterface.register("vtc_seam", vtc.tap._tapped("eager"))
-    vtc.tap.AttentionMaskInterface.register("vtc_seam", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
-    decoder.set_attn_implementation("vtc_seam")
-    need(decoder.config._attn_implementation == "vtc_seam", "a registered name", "vtc/tap.py")
+    need(hasattr(module, "eager_attention_forward"), "eager_attention_forward", reader)
+    calls: list[tuple] = []
+
+    def around(stock: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return stock(*args, **kwargs)
+
+    handle = Around([layer.self_attn for layer in decoder.layers], "vtc_seam_", around)
+    decoder(inputs_embeds=torch.zeros(1, 3, 48))
+    need(len(calls) == len(decoder.layers), "attention named by the module's config", reader)
+    need(len(calls[0]) == 5, "attention called with module, q, k, v, mask", reader)
+    handle.remove()
 
 
 @pytest.mark.parametrize("tower", mini.TOWERS)

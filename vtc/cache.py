@@ -274,6 +274,27 @@ def check_cache(cache: Any, evicts: bool) -> None:
             )
 
 
+def begin(cache: Any) -> None:
+    """Note on a cache that a forward begins to fill it; `finish` takes the note away.
+
+    Raises:
+        ValueError: the last one that began has failed on the way.
+    """
+    if getattr(cache, "vtc_unfinished", False):
+        raise ValueError(
+            "the last forward with this KV cache has failed on the way, and some layers may hold "
+            "its tokens while others do not; start again with a new cache"
+        )
+    if isinstance(cache, Cache):
+        cache.vtc_unfinished = True
+
+
+def finish(cache: Any) -> None:
+    """A forward got through all layers, and the methods have had their turn."""
+    if isinstance(cache, Cache):
+        cache.vtc_unfinished = False
+
+
 def widen(cache: Cache) -> None:
     """Make layers that hold a sliding window hold all tokens, in place.
 

@@ -27,8 +27,9 @@ from .adapters.base import CropSites, Sites
 from .errors import UnsupportedError
 from .finite import Finite
 from .method import Method, split_answer
+from .records import Record, Records
 from .reduction import Reduction
-from .report import Record
+from .threads import PerThread, Threaded
 from .views import FeaturesView, How, fold
 from .vision import History, apply_method
 
@@ -382,7 +383,7 @@ class FlatTokens:
         self.memo = {}
 
 
-class PackedEngine:
+class PackedEngine(Threaded):
     """The features stage on the rows that go to the LLM: wraps ``base.get_image_features``.
 
     Subclasses say how the rows are laid out (`_layouts`, before anything is computed) and which
@@ -392,16 +393,22 @@ class PackedEngine:
         sites: of the model.
         vision: the engine of the encoder side, None where no method acts there.
         decoder: the engine of the language model, told how long the packed images are.
-        record: what the report reads.
+        records: what the report reads.
     """
 
     modality = "image"
+    # Of the last call's rows, where tokens were merged.
+    merged: PerThread[Reduction | None] = PerThread(lambda: None)
 
-    def __init__(self, sites: Sites, vision: Any, decoder: Any, record: Record) -> None:
-        self.sites, self.vision, self.decoder, self.record = sites, vision, decoder, record
+    def __init__(self, sites: Sites, vision: Any, decoder: Any, records: Records) -> None:
+        self.sites, self.vision, self.decoder, self.records = sites, vision, decoder, records
         llm: Any = sites.decoder
         self.base: Any = llm.base
-        self.merged: Reduction | None = None  # of the last call's rows, where tokens were merged
+
+    @property
+    def record(self) -> Record:
+        """Of this thread."""
+        return self.records.now
 
     def install(self) -> None:
         """Shadow the method with an instance attribute."""
@@ -536,8 +543,8 @@ class PackedEngine:
 class CropEngine(PackedEngine):
     """The features stage on a model that packs crops."""
 
-    def __init__(self, sites: Sites, vision: Any, decoder: Any, record: Record) -> None:
-        super().__init__(sites, vision, decoder, record)
+    def __init__(self, sites: Sites, vision: Any, decoder: Any, records: Records) -> None:
+        super().__init__(sites, vision, decoder, records)
         llm: Any = sites.decoder
         self.crops: CropSites = llm.crops
         self.known: dict[Any, CropLayout] = {}

@@ -24,14 +24,16 @@ from transformers.utils import ModelOutput
 from . import cache as kv
 from . import tap
 from .adapters.base import DecoderSites
+from .attention import Around
 from .errors import NotFiniteError, UnsupportedError
 from .finite import Finite
 from .kernels.compact_tokens import compact
 from .method import Method, refuse_graph, split_answer
 from .quantized import Packing, pack_layer
+from .records import Record, Records
 from .reduction import Reduction, gather_tokens
-from .report import Record
 from .stages import Choice, Eviction, Tokens
+from .threads import PerThread, Threaded
 from .views import CacheView, DecoderView
 
 
@@ -296,20 +298,41 @@ def in_prompt_order(
     return images, image, position, kinds
 
 
-class DecoderEngine:
+_Pending = tuple[dict[str, Tensor], Tensor | None, Layout | None]
+"""Of a prompt: by modality (B, L) where its placeholders stand; its mask; its layout."""
+
+
+class DecoderEngine(Threaded):
     """Installs the hooks on a language model and runs the methods' decoder and cache stages."""
 
+    pending: PerThread[_Pending | None] = PerThread(lambda: None)
+    # By modality, for each image its projected features (N, D) and each method's notes on them
+    # (K, ...).
+    carried: PerThread[dict[str, tuple[Sequence[Tensor], list[dict[str, Any]]]]] = PerThread(dict)
+    # Images of this forward where the projector ran in it; features left of each, None: all.
+    encoded: PerThread[int | None] = PerThread(lambda: None)
+    left: PerThread[int | None] = PerThread(lambda: None)
+    # By modality, rows of each packed image of this forward in the order of its placeholders.
+    lengths: PerThread[dict[str, list[int]]] = PerThread(dict)
+    encoding: PerThread[str] = PerThread(str)  # the modality whose features are being made
+    made: PerThread[set[tuple[str, int]]] = PerThread(set)  # by modality, rows of whole images
+    forward: PerThread[_Forward | None] = PerThread(lambda: None)
+    # (B, logical length) of this forward, False on padding; what it was last made from, and it.
+    mask: PerThread[Tensor | None] = PerThread(lambda: None)
+    last_mask: PerThread[tuple[tuple[Any, ...], Tensor | None] | None] = PerThread(lambda: None)
+    filling: PerThread[Any] = PerThread(lambda: None)  # the cache that this forward fills
+
     def __init__(
-        self, sites: DecoderSites, methods: tuple[Method, ...], sentinel: bool, record: Record
+        self, sites: DecoderSites, methods: tuple[Method, ...], sentinel: bool, records: Records
     ) -> None:
         """
         Args:
             sites: where things are.
             methods: in the order they are applied.
             sentinel: whether dropped feature rows may arrive as NaN at layer 0.
-            record: what the report reads; a new forward replaces its contents.
+            records: what the report reads; a new forward replaces its contents.
         """
-        self.sites, self.methods, self.sentinel, self.record = sites, methods, sentinel, record
+        self.sites, self.methods, self.sentinel, self.records = sites, methods, sentinel, records
         self.layers: list[Any] = list(sites.decoder.layers)
         self.on_decoder = [
             (i, m, frozenset(m.decoder_layers(len(self.layers))))
@@ -325,31 +348,20 @@ class DecoderEngine:
         self.noting = [s for s in self.on_cache if type(s[1]).note_cache is not Method.note_cache]
         self.steadily = any(m.while_decoding for _, m in self.on_cache)
         self.compact = any(m.positions == "compact" for m in methods)
-        self.pending: tuple[dict[str, Tensor], Tensor | None, Layout | None] | None = None
-        # By modality, for each image its projected features (N, D) and each method's notes on them
-        # (K, ...).
-        self.carried: dict[str, tuple[Sequence[Tensor], list[dict[str, Any]]]] = {}
-        # Images of this forward where the projector ran in it; features left of each, None: all.
-        self.encoded: int | None = None
-        self.left: int | None = None
-        # By modality, rows of each packed image of this forward in the order of its placeholders.
-        self.lengths: dict[str, list[int]] = {}
-        self.encoding = ""  # the modality whose features are being made
-        self.made: set[tuple[str, int]] = set()  # by modality, rows of whole images
         # Whether only those lengths tell which placeholders are one image.
         self.by_length = sites.crops is not None or (
             sites.grids is not None and sites.tokens_per_image is None
         )
-        self.forward: _Forward | None = None
-        self.mask: Tensor | None = None  # (B, logical length) of this forward, False on padding
-        self.last_mask: tuple[tuple[Any, ...], Tensor | None] | None = (
-            None  # what it was made from, and it
-        )
         self.finite = Finite("prompt")
         self.handles: list[Any] = []
         self.taps: list[tap.Tap] = []
-        self.stock: str | None = None
+        self.around: Around | None = None
         self._check_model()
+
+    @property
+    def record(self) -> Record:
+        """Of this thread."""
+        return self.records.now
 
     def _check_model(self) -> None:
         config = self.sites.decoder.config
@@ -476,7 +488,7 @@ class DecoderEngine:
                 handles.append(attn.register_forward_hook(self._attn_post, prepend=True))
         if self.on_decoder or self.on_bypass or self.noting:
             attentions = [layer.self_attn for layer in self.layers]
-            self.stock, self.taps = tap.install(sites.decoder, attentions)
+            self.taps, self.around = tap.install(attentions)
             if any("sublayers" in m.needs for _, m, _ in self.on_decoder + self.on_bypass):
                 for layer, t in zip(self.layers, self.taps, strict=True):
                     for name, module in (("attention", layer.self_attn), ("mlp", layer.mlp)):
@@ -487,11 +499,18 @@ class DecoderEngine:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        if self.stock is not None:
-            tap.remove(self.sites.decoder, [layer.self_attn for layer in self.layers], self.stock)
-        self.stock, self.taps = None, []
-        self.forward = self.pending = None
+        if self.around is not None:
+            tap.remove(self.around)
+        self._forget()
+        self.taps, self.around = [], None
         self.carried = {}
+
+    def _forget(self) -> None:
+        """Let go of the forward that has ended, or that an interrupt has ended before."""
+        self.pending = self.forward = self.mask = self.last_mask = self.filling = None
+        self.finite.flags.clear()
+        for t in self.taps:
+            t.clear()
 
     # ---- the base model: which tokens are visual -------------------------------------------------
 
@@ -507,6 +526,7 @@ class DecoderEngine:
 
     def _base_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._refuse_graph()
+        self._forget()
         ids = args[0] if args else kwargs.get("input_ids")
         encoded = kwargs.get("mm_encoder_outputs") or {}
         if (
@@ -604,10 +624,7 @@ class DecoderEngine:
             )
 
     def _base_post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.pending = self.forward = self.mask = self.last_mask = None
-        self.finite.flags.clear()
-        for t in self.taps:
-            t.clear()
+        self._forget()
 
     # ---- the language model: phase, checks, aligned output -------------------------------------
 
@@ -616,6 +633,7 @@ class DecoderEngine:
         embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
         masks, mask, layout = self.pending or ({}, kwargs.get("attention_mask"), None)
         self.pending = self.forward = self.last_mask = None
+        self.record.clock.started.clear()  # of a forward that failed
         if self.by_length:  # not placeholders without features
             masks = {kind: m for kind, m in masks.items() if kind in self.lengths}
         visual = torch.stack(list(masks.values())).any(0) if masks else None
@@ -705,15 +723,15 @@ class DecoderEngine:
         self.finite.check()
         self.record.clock.stop("decode")
         self.record.clock.stop("prefill")
-        if st is None:
-            return None
-        slots = [] if torch.compiler.is_compiling() else kv.slots_of(cache)  # not inside a graph
-        for layer in getattr(cache, "layers", []):
-            if isinstance(layer, kv.PrunedMixin):
-                layer.trim()
-        held = (0, 0) if torch.compiler.is_compiling() else kv.cache_bytes(cache)
-        self.record.end(st.tokens, held, slots)
-        if st.local is None:
+        if st is not None:
+            slots = [] if torch.compiler.is_compiling() else kv.slots_of(cache)  # not in a graph
+            for layer in getattr(cache, "layers", []):
+                if isinstance(layer, kv.PrunedMixin):
+                    layer.trim()
+            held = (0, 0) if torch.compiler.is_compiling() else kv.cache_bytes(cache)
+            self.record.end(st.tokens, held, slots)
+        kv.finish(self.filling)
+        if st is None or st.local is None:
             return None
         # Callers index logits by the positions of the prompt they passed, so the output is laid out
         # like the input; rows of dropped tokens are zeros.
@@ -735,6 +753,11 @@ class DecoderEngine:
     ) -> Any:
         self._refuse_graph()
         st, cache = self.forward, kwargs.get("past_key_values")
+        if self.taps:
+            self.taps[i].open = True
+        if i == 0 and not torch.compiler.is_compiling():
+            kv.begin(cache)
+            self.filling = cache
         if i == 0 and st is not None and cache is not None:
             kv.widen(cache)
         layer: Any = kv.existing_pruned(cache, i)

@@ -10,7 +10,6 @@ and the flags are read together, once the images are encoded and once the prompt
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from .errors import NotFiniteError
 from .method import split_answer
 from .quantized import Packing
+from .threads import PerThread, Threaded
 
 WHERE = {
     "vision": "in encoder block {layer}",
@@ -64,16 +64,17 @@ class Flag(NamedTuple):
         return (rows if self.image is None else self.image[rows.to(self.image.device)]).tolist()
 
 
-@dataclass
-class Finite:
-    """What the methods of one engine saw in this forward; empty under `torch.compile`.
+class Finite(Threaded):
+    """What the methods of one engine saw in this forward; empty under `torch.compile`."""
 
-    Attributes:
-        kind: what a row of the views is, for the message.
-    """
+    flags: PerThread[list[Flag]] = PerThread(list)
 
-    kind: str
-    flags: list[Flag] = field(default_factory=list)
+    def __init__(self, kind: str) -> None:
+        """
+        Args:
+            kind: what a row of the views is, for the message.
+        """
+        self.kind = kind
 
     def ask(
         self, hook: Callable[[Any], Any], view: Any, name: str, stage: str, layer: Any = None

@@ -23,7 +23,8 @@ from torch import Tensor
 from .adapters.base import GridSites, Sites
 from .crops import FlatTokens, PackedEngine, Region
 from .errors import UnsupportedError
-from .report import Record
+from .records import Records
+from .threads import PerThread
 from .views import How, Projections
 
 
@@ -120,11 +121,12 @@ def shrunk(grid: tuple[int, int], to: tuple[int, int], x: Tensor, how: How) -> T
 class GridEngine(PackedEngine):
     """The features stage on a model that joins patches to tokens (`GridSites`)."""
 
-    def __init__(self, sites: Sites, vision: Any, decoder: Any, record: Record) -> None:
-        super().__init__(sites, vision, decoder, record)
+    call: PerThread[dict[str, Any]] = PerThread(dict)  # arguments of the last call
+
+    def __init__(self, sites: Sites, vision: Any, decoder: Any, records: Records) -> None:
+        super().__init__(sites, vision, decoder, records)
         llm: Any = sites.decoder
         self.grids: GridSites = llm.videos if self.modality == "video" else llm.grids
-        self.call: dict[str, Any] = {}
 
     def _layouts(self, call: dict[str, Any]) -> list[GridLayout]:
         self.call, layouts = call, []

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UnsupportedError
+from .threads import PerThread, Threaded
 
 
-class Readers:
+class Readers(Threaded):
     """Hooks between an encoder and the modules that read its tokens; a handle with ``remove()``.
 
     Args:
@@ -25,12 +26,13 @@ class Readers:
         readers: `VisionSites.readers`.
     """
 
+    tokens: PerThread[Tensor | None] = PerThread(lambda: None)
+    valid: PerThread[Tensor | None] = PerThread(lambda: None)  # (B, T) of a ragged batch
+
     def __init__(
         self, engine: Any, tower: nn.Module, readers: list[tuple[nn.Module, tuple[str, ...]]]
     ) -> None:
         self.engine = engine
-        self.tokens: Tensor | None = None
-        self.valid: Tensor | None = None  # (B, T) of a ragged batch
         self.handles = [tower.register_forward_hook(self._written)]
         for module, names in readers:
             hook = partial(self._read, names)

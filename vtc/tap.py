@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attention import Around
 from .cache import take_rows
 from .reduction import gather_tokens
+from .threads import PerThread, Threaded
 
 PREFIX = "vtc_"
 
@@ -42,23 +41,27 @@ def partners(attn: Any) -> Tensor | None:
     return torch.cat([pairs, channels[turned:]])
 
 
-class Tap:
+class Tap(Threaded):
     """What the attention module of one decoder layer was last called with.
 
     Attributes:
         partners: as the function of that name says.
+        open: in a forward; not when a layer runs again in the backward pass.
     """
+
+    open: PerThread[bool] = PerThread(bool)
+    query: PerThread[Tensor | None] = PerThread(lambda: None)
+    key: PerThread[Tensor | None] = PerThread(lambda: None)
+    mask: PerThread[Tensor | None] = PerThread(lambda: None)
+    scale: PerThread[float] = PerThread(float)
+    sublayers: PerThread[dict[str, tuple[Tensor, Tensor]]] = PerThread(dict)
 
     def __init__(self, partners: Tensor | None = None) -> None:
         self.partners = partners
-        self.clear()
 
     def clear(self) -> None:
-        self.query: Tensor | None = None
-        self.key: Tensor | None = None
-        self.mask: Tensor | None = None
-        self.scale = 1.0
-        self.sublayers: dict[str, tuple[Tensor, Tensor]] = {}
+        """Let go of the tensors, and read no more."""
+        self.open, self.query, self.key, self.mask, self.sublayers = False, None, None, None, {}
 
     @property
     def length(self) -> int:
@@ -159,49 +162,32 @@ def attend(
     return scores.softmax(-1)
 
 
-def _tapped(name: str) -> Any:
-    def attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        **kwargs: Any,
-    ) -> Any:
-        tap = getattr(module, "_vtc_tap", None)
-        if tap is not None:
-            tap.query, tap.key, tap.mask = query, key, attention_mask
-            tap.scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        if name == "eager":  # has no entry: every model file brings its own
-            stock = sys.modules[type(module).__module__].eager_attention_forward
-        else:
-            stock = ALL_ATTENTION_FUNCTIONS[name]
-        return stock(module, query, key, value, attention_mask, **kwargs)
-
-    return attention
+def _tapped(
+    stock: Any,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
+) -> Any:
+    tap = getattr(module, "_vtc_tap", None)
+    if tap is not None and tap.open:
+        tap.query, tap.key, tap.mask = query, key, attention_mask
+        tap.scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    return stock(module, query, key, value, attention_mask, **kwargs)
 
 
-def install(decoder: Any, attentions: list[Any]) -> tuple[str, list[Tap]]:
-    """Tap the attention of every decoder layer.
-
-    Returns:
-        The implementation name to give back to `remove`, and one `Tap` a layer.
-    """
-    stock = decoder.config._attn_implementation
-    name = PREFIX + stock
-    AttentionInterface.register(name, _tapped(stock))
-    # Without a mask function of the same name, padding would silently be ignored.
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[stock])
-    decoder.set_attn_implementation(name)
-    taps = []
-    for module in attentions:
-        taps.append(Tap(partners(module)))
-        module._vtc_tap = taps[-1]
-    return stock, taps
+def install(attentions: list[Any]) -> tuple[list[Tap], Around]:
+    """Tap these attention modules: one `Tap` for each, and what `remove` takes."""
+    taps = [Tap(partners(module)) for module in attentions]
+    for module, tap in zip(attentions, taps, strict=True):
+        module._vtc_tap = tap
+    return taps, Around(attentions, PREFIX, _tapped)
 
 
-def remove(decoder: Any, attentions: list[Any], stock: str) -> None:
+def remove(handle: Around) -> None:
     """Undo `install`."""
-    decoder.set_attn_implementation(stock)
-    for module in attentions:
+    handle.remove()
+    for module in handle.modules:
         del module._vtc_tap

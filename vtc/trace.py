@@ -13,7 +13,7 @@ from .stages import BEFORE, Stage, Tokens, encoded, moved, packed_stages, spread
 
 if TYPE_CHECKING:
     from .geometry import Tile
-    from .report import Record
+    from .records import Record
     from .vision import History
 
 

@@ -13,7 +13,7 @@ all other rows hold NaN, and the LLM engine drops those; so nothing between the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -27,7 +27,9 @@ from .errors import UnsupportedError
 from .finite import Finite
 from .method import Method, known_methods, refuse_graph, split_answer
 from .reading import Readers
+from .records import Records
 from .reduction import Reduction
+from .threads import PerThread, Threaded
 from .views import FeaturesView, Projections, VisionView
 
 Step = tuple[int, Method]
@@ -202,7 +204,7 @@ class VisionState:
                 note[name] = patches.select(x)
 
 
-class VisionEngine:
+class VisionEngine(Threaded):
     """Compression inside a vision encoder and behind it.
 
     An encoder alone (no projector) returns what is left: pruned tokens are gone from its output,
@@ -220,11 +222,13 @@ class VisionEngine:
             (vtc.crops).
         grids: how the model joins patches to LLM tokens; the features stage runs behind that
             (vtc.grids), and no token leaves inside the encoder.
-        clock: its ``measure("method")`` times the choosing and moving of tokens.
+        records: take the state of each forward, and the time of choosing and moving tokens.
 
     Raises:
         UnsupportedError: a method needs what this encoder does not have.
     """
+
+    taken: PerThread[GridSites | None] = PerThread(lambda: None)  # of the video encoded now
 
     def __init__(
         self,
@@ -232,19 +236,18 @@ class VisionEngine:
         methods: tuple[Method, ...],
         feature_block: int,
         projector: nn.Module | None,
-        clock: Any = None,
+        records: Records | None = None,
         packs: bool = False,
         grids: GridSites | None = None,
     ) -> None:
         self.sites = sites
-        self.grids = self.joining = grids
+        self.grids = grids
         self.packs = packs
         self.methods = methods
         self.feature_block = feature_block
         self.projector = projector
-        self.clock = clock
+        self.records = records or Records()
         self.finite = Finite("image or crop" if packs else "image")
-        self.state: VisionState | None = None
         self.handles: list[Any] = []
         steps = list(enumerate(methods))
         self.resizing = [s for s in steps if "pixels" in s[1].stages]
@@ -264,6 +267,20 @@ class VisionEngine:
             projector is None and sites.pool in ("mean", "map") and all(m.merges for m in acting)
         )
         self._check()
+
+    @property
+    def state(self) -> VisionState | None:
+        """Of the last forward in this thread."""
+        return self.records.now.vision
+
+    @state.setter
+    def state(self, state: VisionState | None) -> None:
+        self.records.now.vision = state
+
+    @property
+    def joining(self) -> GridSites | None:
+        """How the tokens that are being encoded are joined."""
+        return self.taken or self.grids
 
     # ---- checks --------------------------------------------------------------------------------
 
@@ -355,11 +372,11 @@ class VisionEngine:
     @contextmanager
     def taking(self, grids: GridSites) -> Iterator[None]:
         """While the frames of a video are encoded, which the model joins as ``grids`` says."""
-        self.joining = grids
+        self.taken = grids
         try:
             yield
         finally:
-            self.joining = self.grids
+            self.taken = None
 
     @property
     def _tower(self) -> str:
@@ -409,9 +426,7 @@ class VisionEngine:
         self.handles.clear()
 
     def _measured(self) -> AbstractContextManager[Any]:
-        if self.clock is None:
-            return nullcontext()
-        return self.clock.measure("method")
+        return self.records.now.clock.measure("method")
 
     # ---- before the first block ----------------------------------------------------------------
 

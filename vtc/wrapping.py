@@ -16,7 +16,9 @@ from .adapters.base import Sites
 from .adapters.locate import locate
 from .errors import UnsupportedError
 from .method import Chain, Method, known_methods, resolve
-from .report import Record, Report, build_report
+from .records import Record, Records
+from .report import Report, build_report
+from .threads import Threaded
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -30,9 +32,10 @@ class Session:
         self.model = model
         self.methods = methods
         self.sites: Sites = locate(model)
-        self.record = Record()
+        self.records = Records()
         self.handles: list[Any] = []
         self._check()
+        self.edges = self._edges()
         self.vision: Any = None
         self.decoder: Any = None
         llm, vision_stages = self.sites.decoder, {"pixels", "vision", "features"}
@@ -46,28 +49,33 @@ class Session:
                 methods,
                 last if llm is None else llm.feature_block,
                 None if llm is None else llm.projector,
-                self.record.clock,
+                self.records,
                 packs=llm is not None and (llm.crops is not None or llm.grids is not None),
                 grids=None if llm is None else llm.grids,
             )
         if llm is not None:
             from .decoder import DecoderEngine
 
-            self.decoder = DecoderEngine(llm, methods, sentinel=on_vision, record=self.record)
+            self.decoder = DecoderEngine(llm, methods, sentinel=on_vision, records=self.records)
         self.packed: Any = None
         self.videos: Any = None
         if llm is not None and llm.crops is not None:
             from .crops import CropEngine
 
-            self.packed = CropEngine(self.sites, self.vision, self.decoder, self.record)
+            self.packed = CropEngine(self.sites, self.vision, self.decoder, self.records)
         if llm is not None and llm.grids is not None:
             from .grids import GridEngine
 
-            self.packed = GridEngine(self.sites, self.vision, self.decoder, self.record)
+            self.packed = GridEngine(self.sites, self.vision, self.decoder, self.records)
         if llm is not None and llm.videos is not None:
             from .grids import VideoEngine
 
-            self.videos = VideoEngine(self.sites, self.vision, self.decoder, self.record)
+            self.videos = VideoEngine(self.sites, self.vision, self.decoder, self.records)
+
+    @property
+    def record(self) -> Record:
+        """Of this thread."""
+        return self.records.now
 
     def _check(self) -> None:
         """Refuse what cannot work, before anything is computed."""
@@ -94,14 +102,50 @@ class Session:
                     f"encoder alone; methods for encoders: {', '.join(usable)}"
                 )
 
+    def _edges(self) -> list[tuple[nn.Module, str, nn.Module]]:
+        """(parent, name, child) of the module tree, above all that gets hooks."""
+        sites = self.sites
+        hooked = [sites.vision.tower]
+        for block in sites.vision.blocks:
+            hooked += [block.module, block.attn, block.norm2, block.mlp]
+        if sites.decoder is not None:
+            llm = sites.decoder
+            hooked += [llm.base, llm.decoder, llm.projector, *llm.decoder.layers]
+        wanted, edges = set(map(id, hooked)), {}
+        for path in [n for n, m in self.model.named_modules() if id(m) in wanted]:
+            parent = self.model
+            for name in path.split(".") if path else ():
+                child = parent.get_submodule(name)
+                edges[id(parent), name] = parent, name, child
+                parent = child
+        return list(edges.values())
+
+    def _check_parts(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Refuse a model of which a part with hooks has been taken out since."""
+        if torch.compiler.is_compiling():
+            return
+        for parent, name, child in self.edges:
+            if parent._modules.get(name) is child:
+                continue
+            if not any(child is m for m in self.model.modules()):  # not inside a wrapper, either
+                raise UnsupportedError(
+                    f"{type(child).__name__} ({name}) of the wrapped model is gone or has been "
+                    "replaced, and compression acted on it; call vtc.unwrap(model), then "
+                    "vtc.wrap(...) the new model"
+                )
+
     def install(self) -> None:
         """Register all hooks."""
         sites, tower = self.sites, self.sites.vision.tower
+        first = tower if sites.decoder is None else sites.decoder.base
+        self.handles.append(first.register_forward_pre_hook(self._check_parts))
         self.handles.append(tower.register_forward_pre_hook(self._encode, with_kwargs=True))
+        self.handles.append(tower.register_forward_hook(self._failed, always_call=True))
         end = tower if sites.decoder is None else sites.decoder.projector
         if self.vision is not None:
             self.vision.install()
         self.handles.append(end.register_forward_hook(self._encoded))
+        self.handles.append(end.register_forward_hook(self._failed, always_call=True))
         for packed in (self.packed, self.videos):
             if packed is not None:
                 packed.install()
@@ -121,11 +165,19 @@ class Session:
             known = patch and pixels is not None and pixels.dim() > 3
             edges = pixels.shape[-2:] if known else (0, 0)  # of encoders that no adapter knows
             self.record.grid = (edges[0] // max(patch, 1), edges[1] // max(patch, 1))
+        self.records.last = self.record
+        self.record.encoded = False
         self.record.clock.reset("vision", "method")
         self.record.clock.start("vision")
 
+    def _failed(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Let go of the tensors of an encoder that did not get through."""
+        if output is None and self.vision is not None:
+            self.vision.state = None
+
     def _encoded(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.record.clock.stop("vision")
+        self.record.encoded = True
         if self.packed is not None:
             return  # the features stage is still to come
         if self.decoder is None:
@@ -160,17 +212,18 @@ class Session:
 
     def synchronize(self, on: bool = True) -> None:
         """Wait for the GPU at every time stamp, to make the report's milliseconds exact there."""
-        self.record.clock.synchronize = on
+        self.records.synchronize = on
 
     def report(self) -> Report:
-        """Tokens, FLOPs, KV bytes and milliseconds of the last forward.
+        """Tokens, FLOPs, KV bytes and milliseconds of this thread's last forward.
+
+        In a thread that has run none, of the last in any thread.
 
         Raises:
             RuntimeError: the model has not seen an image since it was wrapped.
         """
-        state = None if self.vision is None else self.vision.state
         name = " + ".join(map(str, self.methods)) or "uncompressed"
-        return build_report(name, self.methods, self.sites, self.record, state)
+        return build_report(name, self.methods, self.sites, self.records.shown)
 
     def __repr__(self) -> str:
         return f"<vtc: {' + '.join(map(str, self.methods))} on {self.sites.family}>"
@@ -220,13 +273,33 @@ def _forget_graphs(model: nn.Module) -> None:
             return
 
 
+def _installed(model: Any) -> Session | None:
+    """The session of a model, None without; and of a shallow copy as long as the model has it."""
+    session = model.__dict__.get(ATTRIBUTE)
+    return session if session and session.model.__dict__.get(ATTRIBUTE) is session else None
+
+
+def _check_shared(model: nn.Module) -> None:
+    """Refuse a model a part of which is compressed already, by itself or in another model."""
+    for name, module in model.named_modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            owner = getattr(getattr(hook, "func", hook), "__self__", None)
+            if isinstance(owner, Session | Threaded):
+                raise ValueError(
+                    f"{type(module).__name__} ({name}) is compressed already, by itself or as a "
+                    "part of another model that shares it: call vtc.unwrap on what was wrapped "
+                    "first, or give each model its own (copy.deepcopy)"
+                )
+
+
 def _install(model: Any, methods: tuple[Method, ...]) -> Session:
     model = _inside(model)
-    if ATTRIBUTE in model.__dict__:
+    if _installed(model) is not None:
         raise ValueError(
             f"the model is already wrapped ({model.vtc!r}); call vtc.unwrap(model) first, or "
             "combine methods with vtc.chain(...)"
         )
+    _check_shared(model)
     session = Session(model, methods)
     try:
         session.install()
@@ -266,9 +339,16 @@ def unwrap(model: M) -> M:
     inside = getattr(model, "_orig_mod", model)  # what was compiled after `wrap`
     session = None
     if isinstance(inside, nn.Module):
-        session = _inside(inside).__dict__.pop(ATTRIBUTE, None)
+        inside = _inside(inside)
+        session = _installed(inside)
     if session is None:
         raise ValueError("the model is not wrapped")
+    if session.model is not inside:
+        raise ValueError(
+            "this is a shallow copy of the model that was wrapped, and shares its modules: call "
+            "vtc.unwrap(model.vtc.model), or copy with copy.deepcopy"
+        )
+    del inside.__dict__[ATTRIBUTE]
     session.remove()
     _forget_graphs(session.model)
     return model
