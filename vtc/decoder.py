@@ -712,13 +712,18 @@ class DecoderEngine:
         if st.local is None:
             return None
         # Callers index logits by the positions of the prompt they passed, so the output is laid out
-        # like the input; rows of dropped tokens are zeros.
+        # like the input; rows of dropped tokens are zeros. Except the last: generate() goes on from
+        # there, and behind a prompt that ends in a dropped image token that is the last token left.
         short = output[0]
+        last = short[:, -1]
         if st.filler is not None:
-            short = short.masked_fill(st.filler.to(short.device).unsqueeze(-1), 0)
+            filler = st.filler.to(short.device)
+            short = short.masked_fill(filler.unsqueeze(-1), 0)
+            last = gather_tokens(short, (~filler).long().cumsum(1).argmax(1, keepdim=True))[:, 0]
         full = short.new_zeros(short.shape[0], st.length, short.shape[2])
         index = st.local.to(short.device).unsqueeze(-1).expand_as(short)
         full = full.scatter(1, index, short)
+        full[:, -1] = last
         if named:
             output.last_hidden_state = full
             return output
