@@ -178,6 +178,19 @@ def inputs_of(case: Case) -> dict[str, Tensor]:
     return out | (made.images(g, case.prompt.images) if any(case.prompt.images) else {})
 
 
+def row_of(case: Case, inputs: dict[str, Tensor], r: int) -> dict[str, Tensor]:
+    """One row of a batch without padding and mates."""
+    rows, family = case.prompt.images, case.model.family
+    with patch.dict(mini.EVERY, {family: family_of(case.model)}):
+        out = mini.row_of(family, inputs, rows, r)
+    if "image_grid_thw" in inputs:  # Qwen: the patches of all images are one sequence
+        parts = inputs["pixel_values"].split(inputs["image_grid_thw"].prod(1).tolist())
+        first = sum(map(len, rows[:r]))
+        out["pixel_values"] = torch.cat([*parts[first : first + len(rows[r])], parts[0][:0]])
+    shared = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+    return {name: x for name, x in out.items() if rows[r] or name in shared}
+
+
 def units(case: Case) -> list[list[tuple[int, int]]]:
     """(rows, columns) of each budget unit of each row of the prompt."""
     count = family_of(case.model).count
@@ -202,6 +215,10 @@ def make(name: str, keep: int | Fraction | None, g: Geometry) -> vtc.Method:
     return replace(method, **method.outside_encoder) if known.joins else method
 
 
+def methods_of(case: Case) -> list[vtc.Method]:
+    return [make(name, keep, case.model) for name, keep in case.methods]
+
+
 def fits(name: str, g: Geometry) -> bool:
     """Whether the family has what the method needs: the others' refusals are tested elsewhere."""
     method, known = make(name, 1, g), ORIGINAL[g.family]
@@ -214,14 +231,18 @@ NAMES = sorted(
     key=lambda m: (m not in ("random", "fastv"), m),
 )
 """All but those for videos, simple ones first."""
+EXACT = [m for m in NAMES if m != "vidkv"]
+"""All that drop tokens; VidKV packs the KV cache into fewer bits."""
+BUDGETED = [m for m in EXACT if m not in ("mod", "mod-heuristic")]
+"""Those that leave a prompt alone when all of it may stay; MoD lets a share of tokens jump."""
 
 
 # ---- strategies ----------------------------------------------------------------------------------
 
 
 @st.composite
-def geometries(draw: Any, families: Any = None) -> Geometry:
-    family = draw(st.sampled_from(families or FAMILIES))
+def geometries(draw: Any) -> Geometry:
+    family = draw(st.sampled_from(FAMILIES))
     heads = 4 if family in FIXED_HEADS else draw(st.sampled_from((1, 2, 4)))
     decoder = draw(st.sampled_from(("Llama", "Mistral", "Qwen2"))) if family in TOWERS else "Llama"
     slides = decoder != "Llama" or family == "Gemma 3"
@@ -271,11 +292,11 @@ budgets = st.one_of(
 
 
 @st.composite
-def cases(draw: Any, names: Any = NAMES, families: Any = None, longest: int = 3) -> Case:
+def cases(draw: Any, names: Any = NAMES, keep: Any = budgets, longest: int = 3) -> Case:
     """Chains of up to so many methods."""
-    model = draw(geometries(families))
+    model = draw(geometries())
     usable = [m for m in names if fits(m, model)]
-    method = st.tuples(st.sampled_from(usable), budgets)
+    method = st.tuples(st.sampled_from(usable), keep)
     return Case(
         model,
         draw(prompts(model.family)),

@@ -4,13 +4,25 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from math import prod
 from typing import Any
 
 import torch
 from cases import few
 from hypothesis import event, given
-from random_models import NAMES, Case, build, cases, inputs_of, make, units
+from hypothesis import strategies as st
+from random_models import (
+    BUDGETED,
+    EXACT,
+    Case,
+    build,
+    cases,
+    inputs_of,
+    methods_of,
+    row_of,
+    units,
+)
 from snapshot import snapshot
 from torch import Tensor
 from torch.nn.functional import pad
@@ -23,12 +35,11 @@ from vtc.decoder import sliding_window
 
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 CHOOSING = {"pixels", "vision", "features", "decoder"}
-EXACT = [m for m in NAMES if m != "vidkv"]
-"""All that drop tokens; VidKV packs the KV cache into fewer bits."""
 REFUSED = (
     r"acts after LLM layer \d+ and there are \d+: nothing would be compressed",
     r"prunes after \d layers and needs at least \d; the language model has \d",
     r"\d+ -> \d+ tokens needs a layer that keeps less than 50%",
+    r"both pack the KV cache; chain only one|evict from a KV cache that \S+ has packed",
     r"both let tokens jump over layers; chain only one",
     r"reads LLM layer \d, which \S+ lets tokens jump over",
     r"reads encoder block \d \(\w+\) and this encoder has \d",
@@ -90,16 +101,23 @@ def decode(model: Any, inputs: dict, style: str) -> tuple:
     return out.logits, torch.stack(logits, 1), lengths
 
 
-def methods_of(case: Case) -> list[vtc.Method]:
-    return [make(name, keep, case.model) for name, keep in case.methods]
-
-
 def same(got: Any, want: Any) -> None:
     """Bit by bit, NaN included."""
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
-STRATEGIES = {"test_dropped_is_masked": cases(EXACT)}
+def known(error: Exception) -> bool:
+    """Whether a refusal is one of those that a random case may meet."""
+    event("refused")
+    return any(re.search(reason, str(error)) for reason in REFUSED)
+
+
+ALL = st.sampled_from((Fraction(1), 10_000))
+STRATEGIES = {
+    "test_dropped_is_masked": cases(EXACT),
+    "test_keeping_all_is_stock": cases(BUDGETED, ALL),
+    "test_a_row_alone_chooses_as_in_a_batch": cases(),
+}
 
 
 @few(60)
@@ -115,9 +133,8 @@ def test_dropped_is_masked(case: Case) -> None:
             else:
                 same(decode(model, inputs, case.style), stock)
     except (ValueError, vtc.UnsupportedError) as error:
-        if not any(re.search(known, str(error)) for known in REFUSED):
+        if not known(error):
             raise
-        event("refused")
     assert snapshot(model) == before
     same(decode(model, inputs, case.style), stock)
 
@@ -164,3 +181,55 @@ def check_counts(case: Case, end: Tensor, inputs: dict, session: Any) -> None:
     if len(methods) == 1 and "downsample" not in rounded:
         asked = sum(methods[0].budget(n) for row in full for n in row) / len(rows)
         assert abs(asked - report.asked) < 1e-4
+
+
+@few(20)
+@given(STRATEGIES["test_keeping_all_is_stock"])
+@torch.no_grad()
+def test_keeping_all_is_stock(case: Case) -> None:
+    """A budget of all tokens, as a share or as a count that no image has; the model's own cache."""
+    model, inputs = build(case.model), inputs_of(case)
+    stock = decode(model, inputs, case.style)
+    try:
+        with vtc.compressing(model, vtc.chain(*methods_of(case))):
+            got = decode(model, inputs, case.style)
+    except (ValueError, vtc.UnsupportedError) as error:
+        if not known(error):
+            raise
+        return
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[0][real], stock[0][real], **CLOSE)
+    torch.testing.assert_close(got[1:], stock[1:], **CLOSE)
+
+
+@few(30)
+@given(STRATEGIES["test_a_row_alone_chooses_as_in_a_batch"])
+@torch.no_grad()
+def test_a_row_alone_chooses_as_in_a_batch(case: Case) -> None:
+    """The same tokens at every stage, KV cache included, whatever mates and padding are."""
+    model, inputs = build(case.model), inputs_of(case)
+    try:
+        with vtc.compressing(model, vtc.chain(*methods_of(case))) as session:
+            model(**inputs)
+            together = choices(session, case)
+            alone = []
+            for r, row in enumerate(case.prompt.images):
+                if row:
+                    model(**row_of(case, inputs, r))
+                    alone += choices(session, case)
+    except (ValueError, vtc.UnsupportedError) as error:
+        if not known(error):
+            raise
+        return
+    assert together == alone
+
+
+def choices(session: Any, case: Case) -> list:
+    """For every image, the stages and which token each of its tokens is part of there."""
+    if not any(case.prompt.images):
+        return []
+    report = session.report()
+    return [
+        [(stage.label, stage.owner.tolist()) for stage in report.trace.stages(i) if stage.changed]
+        for i in range(len(report.kept))
+    ]
