@@ -34,7 +34,8 @@ import torch
 from cases import few
 from hypothesis import given
 from hypothesis import strategies as st
-from random_models import BUDGETED, NAMES, Case, build, cases, inputs_of, methods_of
+from PIL import Image
+from random_models import BUDGETED, EXACT, Case, build, cases, inputs_of, methods_of
 from test_boundary_b import features_view
 
 import vtc
@@ -43,25 +44,28 @@ from vtc.benchmarks.tasks.base import Task
 from vtc.benchmarks.tiny.models import ASSETS, load_llava, llava_config
 from vtc.methods.random import Random
 
-TOGETHER = [m for m in NAMES if m != "mod"]
+TOGETHER = [m for m in EXACT if m != "mod"]
 """Methods that need no routers."""
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def chosen(report: Any) -> torch.Tensor:
-    """(M,) bool, the visual tokens that are left at the end, in the KV caches that hold fewer and in
-    the layers that fewer take part in, of all images."""
-    parts = []
-    for i in range(len(report.kept)):
-        for stage in report.trace.stages(i):
-            if not stage.label or stage.label.startswith(("KV cache", "attention")):
-                parts.append(stage.kept)
-    return torch.cat(parts)
+def stages(report: Any) -> dict[tuple[int, str], torch.Tensor]:
+    """By image and place, (N,) bool the visual tokens there, wherever not all are: in front of the
+    LLM, in its layers, their attention and their KV cache, and at the end."""
+    return {
+        (i, stage.label): stage.kept
+        for i in range(len(report.kept))
+        for stage in report.trace.stages(i)
+        if not stage.label.startswith("encoder") and not stage.kept.all()
+    }
 
 
-def overlap(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Intersection over union of two choices."""
-    return float((a & b).sum() / (a | b).sum().clamp(min=1))
+def overlap(a: Any, b: Any) -> float:
+    """Intersection over union of the choices of two reports, all places together."""
+    one, two = stages(a), stages(b)
+    empty = torch.zeros(1, dtype=torch.bool)
+    both = [(one.get(k, ~empty), two.get(k, ~empty)) for k in one.keys() | two.keys()]
+    return sum(int((x & y).sum()) for x, y in both) / max(1, sum(int((x | y).sum()) for x, y in both))
 
 
 # ---- half precision ------------------------------------------------------------------------------
@@ -104,7 +108,7 @@ def tiny(side: int = 12) -> tuple[Any, Any]:
         if name.endswith("position_embeddings"):
             state[name] = resize_positions(state[name], side)
     model = LlavaForConditionalGeneration.from_pretrained(
-        None, config=llava_config(edge), state_dict=state
+        None, config=llava_config(edge), state_dict=state, dtype=torch.float32
     )
     size = {"height": edge, "width": edge}
     processor.image_processor.size = {"shortest_edge": edge}
@@ -112,17 +116,20 @@ def tiny(side: int = 12) -> tuple[Any, Any]:
     return model.eval(), processor
 
 
-def questions(n: int, processor: Any) -> dict[str, torch.Tensor]:
-    """A batch of n drawn scenes, one question about each."""
+def texture(seed: int, edge: int) -> Image.Image:
+    """Noise with the 1/f spectrum of photographs: no two patches are alike."""
+    g = torch.Generator().manual_seed(seed)
+    f = torch.fft.fftfreq(edge)
+    scale = 1 / (f[:, None].square() + f[None].square()).sqrt().clamp(min=1 / edge)
+    x = torch.fft.ifft2(torch.fft.fft2(torch.randn(3, edge, edge, generator=g)) * scale).real
+    x = (x - x.amin()) / (x.amax() - x.amin()) * 255
+    return Image.fromarray(x.permute(1, 2, 0).to(torch.uint8).numpy())
+
+
+def questions(n: int, processor: Any, textured: bool = False) -> dict[str, torch.Tensor]:
+    """A batch of n drawn scenes, or textures, and one question about each."""
     items = [Task("scenes", n=200)[i] for i in range(0, 2 * n, 2)]
-    talk = [{"type": "image"}, {"type": "text", "text": "?"}]
-    texts = []
-    for item in items:
-        talk[1]["text"] = item.question
-        texts.append(
-            processor.apply_chat_template(
-                [{"role": "user", "content": talk}], add_generation_prompt=True
-            )
-        )
-    images = [item.image for item in items]
+    edge = processor.image_processor.crop_size["height"]
+    images = [texture(i, edge) if textured else item.image for i, item in enumerate(items)]
+    texts = [f"<s> USER: <image>\n{item.question} ASSISTANT:" for item in items]
     return dict(processor(text=texts, images=images, return_tensors="pt", padding=True))

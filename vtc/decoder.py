@@ -77,6 +77,7 @@ class _Forward:
     )
     filler: Tensor | None = None  # (B, T) dropped tokens that only keep the batch rectangular
     shift: Tensor | None = None  # (B, T) positions lost before each token ("compact")
+    lost: Tensor | int = 0  # (B,) positions lost in all, behind the last token too
     scratch: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # (B, N, ...) by method
     memos: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # (B, ...) by method
     places: tuple[Tensor, Tensor | None] | None = None  # (B, N) columns of visual tokens, valid
@@ -801,6 +802,7 @@ class DecoderEngine:
                 rows = st.local.to(hidden.device).contiguous()
                 here = torch.searchsorted(rows, part.local.contiguous())  # type: ignore[union-attr]
             part.shift = None if st.shift is None else gather_tokens(st.shift, here)
+            part.lost = st.lost
             st.aside = _Aside(hidden, here, part.filler, method.bypass)
             st.partial.add(i)
             processed = st.tokens if method.bypass == "attention" else part.tokens
@@ -1075,6 +1077,7 @@ class DecoderEngine:
                 aligned[name] = getattr(st, name)
         if self.compact:
             lost = (visual & ~kept).long()
+            st.lost = lost.sum(1) + (st.lost if isinstance(st.lost, int) else st.lost.to(lost.device))
             shift = lost.cumsum(1) - lost
             aligned["shift"] = shift if st.shift is None else shift + st.shift.to(hidden.device)
         hidden, *rest = compact([hidden, *(x.to(hidden.device) for x in aligned.values())], index)
@@ -1175,8 +1178,8 @@ class DecoderEngine:
         past = None if layer is None else layer.shift
         now = None if st is None else st.shift
         if commit and layer is not None and st is not None and now is not None:
-            total = now.amax(1) if past is None else now.amax(1) + past.to(device)
-            layer.shift = total
+            total: Any = st.lost.to(device)  # type: ignore[union-attr]
+            layer.shift = total if past is None else total + past.to(device)
         if now is None and past is None:
             return None
         shift = torch.zeros((), dtype=torch.long, device=device)

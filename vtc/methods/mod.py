@@ -55,7 +55,8 @@ class Depths(Method):
         layers = tuple(range(1, depth, 2)) if self.layers is None else self.layers
         if not layers:
             raise UnsupportedError(
-                f"{self.name} acts in every second LLM layer and there is 1; give layers=(0,)"
+                f"{self.name} acts in every second LLM layer from 1 on, and the language model has "
+                f"{depth}; use a method that acts in front of it, such as divprune"
             )
         if max(layers) >= depth:
             raise UnsupportedError(
