@@ -23,6 +23,7 @@ from random_models import (
     build,
     cases,
     inputs_of,
+    make,
     methods_of,
     row_of,
     units,
@@ -51,6 +52,10 @@ REFUSED = (
     r"in every crop alike, and images have different numbers of crops here; give keep_ratio",
     r"\d+ -> \d+ tokens is out of reach: each of the \d blocks can merge at most half",
     r"acts in every second LLM layer from 1 on, and the language model has 1",
+    r"ends in an image token that was dropped",
+    r"longer than the language model's sliding window",
+    r"cannot be renumbered",
+    r"takes the features of all images as one tensor, and they have different numbers",
     r"pool needs the full \d+ x \d+ grid and found \d+ tokens",
 )
 """What may be refused, at wrap or in the first forward, by what the message says."""
@@ -116,10 +121,16 @@ def known(error: Exception) -> bool:
     return any(re.search(reason, str(error)) for reason in REFUSED)
 
 
+FRONT = {"pixels", "vision", "features"}
+PLAIN = Geometry("LLaVA, CLIP", 3, 1, 1, 2, 1, 4, -1, "Llama", None, "sdpa", 4.0)
 ALL = st.sampled_from((Fraction(1), 10_000))
 STRATEGIES = {
     "test_dropped_is_masked": cases(EXACT),
     "test_keeping_all_is_stock": cases(BUDGETED, ALL),
+    "test_compressed_inputs_answer_like_the_wrapped_model": st.tuples(
+        cases([m for m in BUDGETED if make(m, 4, PLAIN).stages <= FRONT]),
+        st.sampled_from(("original", "compact")),
+    ),
     "test_a_row_alone_chooses_as_in_a_batch": cases(),
 }
 
@@ -209,6 +220,31 @@ def test_keeping_all_is_stock(case: Case) -> None:
     torch.testing.assert_close(got[1:], stock[1:], **CLOSE)
 
 
+@few(15)
+@given(STRATEGIES["test_compressed_inputs_answer_like_the_wrapped_model"])
+@torch.no_grad()
+def test_compressed_inputs_answer_like_the_wrapped_model(drawn: tuple[Case, str]) -> None:
+    """The stock model on short prompts, with the positions of the full ones or renumbered."""
+    case, positions = drawn
+    model, inputs = build(case.model), inputs_of(case)
+    methods = [replace(m, positions=positions) for m in methods_of(case)]
+    how = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": [IMAGE, 4]}
+    how |= {"output_logits": True, "return_dict_in_generate": True}
+    if not any(case.prompt.images):
+        return
+    try:
+        short = vtc.compress_inputs(model, inputs, vtc.chain(*methods))
+        with vtc.compressing(model, vtc.chain(*methods)):
+            want = model.generate(**inputs, **how).logits
+    except (ValueError, vtc.UnsupportedError) as error:
+        if not known(error):
+            raise
+        return
+    rows = inputs["attention_mask"][:, -1].bool()  # the others' next token stands behind padding
+    got = model.generate(**short, **how).logits
+    torch.testing.assert_close([x[rows] for x in got], [x[rows] for x in want], **CLOSE)
+
+
 @few(30)
 @given(STRATEGIES["test_a_row_alone_chooses_as_in_a_batch"])
 @torch.no_grad()
@@ -245,17 +281,11 @@ def choices(session: Any, case: Case) -> list:
 # ---- what random models found ------------------------------------------------------------------
 
 
-def geometry(family: str, **more: Any) -> Geometry:
-    """A model of 3 layers unless told otherwise, of one head each."""
-    small = dict(layers=3, heads=1, kv_heads=1, blocks=2, vision_heads=1, grid=4, feature_layer=-1)
-    return Geometry(family, **{**small, "decoder": "Llama", "window": None, "attention": "sdpa", "gain": 4.0, **more})  # fmt: skip
-
-
 @torch.no_grad()
 def test_a_prompt_that_ends_in_a_dropped_token_was_answered_from_zeros() -> None:
     """As on the compressed prompt, the last token left is the one to go on from."""
     rows = ((3, ((1, 0),)), (1, ((1, 2), (1, 0))))
-    case = Case(geometry("LLaVA, CLIP"), Prompt(rows, "left"), (("divprune", 3),), "generate")
+    case = Case(PLAIN, Prompt(rows, "left"), (("divprune", 3),), "generate")
     model, inputs = build(case.model), inputs_of(case)
     method = replace(methods_of(case)[0], positions="compact")
     how = {"max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
@@ -272,10 +302,10 @@ def test_a_prompt_that_ends_in_a_dropped_token_was_answered_from_zeros() -> None
 
 
 def test_methods_that_had_no_layer_to_act_in_did_nothing_or_said_nonsense() -> None:
-    two = build(geometry("LLaVA, CLIP", layers=2))
+    two = build(replace(PLAIN, layers=2))
     with pytest.raises(vtc.UnsupportedError, match="needs at least 3; the language model has 2"):
         vtc.wrap(two, "diprune", keep_tokens=1)
-    one = build(geometry("LLaVA, CLIP", layers=1))
+    one = build(replace(PLAIN, layers=1))
     with pytest.raises(vtc.UnsupportedError, match="from 1 on, and the language model has 1"):
         vtc.wrap(one, "mod-heuristic")
 
@@ -285,7 +315,7 @@ def test_methods_that_had_no_layer_to_act_in_did_nothing_or_said_nonsense() -> N
 def test_an_image_so_narrow_that_no_column_of_its_crops_is_left(name: str) -> None:
     """GlobalCom2 resized its thumbnail to nothing."""
     prompt = Prompt(((1, (((5, 110), 1),)), (1, (((110, 4), 2),))), "left")
-    case = Case(geometry("LLaVA-NeXT", blocks=3), prompt, ((name, Fraction(1, 2)),), "generate")
+    case = Case(replace(PLAIN, family="LLaVA-NeXT", blocks=3), prompt, ((name, Fraction(1, 2)),), "generate")
     model, inputs = build(case.model), inputs_of(case)
     with vtc.compressing(model, methods_of(case)[0]) as session:
         assert 0 in {edge for layout in run(model, inputs, session).layouts for edge in layout.canvas}
@@ -304,7 +334,7 @@ def test_the_report_asked_for_more_than_a_chain_leaves_of_images_of_two_sizes() 
     """4 of each image, then half of each: 4 of 4 x 4 and 1 of 1 x 2, not half of all 18."""
     prompt = Prompt(((1, (((4, 4), 1), ((1, 2), 1))),), "left")
     chain = (("divprune", 4), ("random", Fraction(1, 2)))
-    case = Case(geometry("Qwen2.5-VL", heads=4, kv_heads=2), prompt, chain, "forward")
+    case = Case(replace(PLAIN, family="Qwen2.5-VL", heads=4, kv_heads=2), prompt, chain, "forward")
     model, inputs = build(case.model), inputs_of(case)
     with vtc.compressing(model, vtc.chain(*methods_of(case))) as session:
         report = run(model, inputs, session)
