@@ -97,7 +97,8 @@ class Session:
     def install(self) -> None:
         """Register all hooks."""
         sites, tower = self.sites, self.sites.vision.tower
-        self.handles.append(tower.register_forward_pre_hook(self._encode, with_kwargs=True))
+        first = tower if sites.vision.entry is None else sites.vision.entry
+        self.handles.append(first.register_forward_pre_hook(self._encode, with_kwargs=True))
         end = tower if sites.decoder is None else sites.decoder.projector
         if self.vision is not None:
             self.vision.install()
