@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import os
 import random
 import subprocess
@@ -34,6 +33,7 @@ import numpy
 import pytest
 import torch
 from cases import few
+from choices import TOGETHER, choice_and_logits, digest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -46,13 +46,52 @@ from vtc.benchmarks.tasks.base import Task
 from vtc.benchmarks.tiny.models import ASSETS, load_llava, llava_config
 from vtc.methods.random import Random
 
-TOGETHER = [m for m in EXACT if m != "mod"]
-"""Methods that need no routers."""
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-KEEP, SLACK = Fraction(1, 3), 0.1
-FLOORS: dict[str, tuple[float, float]] = dict.fromkeys(TOGETHER, (0.0, 0.0))
+KEEP, SLACK = Fraction(1, 3), 0.15
+FLOORS: dict[str, tuple[float, float]] = {
+    "cdpruner": (0.75, 0.80),
+    "dart": (0.80, 0.93),
+    "diprune": (0.90, 0.93),
+    "divprune": (0.65, 0.80),
+    "downsample": (1.00, 1.00),
+    "fastervlm": (0.90, 0.95),
+    "fastv": (0.90, 0.95),
+    "globalcom2": (0.90, 0.95),
+    "holov": (0.90, 0.93),
+    "mob": (0.65, 0.85),
+    "mod-heuristic": (0.90, 0.95),
+    "mustdrop": (0.90, 0.95),
+    "pitome": (0.35, 0.40),
+    "pool": (1.00, 1.00),
+    "prefixkv": (0.95, 0.98),
+    "prumerge": (0.88, 0.95),
+    "pyramiddrop": (0.90, 0.95),
+    "random": (1.00, 1.00),
+    "sparsevlm": (0.88, 0.94),
+    "todre": (0.88, 0.95),
+    "tokencorr": (0.90, 0.93),
+    "tome": (0.35, 0.75),
+    "tops": (0.60, 0.85),
+    "transprune": (0.90, 0.95),
+    "uniform": (1.00, 1.00),
+    "vidcom2": (0.90, 0.95),
+    "visionzip": (0.80, 0.93),
+    "vispruner": (0.48, 0.60),
+    "vscan": (0.90, 0.95),
+    "zero-tprune": (0.78, 0.90),
+    "zipvl": (0.88, 0.95),
+}
+"""Least overlap (intersection over union) of the choices in bf16 and in fp16 with that in fp32, a
+third of 144 tokens kept; chance is 0.2. Means over 16 scenes, and over 16 textures.
+
+Methods that rank once are at 0.9 and above. Greedy ones (DivPrune, CDPruner, MoB, TOPS), those that
+remove duplicates in rounds (VisPruner) or take every n-th of what is left (VisionZip) build each
+pick on the ones before: a near tie that falls the other way changes all that follow. In ToMe and
+PiToMe that goes on through twelve blocks. They are not undecided, noise of 1e-5 on the pixels
+changes nothing in fp32; noise of 1e-4 leaves PiToMe 0.65, and bf16 rounds to 4e-3.
+"""
 
 
 def stages(report: Any) -> dict[tuple[int, str], torch.Tensor]:
@@ -168,7 +207,7 @@ def test_the_table_has_all_methods() -> None:
 
 @pytest.mark.parametrize("name", FLOORS)
 def test_bf16_chooses_what_fp32_chooses(name: str) -> None:
-    assert agreement(name, "bf16", 2, textured=True) >= FLOORS[name][0] - SLACK
+    assert agreement(name, "bf16", 1, textured=True) >= FLOORS[name][0] - SLACK
 
 
 @pytest.mark.soak
@@ -194,17 +233,7 @@ def threads(n: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def choice_and_logits(model: Any, inputs: dict) -> tuple[list, torch.Tensor]:
-    """Of a wrapped model: for each image where its tokens went at each stage, and the logits."""
-    logits = model(**inputs).logits
-    if "pixel_values" not in inputs or inputs["input_ids"].shape[1] == 1:
-        return [], logits
-    report = model.vtc.report()
-    every = [report.trace.stages(i) for i in range(len(report.kept))]
-    return [[stage.owner.tolist() for stage in image] for image in every], logits
-
-
-@few(15)
+@few(5)
 @given(cases(EXACT, longest=2))
 @torch.no_grad()
 def test_runs_repeat_bit_by_bit_and_threads_change_no_choice(case: Case) -> None:
@@ -247,24 +276,12 @@ def test_threads_agree_on_the_embedded_model(name: str) -> None:
                 assert (got - want).abs().max() <= 0.01 * want.abs().max()
 
 
-def digest() -> str:
-    """Of choices and logits of every method on a mini LLaVA, bit by bit."""
-    seen, inputs = hashlib.sha256(), mini_llava.prompt([1, 2], pad="left")
-    model = mini_llava.build()
-    with torch.no_grad():
-        for name in TOGETHER:
-            with vtc.compressing(model, seeded(name, None, 0)):
-                choice, logits = choice_and_logits(model, inputs)
-            seen.update(f"{name} {choice} {logits.tolist()}".encode())
-    return seen.hexdigest()
-
-
+@pytest.mark.soak
 def test_another_process_gives_the_same_bits() -> None:
     here = Path(__file__).parent
-    code = f"import sys; sys.path.insert(0, {str(here)!r}); import torch; torch.set_num_threads(1); "
-    code += "import test_numerics; print(test_numerics.digest())"
     environment = {**os.environ, "PYTHONHASHSEED": "17", "PYTHONPATH": str(here.parent)}
-    out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+    script = [sys.executable, str(here / "choices.py")]
+    out = subprocess.run(script, env=environment, capture_output=True, check=True)
     assert out.stdout.decode().split()[-1] == digest()
 
 

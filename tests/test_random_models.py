@@ -135,7 +135,7 @@ STRATEGIES = {
 }
 
 
-@few(60)
+@few(45)
 @given(STRATEGIES["test_dropped_is_masked"])
 @torch.no_grad()
 def test_dropped_is_masked(case: Case) -> None:
@@ -245,7 +245,7 @@ def test_compressed_inputs_answer_like_the_wrapped_model(drawn: tuple[Case, str]
     torch.testing.assert_close([x[rows] for x in got], [x[rows] for x in want], **CLOSE)
 
 
-@few(30)
+@few(20)
 @given(STRATEGIES["test_a_row_alone_chooses_as_in_a_batch"])
 @torch.no_grad()
 def test_a_row_alone_chooses_as_in_a_batch(case: Case) -> None:
