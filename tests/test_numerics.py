@@ -84,7 +84,7 @@ FLOORS: dict[str, tuple[float, float]] = {
     "zipvl": (0.88, 0.95),
 }
 """Least overlap (intersection over union) of the choices in bf16 and in fp16 with that in fp32, a
-third of 144 tokens kept; chance is 0.2. Means over 16 scenes, and over 16 textures.
+third of 144 tokens kept; chance is 0.2. Means over 8 scenes, and over 8 textures.
 
 Methods that rank once are at 0.9 and above. Greedy ones (DivPrune, CDPruner, MoB, TOPS), those that
 remove duplicates in rounds (VisPruner) or take every n-th of what is left (VisionZip) build each
@@ -207,7 +207,7 @@ def test_the_table_has_all_methods() -> None:
 
 @pytest.mark.parametrize("name", FLOORS)
 def test_bf16_chooses_what_fp32_chooses(name: str) -> None:
-    assert agreement(name, "bf16", 1, textured=True) >= FLOORS[name][0] - SLACK
+    assert agreement(name, "bf16", 2, textured=True) >= FLOORS[name][0] - SLACK
 
 
 @pytest.mark.soak
@@ -215,7 +215,7 @@ def test_bf16_chooses_what_fp32_chooses(name: str) -> None:
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("name", FLOORS)
 def test_half_precision_chooses_what_fp32_chooses(name: str, half: str, textured: bool) -> None:
-    got = agreement(name, half, 16, textured)
+    got = agreement(name, half, 8, textured)
     print(f"{name:16s} {half} {'textures' if textured else 'scenes'} {got:.3f}")
     assert got >= FLOORS[name][list(HALVES).index(half)]
 
@@ -233,7 +233,7 @@ def threads(n: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@few(5)
+@few(3)
 @given(cases(EXACT, longest=2))
 @torch.no_grad()
 def test_runs_repeat_bit_by_bit_and_threads_change_no_choice(case: Case) -> None:
