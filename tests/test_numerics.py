@@ -43,7 +43,7 @@ from test_boundary_b import features_view
 import vtc
 from vtc.benchmarks.budgets import seeded
 from vtc.benchmarks.tasks.base import Task
-from vtc.benchmarks.tiny.models import ASSETS, load_llava, llava_config
+from vtc.benchmarks.tiny.models import ASSETS, llava_config, load_llava
 from vtc.methods.random import Random
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -110,7 +110,9 @@ def overlap(a: Any, b: Any) -> float:
     one, two = stages(a), stages(b)
     empty = torch.zeros(1, dtype=torch.bool)
     both = [(one.get(k, ~empty), two.get(k, ~empty)) for k in one.keys() | two.keys()]
-    return sum(int((x & y).sum()) for x, y in both) / max(1, sum(int((x | y).sum()) for x, y in both))
+    return sum(int((x & y).sum()) for x, y in both) / max(
+        1, sum(int((x | y).sum()) for x, y in both)
+    )
 
 
 # ---- half precision ------------------------------------------------------------------------------

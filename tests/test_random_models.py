@@ -315,10 +315,14 @@ def test_methods_that_had_no_layer_to_act_in_did_nothing_or_said_nonsense() -> N
 def test_an_image_so_narrow_that_no_column_of_its_crops_is_left(name: str) -> None:
     """GlobalCom2 resized its thumbnail to nothing."""
     prompt = Prompt(((1, (((5, 110), 1),)), (1, (((110, 4), 2),))), "left")
-    case = Case(replace(PLAIN, family="LLaVA-NeXT", blocks=3), prompt, ((name, Fraction(1, 2)),), "generate")
+    case = Case(
+        replace(PLAIN, family="LLaVA-NeXT", blocks=3), prompt, ((name, Fraction(1, 2)),), "generate"
+    )
     model, inputs = build(case.model), inputs_of(case)
     with vtc.compressing(model, methods_of(case)[0]) as session:
-        assert 0 in {edge for layout in run(model, inputs, session).layouts for edge in layout.canvas}
+        assert 0 in {
+            edge for layout in run(model, inputs, session).layouts for edge in layout.canvas
+        }
         check_masked(case, model, inputs, session)
         for i in range(2):
             assert session.report().stages(i)

@@ -77,7 +77,7 @@ class _Forward:
     )
     filler: Tensor | None = None  # (B, T) dropped tokens that only keep the batch rectangular
     shift: Tensor | None = None  # (B, T) positions lost before each token ("compact")
-    lost: Tensor | int = 0  # (B,) positions lost in all, behind the last token too
+    lost: Tensor | None = None  # (B,) positions lost in all, behind the last token left, too
     scratch: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # (B, N, ...) by method
     memos: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # (B, ...) by method
     places: tuple[Tensor, Tensor | None] | None = None  # (B, N) columns of visual tokens, valid
@@ -1077,7 +1077,8 @@ class DecoderEngine:
                 aligned[name] = getattr(st, name)
         if self.compact:
             lost = (visual & ~kept).long()
-            st.lost = lost.sum(1) + (st.lost if isinstance(st.lost, int) else st.lost.to(lost.device))
+            gone = lost.sum(1)
+            st.lost = gone if st.lost is None else gone + st.lost.to(gone.device)
             shift = lost.cumsum(1) - lost
             aligned["shift"] = shift if st.shift is None else shift + st.shift.to(hidden.device)
         hidden, *rest = compact([hidden, *(x.to(hidden.device) for x in aligned.values())], index)
@@ -1178,7 +1179,7 @@ class DecoderEngine:
         past = None if layer is None else layer.shift
         now = None if st is None else st.shift
         if commit and layer is not None and st is not None and now is not None:
-            total: Any = st.lost.to(device)  # type: ignore[union-attr]
+            total = st.lost.to(device)  # type: ignore[union-attr]
             layer.shift = total if past is None else total + past.to(device)
         if now is None and past is None:
             return None

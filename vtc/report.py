@@ -440,10 +440,10 @@ def build_report(
     flat = [[full] * depth for full in full_rows]
     projected = [behind + again] * len(rows)
     # In front of the LLM each image has a budget of its own, inside it those of a row are one.
-    early = [m for m in methods if m.stages <= {"pixels", "vision", "features"}]
+    in_front = [m for m in methods if m.stages <= {"pixels", "vision", "features"}]
     asked = []
     for r in rows:
-        first = sum(min([n, *(m.budget(n, grid) for m in early)]) for n in record.images[r])
+        first = sum(min([n, *(m.budget(n, grid) for m in in_front)]) for n in record.images[r])
         later = [sum(m.budget(n, grid) for n in record.images[r]) for m in methods]
         asked.append(min([first, *later]))
     return Report(
