@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import os
 import random
 import subprocess
@@ -132,8 +133,8 @@ def at_magnitude(scale: float, dtype: torch.dtype, seed: int) -> Any:
 def test_ranking_is_fp32(name: str, dtype: torch.dtype) -> None:
     """The same numbers in half precision and in fp32 give the same choice."""
     method = seeded(name, Fraction(1, 3), 0)
-    for scale in (6e-5, 1.0, 60000.0):
-        half = at_magnitude(scale, dtype, seed=0)
+    for seed, scale in itertools.product(range(3), (6e-5, 1.0, 60000.0)):
+        half = at_magnitude(scale, dtype, seed)
         full = replace(half, features=half.features.float(), scratch={})
         a, b = (vtc.method.split_answer(method.on_features(v))[0] for v in (half, full))
         assert a is not None and b is not None
