@@ -151,11 +151,12 @@ def noting_parts(engine: DecoderEngine) -> Iterator[dict[int, Tensor]]:
 
     def step_aside(i: int, st: Any, hidden: Tensor, cache: Any, kwargs: dict[str, Any]) -> Any:
         answer = stock(i, st, hidden, cache, kwargs)
-        part = torch.ones(hidden.shape[:2], dtype=torch.bool)
+        part = torch.ones(len(hidden), st.length, dtype=torch.bool)
         if st.aside is not None:
-            filler = st.aside.filler
-            there = torch.ones_like(st.aside.index, dtype=torch.bool) if filler is None else ~filler
-            part = torch.zeros_like(part).scatter(1, st.aside.index, there)
+            filler, index = st.aside.filler, st.aside.index
+            index = index if st.local is None else st.local.gather(1, index)
+            there = torch.ones_like(index, dtype=torch.bool) if filler is None else ~filler
+            part = torch.zeros_like(part).scatter(1, index, there)
         parts.setdefault(i, part)
         return answer
 
@@ -221,7 +222,7 @@ def compare(model: Any, run: Callable[[], Any]) -> tuple[Any, Any, dict[int, Ten
     """Results of ``run`` on a wrapped model, and of the same with its drops turned into masks.
 
     The encoder side stays installed in both, so merged features are the same; only the LLM differs.
-    Tokens that jump over a layer are masked in it and get nothing from it; none may leave then.
+    Tokens that jump over a layer are masked in it and get nothing from it.
     What a method merges inside the LLM is put into the masked run at the place where it was merged.
 
     Returns:

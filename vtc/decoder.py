@@ -80,6 +80,7 @@ class _Forward:
     )
     filler: Tensor | None = None  # (B, T) dropped tokens that only keep the batch rectangular
     shift: Tensor | None = None  # (B, T) positions lost before each token ("compact")
+    lost: Tensor | None = None  # (B,) positions lost in all, behind the last token left, too
     scratch: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # (B, N, ...) by method
     memos: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # (B, ...) by method
     places: tuple[Tensor, Tensor | None] | None = None  # (B, N) columns of visual tokens, valid
@@ -734,13 +735,18 @@ class DecoderEngine(Threaded):
         if st is None or st.local is None:
             return None
         # Callers index logits by the positions of the prompt they passed, so the output is laid out
-        # like the input; rows of dropped tokens are zeros.
+        # like the input; rows of dropped tokens are zeros. Except the last: generate() goes on from
+        # there, and behind a prompt that ends in a dropped image token that is the last token left.
         short = output[0]
+        last = short[:, -1]
         if st.filler is not None:
-            short = short.masked_fill(st.filler.to(short.device).unsqueeze(-1), 0)
+            filler = st.filler.to(short.device)
+            short = short.masked_fill(filler.unsqueeze(-1), 0)
+            last = gather_tokens(short, (~filler).long().cumsum(1).argmax(1, keepdim=True))[:, 0]
         full = short.new_zeros(short.shape[0], st.length, short.shape[2])
         index = st.local.to(short.device).unsqueeze(-1).expand_as(short)
         full = full.scatter(1, index, short)
+        full[:, -1] = last
         if named:
             output.last_hidden_state = full
             return output
@@ -823,6 +829,7 @@ class DecoderEngine(Threaded):
                 rows = st.local.to(hidden.device).contiguous()
                 here = torch.searchsorted(rows, part.local.contiguous())  # type: ignore[union-attr]
             part.shift = None if st.shift is None else gather_tokens(st.shift, here)
+            part.lost = st.lost
             st.aside = _Aside(hidden, here, part.filler, method.bypass)
             st.partial.add(i)
             processed = st.tokens if method.bypass == "attention" else part.tokens
@@ -1100,6 +1107,8 @@ class DecoderEngine(Threaded):
                 aligned[name] = getattr(st, name)
         if self.compact:
             lost = (visual & ~kept).long()
+            gone = lost.sum(1)
+            st.lost = gone if st.lost is None else gone + st.lost.to(gone.device)
             shift = lost.cumsum(1) - lost
             aligned["shift"] = shift if st.shift is None else shift + st.shift.to(hidden.device)
         hidden, *rest = compact([hidden, *(x.to(hidden.device) for x in aligned.values())], index)
@@ -1200,8 +1209,8 @@ class DecoderEngine(Threaded):
         past = None if layer is None else layer.shift
         now = None if st is None else st.shift
         if commit and layer is not None and st is not None and now is not None:
-            total = now.amax(1) if past is None else now.amax(1) + past.to(device)
-            layer.shift = total
+            total = st.lost.to(device)  # type: ignore[union-attr]
+            layer.shift = total if past is None else total + past.to(device)
         if now is None and past is None:
             return None
         shift = torch.zeros((), dtype=torch.long, device=device)

@@ -37,7 +37,8 @@ def compress_inputs(
 
     Raises:
         UnsupportedError: the method acts inside the LLM, the prompt is longer than a sliding window
-            of the LLM, or this transformers cannot take encoded images.
+            of the LLM or ends in a token that is dropped, or this transformers cannot take encoded
+            images.
         ValueError: inputs without ids or images.
     """
     methods = resolve(method, **parameters)
@@ -96,6 +97,12 @@ def compress_inputs(
     out["input_ids"] = ids.gather(1, index).where(keep, 0 if pad is None else pad)
     out["attention_mask"] = keep.to(mask.dtype)
     if methods[0].positions == "original":
+        if bool((mask.bool() & ~needed)[:, -1].any()):
+            raise UnsupportedError(
+                "a prompt ends in an image token that was dropped, and generate() would count "
+                "positions on from the last one left; put text behind the image, or use "
+                'positions="compact", or vtc.wrap'
+            )
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
         if llm.mrope:
             axes = _axes(llm.base, ids, mask, inputs).gather(2, index.expand(3, -1, -1))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Report:
-    """The last forward of a compressed model; token counts are means over the rows of the batch.
+    """The last forward of a compressed model; counts are means over the rows that hold an image.
 
     Attributes:
         method: what was applied, with its parameters.
@@ -333,10 +333,13 @@ def build_report(method: str, methods: tuple[Method, ...], sites: Sites, record:
     images = [len(record.images[r]) for r in rows]
     flat = [[full] * depth for full in full_rows]
     projected = [behind + again] * len(rows)
-    asked = [
-        min([sum(m.budget(n, grid) for n in record.images[r]) for m in methods], default=full)
-        for r, full in zip(rows, full_rows, strict=True)
-    ]
+    # In front of the LLM each image has a budget of its own, inside it those of a row are one.
+    in_front = [m for m in methods if m.stages <= {"pixels", "vision", "features"}]
+    asked = []
+    for r in rows:
+        first = sum(min([n, *(m.budget(n, grid) for m in in_front)]) for n in record.images[r])
+        later = [sum(m.budget(n, grid) for n in record.images[r]) for m in methods]
+        asked.append(min([first, *later]))
     return Report(
         asked=mean(asked) if budgeted else None,
         visual_tokens=mean(full_rows),

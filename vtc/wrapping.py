@@ -137,9 +137,10 @@ class Session:
     def install(self) -> None:
         """Register all hooks."""
         sites, tower = self.sites, self.sites.vision.tower
-        first = tower if sites.decoder is None else sites.decoder.base
+        entry = tower if sites.vision.entry is None else sites.vision.entry
+        first = entry if sites.decoder is None else sites.decoder.base
         self.handles.append(first.register_forward_pre_hook(self._check_parts))
-        self.handles.append(tower.register_forward_pre_hook(self._encode, with_kwargs=True))
+        self.handles.append(entry.register_forward_pre_hook(self._encode, with_kwargs=True))
         self.handles.append(tower.register_forward_hook(self._failed, always_call=True))
         end = tower if sites.decoder is None else sites.decoder.projector
         if self.vision is not None:

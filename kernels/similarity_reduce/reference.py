@@ -76,7 +76,11 @@ def similarity_sum(
             first = start if y is None else 0
             shape = (len(a), stop - start, m - first)
             s = memory[: math.prod(shape)].view(shape)
-            s = _values(torch.bmm(a[:, start:stop], b[:, :, first:], out=s), kind, margin, alpha)
+            torch.bmm(a[:, start:stop], b[:, :, first:], out=s)
+            if y is None and normalize:  # 1 up to rounding, which must not break a tie
+                own = s.diagonal(start - first, 1, 2)
+                own.masked_fill_((own - 1).abs() < 1e-5, 1.0)
+            s = _values(s, kind, margin, alpha)
             if exclude_diag:
                 s.diagonal(start - first, 1, 2).zero_()
             total[:, start:stop] += s.sum(2)

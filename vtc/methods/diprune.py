@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..checks import check_count, check_range
+from ..errors import UnsupportedError
 from ..method import Method, register, relative_layers
 from ..reduction import Reduction, ranks
 from ..views import DecoderView
@@ -69,7 +70,13 @@ class DIPrune(Method):
         check_range(self, "alpha", "the weight of the attention")
 
     def decoder_layers(self, depth: int) -> tuple[int, ...]:
-        return relative_layers((self.layer - self.delta, self.layer), of=32, depth=depth)
+        layers = relative_layers((self.layer - self.delta, self.layer), of=32, depth=depth)
+        if layers[-1] > depth - 2:
+            raise UnsupportedError(
+                f"{self.name} prunes after 2 layers and needs at least 3; the language model has "
+                f"{depth}; use divprune"
+            )
+        return layers
 
     def score(self, now: Tensor, before: Tensor, valid: Tensor | None = None) -> Tensor:
         """Score (B, N) from the attention (B, N) in layer l and in layer l - delta."""

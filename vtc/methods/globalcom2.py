@@ -205,8 +205,8 @@ class GlobalCom2(Method):
         """
         n = layout.thumbnail
         first = (index < n).nonzero()[:, 0]
-        if layout.crops == (0, 0):
-            return [(first, scores, self.counts(k, ratio, len(first), [], [])[0])]
+        if 0 in layout.canvas:  # no crops, or an image so narrow that no column of them is left
+            return [(first, scores[first], self.counts(k, ratio, len(first), [], [])[0])]
         # Where an earlier method has removed patches of the thumbnail, the mean of the others.
         mean = scores[first].mean() if len(first) else scores.new_zeros(())
         thumbnail = mean.expand(n).scatter(0, index[first], scores[first])

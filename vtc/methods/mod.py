@@ -53,6 +53,11 @@ class Depths(Method):
 
     def bypass_layers(self, depth: int) -> Iterable[int]:
         layers = tuple(range(1, depth, 2)) if self.layers is None else self.layers
+        if not layers:
+            raise UnsupportedError(
+                f"{self.name} acts in every second LLM layer from 1 on, and the language model has "
+                f"{depth}; use a method that acts in front of it, such as divprune"
+            )
         if max(layers) >= depth:
             raise UnsupportedError(
                 f"{self.name} acts in LLM layer {max(layers)} and there are {depth}; choose others"
