@@ -124,9 +124,15 @@ class Projections:
         rows = self.fold(rows.permute(0, 3, 1, 2), "sum")  # keys first, then queries
         return self.fold(rows.transpose(1, 3), "mean").permute(0, 2, 1, 3)
 
-    def by_heads(self, chunk: int = 4) -> list[Projections]:
-        """The same block, ``chunk`` heads at a time, for who needs maps of all of them in turn."""
+    def by_heads(self, most: int = 1 << 24) -> list[Projections]:
+        """The same block, a few heads at a time, for who needs maps of all of them in turn.
+
+        Args:
+            most: weights of the maps of a few heads; one head may have more.
+        """
         query, key = self.query(slice(None)), self.key()
+        batch, _, tokens, _ = key.shape
+        chunk = min(4, max(1, most // (batch * tokens**2)))
 
         def part(heads: slice) -> Projections:
             q, k = query[:, heads], key[:, heads]
