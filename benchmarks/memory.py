@@ -35,6 +35,8 @@ TOKENS = (1024, 4096, 16384, 32400)
 """The last is 180 x 180, the largest square below 32k."""
 SHARE = 2, 9
 """Of the tokens stay: the 128 of 576 of the literature."""
+OTHER_SHARES = {"tops": (1, 500), "vispruner": (9, 10)}
+"""Of methods whose loops would take hours; they need most before they begin."""
 FRAME = 64
 """LLM tokens of a frame of the videos."""
 COLUMNS = ("method", "tokens", "peak_bytes")
@@ -48,8 +50,9 @@ def chosen(name: str, tokens: int) -> Method:
         g = torch.Generator().manual_seed(0)
         routers = {i: torch.randn(32, generator=g) for i in (1, 3)}
         return known_methods()[name](routers=routers)  # type: ignore[call-arg]
+    part, whole = OTHER_SHARES.get(name, SHARE)
     try:
-        return seeded(name, max(1, tokens * SHARE[0] // SHARE[1]), 0)
+        return seeded(name, max(1, tokens * part // whole), 0)
     except ValueError:
         return seeded(name, None, 0)
 

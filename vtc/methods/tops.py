@@ -77,9 +77,8 @@ def greedy_set(
         row = distance.gather(1, last[..., None].expand(-1, -1, x.shape[1]))[:, 0]
         nearest = torch.minimum(nearest, row)
         gain = [(nearest[:, None] - distance[:, i]).clamp_(min=0).sum(2) for i in row_blocks(x)]
-        terms = torch.stack(
-            [torch.cat(gain, 1), nearest], 1
-        )  # both are 0 for the chosen, their smallest value
+        # Both are 0 for the chosen, their smallest value.
+        terms = torch.stack([torch.cat(gain, 1), nearest], 1)
         scale = weight / terms.amax(2, keepdim=True).clamp(min=TINY)
         chosen.append((relevance + (terms * scale).sum(1)).argmax(1, keepdim=True))
     return torch.cat(chosen, 1)
