@@ -2,7 +2,7 @@
 """What a prefill needs at most with each method, from a thousand visual tokens to 32 thousand.
 
 ``python -m vtc.benchmarks.memory`` runs every method on one image of N tokens (methods for videos
-on frames of 64) through a mini model of width 32, so that what grows with N squared stands out,
+on frames of 64) through a mini model of one head of width 32, so that what grows with N squared stands out,
 and writes a CSV file and a plot. ``--show FILE`` prints the table of a CSV file.
 
 * peak_bytes: tensors held at once, at most, beyond weights and inputs, summed up from every
@@ -66,7 +66,7 @@ def image_prompt(tokens: int) -> tuple[Any, dict[str, Any]]:
     side = isqrt(tokens)
     if side**2 != tokens:
         raise ValueError(f"one square image cannot have {tokens} tokens; give a square number")
-    model = mini_llava(image_size=14 * side)
+    model = mini_llava(image_size=14 * side, heads=1)
     ids = torch.tensor([[1, *[3] * tokens, 8, 9, 10]])
     g = torch.Generator().manual_seed(0)
     pixels = torch.randn(1, 3, 14 * side, 14 * side, generator=g)
