@@ -65,7 +65,8 @@ class Projections:
         bias: (B, T) additive bias on the keys in this block (proportional attention), or None.
         later: the reduction applied to this block's tokens after its attention, or None.
         mean: gives (B, T, d) head-averaged keys where that is cheaper than averaging ``key()``.
-        valid: (B, T) bool, False where rows are padded to the longest; None where none is.
+        lengths: tokens of each of the sequences that lie one behind the other in this one and do not
+            see each other (`received` knows, `attention` does not); None where there is one.
         whole: of the nearest block that sees whole images, where this one sees windows only.
     """
 
@@ -75,7 +76,7 @@ class Projections:
     bias: Tensor | None = None
     later: Reduction | None = None
     mean: Callable[[], Tensor] | None = None
-    valid: Tensor | None = None
+    lengths: list[int] | None = None
     whole: Projections | None = None
 
     def key_mean(self) -> Tensor:
@@ -104,8 +105,14 @@ class Projections:
             chunk: query rows held at once where there is a bias.
         """
         key = self.key()
-        if self.bias is None:
-            return column_sums(self.query(slice(None)), key, weights=weights, scale=self.scale)
+        if self.bias is None:  # each sequence by itself: a batch is padded to the longest
+            lengths = [key.shape[2]] if self.lengths is None else self.lengths
+            queries, keys = (x.split(lengths, 2) for x in (self.query(slice(None)), key))
+            ws = [None] * len(lengths) if weights is None else weights.split(lengths, 2)
+            parts = zip(queries, keys, ws, strict=True)
+            return torch.cat(
+                [column_sums(q, k, weights=w, scale=self.scale) for q, k, w in parts], 2
+            )
         total: Any = 0.0
         for start in range(0, key.shape[2], chunk):
             rows = slice(start, start + chunk)
@@ -330,10 +337,9 @@ class FeaturesView:
             projections = projections.whole
 
         def mean() -> Tensor:
-            if projections.valid is None:
-                return projections.received().mean(1) / projections.key().shape[2]
-            real = projections.valid.float()[:, None].expand(projections.key().shape[:3])
-            return projections.received(real).mean(1) / real[:, 0].sum(1, keepdim=True)
+            total, lengths = projections.received().mean(1), projections.lengths
+            n = torch.tensor([total.shape[1]] if lengths is None else lengths, device=total.device)
+            return total / n.repeat_interleave(n)
 
         return self._patches("attention_received", layer, "sum", mean)
 
