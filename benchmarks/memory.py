@@ -2,8 +2,8 @@
 """What a prefill needs at most with each method, from a thousand visual tokens to 32 thousand.
 
 ``python -m vtc.benchmarks.memory`` runs every method on one image of N tokens (methods for videos
-on frames of 64) through a mini model of one head of width 32, so that what grows with N squared stands out,
-and writes a CSV file and a plot. ``--show FILE`` prints the table of a CSV file.
+on frames of 64) through a mini model of one head of width 32, so that what grows with N squared
+stands out, and writes a CSV file. ``--show FILE`` prints the table of such a file.
 
 * peak_bytes: tensors held at once, at most, beyond weights and inputs, summed up from every
   allocation that torch's profiler sees. "stock" is the same prompt without vtc.

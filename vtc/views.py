@@ -65,8 +65,8 @@ class Projections:
         bias: (B, T) additive bias on the keys in this block (proportional attention), or None.
         later: the reduction applied to this block's tokens after its attention, or None.
         mean: gives (B, T, d) head-averaged keys where that is cheaper than averaging ``key()``.
-        lengths: tokens of each of the sequences that lie one behind the other in this one and do not
-            see each other (`received` knows, `attention` does not); None where there is one.
+        lengths: tokens of each of the sequences that lie one behind the other in this one and do
+            not see each other (`received` knows, `attention` does not); None where there is one.
         whole: of the nearest block that sees whole images, where this one sees windows only.
     """
 
@@ -338,7 +338,9 @@ class FeaturesView:
 
         def mean() -> Tensor:
             total, lengths = projections.received().mean(1), projections.lengths
-            n = torch.tensor([total.shape[1]] if lengths is None else lengths, device=total.device)
+            if lengths is None:
+                return total / total.shape[1]
+            n = torch.tensor(lengths, device=total.device)
             return total / n.repeat_interleave(n)
 
         return self._patches("attention_received", layer, "sum", mean)
