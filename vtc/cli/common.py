@@ -157,13 +157,15 @@ def load(model: str | None, embedded: str, device: str, dtype: str) -> tuple[Any
 
 def read_image(path: Path) -> Image.Image:
     """An image file as the model gets it: upright, in RGB."""
-    from PIL import Image, ImageOps
+    from PIL import Image
+
+    from ..images import upright_rgb
 
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", Image.DecompressionBombWarning)
             with Image.open(path) as opened:
-                picture = ImageOps.exif_transpose(opened).convert("RGB")
+                picture = upright_rgb(opened)
     except FileNotFoundError:
         raise Mistake(f"no file {path}") from None
     except Image.DecompressionBombError:
