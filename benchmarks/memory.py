@@ -160,8 +160,11 @@ def table(rows: Sequence[Row]) -> str:
         cells = []
         for n in columns:
             near = min(peaks, key=lambda m: abs(m - n))  # videos come in whole frames
-            value = peaks[near] if abs(near - n) <= FRAME else None
-            cells.append("more" if value is None else f"{value / 2**20:,.1f}")
+            value = peaks[near]
+            if abs(near - n) > FRAME:
+                cells.append("")  # not measured
+            else:
+                cells.append("more" if value is None else f"{value / 2**20:,.1f}")
         known = [(n, value) for n, value in sorted(peaks.items()) if value is not None]
         power = exponent(known)
         cells.append("" if power is None else f"{power:.2f}")

@@ -29,7 +29,7 @@ from vtc.methods import _common
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("LLaVA, CLIP", "LLaVA-NeXT", "Qwen2-VL", "InternVL")
 METHODS = [m for m in sorted(vtc.methods()) if m not in ("mod", "evs")]  # routers; videos alone
-FEW, MANY = 6, 30
+FEW, MANY = 3, 12
 
 BY_TOKENS = {
     "vispruner": "removes 8 near duplicates a round, so (N - k) / 8 rounds",
@@ -94,7 +94,8 @@ def test_work_is_linear_in_images(method: str) -> None:
     """Every loop and every operator, on one family each; `make soak` runs all, to 100 images."""
     first = METHODS.index(method)
     turn = [FAMILIES[(first + i) % len(FAMILIES)] for i in range(len(FAMILIES))]
-    found = (more_than_linear(family, method, FEW, MANY) for family in turn)
+    few = 12 if method == "vidkv" else FEW  # below, there is too little to pack
+    found = (more_than_linear(family, method, few, MANY // FEW * few) for family in turn)
     assert next(bad for bad in found if bad is not None) == []
 
 
@@ -117,9 +118,9 @@ def square(side: int, heads: int = 1) -> tuple[Any, dict[str, Any]]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_more_tokens_are_not_more_steps(method: str) -> None:
-    """256 or 576 tokens of an image, the same budget: Python and torch do as many steps."""
-    sides = 16, 24
-    small, large = (steps(*square(s), made(method, "LLaVA, CLIP", 72)) for s in sides)
+    """144 or 256 tokens of an image, the same budget: Python and torch do as many steps."""
+    sides = 12, 16
+    small, large = (steps(*square(s), made(method, "LLaVA, CLIP", 36)) for s in sides)
     most = 1.3 * (sides[1] / sides[0]) ** 2 if method in BY_TOKENS else 1.05
     assert growth(small, large, most) == []
 
@@ -129,7 +130,7 @@ def test_greedy_methods_take_as_many_steps_as_tokens(method: str) -> None:
     """By definition each step waits for the one before; then linear in the budget."""
     model, inputs = square(16)
     counts = [steps(model, inputs, made(method, "LLaVA, CLIP", k)).total() for k in (20, 40, 80)]
-    assert counts[2] - counts[1] <= 2.1 * (counts[1] - counts[0])
+    assert counts[2] - counts[1] <= 2.6 * (counts[1] - counts[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +152,7 @@ def test_loops_are_seen() -> None:
     model = build("LLaVA, CLIP")
     small, large = (steps(model, prompt("LLaVA, CLIP", n), Pairs()) for n in (FEW, MANY))
     assert "on_decoder_layer" in growth(small, large, 1.05 * MANY / FEW)[0]
-    small, large = (steps(*square(side), Pairs(of="tokens")) for side in (16, 24))
+    small, large = (steps(*square(side), Pairs(of="tokens")) for side in (12, 16))
     assert "on_decoder_layer" in growth(small, large, 1.05)[0]
 
 
@@ -161,24 +162,24 @@ def test_loops_are_seen() -> None:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is held at once, small beside what is measured."""
-    monkeypatch.setattr(similarity_reference, "BLOCK", 1 << 13)
-    monkeypatch.setattr(_common, "BLOCK", 1 << 13)
-    monkeypatch.setattr(attention_reference, "BLOCK", 1 << 13)
+    monkeypatch.setattr(similarity_reference, "BLOCK", 1 << 12)
+    monkeypatch.setattr(_common, "BLOCK", 1 << 12)
+    monkeypatch.setattr(attention_reference, "BLOCK", 1 << 12)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.usefixtures("small_blocks")
 def test_memory_is_linear_in_tokens_or_as_documented(method: str) -> None:
-    """Peaks at 400 and 1600 tokens, budgets that grow along."""
+    """Peaks at 144 and 576 tokens, budgets that grow along."""
     peaks = []
-    for side in (20, 40):
+    for side in (12, 24):
         model, inputs = square(side)
         chosen = made(method, "LLaVA, CLIP", side**2 // 4)
         with vtc.compressing(model, chosen):
             peaks.append(memory.peak(model, inputs))
     extra = 0
     if method in QUADRATIC:
-        extra = QUADRATIC[method](1600, 400)
+        extra = QUADRATIC[method](576, 144)
         assert peaks[1] > 0.7 * extra, "needs less than its formula: update it"
     assert peaks[1] - extra < 4.6 * peaks[0], peaks
 
@@ -211,7 +212,7 @@ def test_a_run_beyond_the_limit_is_no_number(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_table_is_that_of_its_numbers(tmp_path: Path) -> None:
-    rows = memory.measure(["random", "evs"], [64, 256])
+    rows = memory.measure(["random", "evs"], [400])
     assert [r["method"] for r in rows[:4]] == ["stock", "random", "stock, video", "evs"]
     assert all(r["peak_bytes"] > 0 for r in rows)
     mega = 2**20
