@@ -118,8 +118,8 @@ def square(side: int, heads: int = 1) -> tuple[Any, dict[str, Any]]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_more_tokens_are_not_more_steps(method: str) -> None:
-    """144 or 256 tokens of an image, the same budget: Python and torch do as many steps."""
-    sides = 12, 16
+    """144 and 256 tokens of an image, the same budget: Python and torch do as many steps."""
+    sides = (16, 24) if method == "vidkv" else (12, 16)  # enough to pack
     small, large = (steps(*square(s), made(method, "LLaVA, CLIP", 36)) for s in sides)
     most = 1.3 * (sides[1] / sides[0]) ** 2 if method in BY_TOKENS else 1.05
     assert growth(small, large, most) == []
