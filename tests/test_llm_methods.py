@@ -120,7 +120,9 @@ def test_published_flops():
     assert sum(PyramidDrop().schedule(576, 32)) / 32 == pytest.approx(270, abs=0.5)
 
 
-@pytest.mark.parametrize("name", ["mustdrop", "pyramiddrop", "sparsevlm", "diprune", "tops", "todre", "vscan"])
+@pytest.mark.parametrize(
+    "name", ["mustdrop", "pyramiddrop", "sparsevlm", "diprune", "tops", "todre", "vscan"]
+)
 def test_layers_of_a_decoder_twice_as_deep_stand_behind_as_much_of_it(name):
     cls = vtc.methods()[name]
     here, deep = cls().decoder_layers(32), cls().decoder_layers(64)
