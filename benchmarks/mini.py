@@ -11,7 +11,9 @@ IMAGE_TOKEN = "<image>"
 WORDS = "is there a red blue circle square what shape colour yes no USER: ASSISTANT: ? ."
 
 
-def mini_tower_config(kind: str = "clip", image_size: int = 56, patch: int = 14) -> Any:
+def mini_tower_config(
+    kind: str = "clip", image_size: int = 56, patch: int = 14, heads: int = 4
+) -> Any:
     """Configuration of a 4-block encoder of width 32: "clip", "siglip", "dinov2" or "vit"."""
     import transformers
 
@@ -19,7 +21,7 @@ def mini_tower_config(kind: str = "clip", image_size: int = 56, patch: int = 14)
     shape: dict[str, Any] = {
         "hidden_size": 32,
         "num_hidden_layers": 4,
-        "num_attention_heads": 4,
+        "num_attention_heads": heads,
         "image_size": image_size,
         "patch_size": patch,
     }
@@ -31,7 +33,11 @@ def mini_tower_config(kind: str = "clip", image_size: int = 56, patch: int = 14)
 
 
 def mini_llava(
-    tower: str = "clip", decoder: str = "llama", image_size: int = 56, seed: int = 0
+    tower: str = "clip",
+    decoder: str = "llama",
+    image_size: int = 56,
+    seed: int = 0,
+    heads: int = 4,
 ) -> Any:
     """A random LLaVA with a 4-block encoder and a 4-layer decoder, in eval mode."""
     import transformers
@@ -43,14 +49,14 @@ def mini_llava(
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=-(-heads // 2),
         max_position_embeddings=2048,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
     )
-    vision = mini_tower_config(tower, image_size)
+    vision = mini_tower_config(tower, image_size, heads=heads)
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,

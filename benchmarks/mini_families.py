@@ -448,26 +448,30 @@ def prompt(
     return {**inputs, **more, **made.images(g, rows)}
 
 
-def video(family: str) -> dict[str, Tensor]:
-    """A prompt with a video of four frames of 2 x 2 tokens; Qwen3-VL has a time stamp for each."""
+def video(family: str, frames: int = 4, side: int = 2) -> dict[str, Tensor]:
+    """A prompt with a video of frames of 2 x 2 tokens; Qwen3-VL has a time stamp for each.
+
+    Args:
+        side: of a frame, in tokens; others than 2 on Qwen-VL alone.
+    """
     g = torch.Generator().manual_seed(0)
+    n = frames * side**2
     if not family.startswith("Qwen"):
         newline = family == "LLaVA-OneVision"
         return {
-            "input_ids": torch.tensor([[1, *[VIDEO] * (16 + newline), 8, 9, 10]]),
-            "pixel_values_videos": torch.randn(1, 4, 3, 32, 32, generator=g),
+            "input_ids": torch.tensor([[1, *[VIDEO] * (n + newline), 8, 9, 10]]),
+            "pixel_values_videos": torch.randn(1, frames, 3, 32, 32, generator=g),
         }
-    frames = [VIDEO] * 16
     if family == "Qwen3-VL":
-        frames = [9, BREAK, *[VIDEO] * 4, END] * 4
+        tokens = [9, BREAK, *[VIDEO] * side**2, END] * frames
     else:
-        frames = [BREAK, *frames, END]
-    ids = torch.tensor([[1, *frames, 8, 9, 10]])
+        tokens = [BREAK, *[VIDEO] * n, END]
+    ids = torch.tensor([[1, *tokens, 8, 9, 10]])
     return {
         "input_ids": ids,
         "mm_token_type_ids": 2 * (ids == VIDEO).long(),
-        "pixel_values_videos": torch.randn(4 * 16, 3 * 2 * 4**2, generator=g),
-        "video_grid_thw": torch.tensor([[4, 4, 4]]),
+        "pixel_values_videos": torch.randn(4 * n, 3 * 2 * 4**2, generator=g),
+        "video_grid_thw": torch.tensor([[frames, 2 * side, 2 * side]]),
     }
 
 

@@ -69,6 +69,7 @@ class Loading:
                 dtype=self.dtype,
                 device_map=self.device_map,
                 attn_implementation=self.attn_implementation,
+                use_safetensors=True,
                 **code,
             ).eval()
             if self.device_map is None:

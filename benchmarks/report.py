@@ -151,7 +151,7 @@ def _pictures(path: Path) -> list[Figure]:
         try:
             with Image.open(file) as image:
                 small = image.convert("RGB")
-        except OSError:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             continue
         small.thumbnail((1400, 4000))
         data = io.BytesIO()

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
+
+from ..images import upright_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 MAX_BYTES = 20 * 2**20
@@ -26,7 +28,7 @@ def read_image(path: str | Path) -> Image.Image:
         with Image.open(path, formats=FORMATS) as file:
             check_size(*file.size)
             try:
-                image = ImageOps.exif_transpose(file).convert("RGB")
+                image = upright_rgb(file)
             except (OSError, SyntaxError, ValueError, EOFError) as error:
                 raise ValueError("the image is damaged or cut off; save it again") from error
     except Image.DecompressionBombError:

@@ -189,9 +189,10 @@ def test_heads_in_turn_are_all_heads() -> None:
     later = Reduction.from_merge(torch.tensor([0, 2, 2, *range(3, 16)]).expand(2, -1))
     for reduction in (None, later):
         v.projections.later = reduction
-        parts = [p.folded_attention() for p in v.projections.by_heads(4)]
-        assert [p.shape[1] for p in parts] == [4, 2]
-        torch.testing.assert_close(torch.cat(parts, 1), v.projections.folded_attention())
+        for most, heads in ((1 << 24, [4, 2]), (2 * 2 * 16**2, [2, 2, 2]), (1, [1] * 6)):
+            parts = [p.folded_attention() for p in v.projections.by_heads(most)]
+            assert [p.shape[1] for p in parts] == heads
+            torch.testing.assert_close(torch.cat(parts, 1), v.projections.folded_attention())
 
 
 # ---- schedules ---------------------------------------------------------------------------------

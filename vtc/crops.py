@@ -169,7 +169,7 @@ def apportion(total: int, weights: Sequence[float], caps: Sequence[int]) -> list
         if sum(weights[i] for i in open_) <= 0:
             weights = [1] * len(weights)
         whole = sum(weights[i] for i in open_)
-        full = [i for i in open_ if left * weights[i] >= caps[i] * whole]
+        full = {i for i in open_ if left * weights[i] >= caps[i] * whole}
         if not full:
             parts = {i: divmod(left * weights[i], whole) for i in open_}
             for i, (count, _) in parts.items():
@@ -259,6 +259,14 @@ class FlatTokens:
         """What became of the tokens, without the tokens."""
         return Packed(layouts, history, self.image, self.order, self.reduction, self.ranked)
 
+    @functools.cached_property
+    def regions_of(self) -> list[list[int]]:
+        """The regions of each image."""
+        out: list[list[int]] = [[] for _ in self.totals]
+        for r, region in enumerate(self.regions):
+            out[region.image].append(r)
+        return out
+
     @property
     def keep(self) -> Tensor:
         """(K,) which of the M tokens are left, ascending."""
@@ -291,7 +299,7 @@ class FlatTokens:
         last = not m.stages & {"decoder", "bypass", "cache"}
         same: dict[Any, list[int]] = {}
         for i, total in enumerate(self.totals):
-            mine = [i] if joint else [r for r, reg in enumerate(self.regions) if reg.image == i]
+            mine = [i] if joint else self.regions_of[i]
             grid = self.regions[mine[0]].grid if len(mine) == 1 and not joint else None
             caps = [counts[r] for r in mine]
             weights = [len(self.regions[r].patches) for r in mine]
@@ -302,9 +310,7 @@ class FlatTokens:
                 key = r if joint else (self.regions[r].grid, self.regions[r].blended)
                 same.setdefault((key, counts[r], max(share, 1)), []).append(r)
         for (_, _, share), rows in same.items():
-            region = self.regions[rows[0]]
-            if joint:
-                region = next(reg for reg in self.regions if reg.image == rows[0])
+            region = self.regions[self.regions_of[rows[0]][0] if joint else rows[0]]
             yield torch.stack([parts[r] for r in rows]), region, share
 
     def ask(self, j: int, m: Method) -> None:
@@ -316,14 +322,15 @@ class FlatTokens:
             new["projected"] = self.projected.clone()
         written: dict[str, Tensor] = {}
         ranked: list[tuple[Tensor, Tensor, Tensor]] = []
+        joint = self._joint(m)
+        place = (self.order if joint else self.place)[keep]
+        of, part = self.image[keep], self.region[keep]
         for index, region, share in self._groups(m):
-            joint = self._joint(m)
-            place = (self.order if joint else self.place)[keep]
             layout = self.layouts[region.image] if joint and self.layouts is not None else None
             frame, frames = None, None
             if joint and self.frames:
-                mine = [r for r, reg in enumerate(self.regions) if reg.image == region.image]
-                frame, frames = self.region[keep][index] - mine[0], len(mine)
+                mine = self.regions_of[region.image]
+                frame, frames = part[index] - mine[0], len(mine)
             view = FeaturesView(
                 features=self.features[index],
                 size=self.size[index],
@@ -334,7 +341,7 @@ class FlatTokens:
                 crops=layout,
                 frame=frame,
                 frames=frames,
-                image=self.image[keep][index[:, 0]],
+                image=of[index[:, 0]],
                 images=len(self.totals),
                 share=share,
                 packed=None if self.projected is None else self.projected[index],

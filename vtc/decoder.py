@@ -130,30 +130,23 @@ def split_images(
         UnsupportedError: a run holds only part of an image (chunked prefill).
     """
     starts = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
+    ends = visual & ~torch.nn.functional.pad(visual, (0, 1))[:, 1:]
     run = starts.long().cumsum(1) - 1
     columns = torch.arange(visual.shape[1], device=visual.device).expand_as(visual)
     first = columns.where(starts, -1).cummax(1).values
     index = columns - first
-    images: list[list[int]] = []
-    runs = run.where(visual, -1).tolist()
-    for row in runs:
-        lengths: dict[int, int] = {}
-        for r in row:
-            if r >= 0:
-                lengths[r] = lengths.get(r, 0) + 1
-        counts: list[int] = []
-        for n in lengths.values():
-            if tokens_per_image is None:
-                counts.append(n)
-            elif n % tokens_per_image:
-                raise UnsupportedError(
-                    f"found a run of {n} image tokens, not a multiple of {tokens_per_image}: part "
-                    "of an image in one forward (chunked prefill) cannot be compressed; prefill in "
-                    "one piece, or use vtc.compress_inputs"
-                )
-            else:
-                counts += [tokens_per_image] * (n // tokens_per_image)
-        images.append(counts)
+    images: list[list[int]] = [[] for _ in visual]
+    for r, n in torch.stack([ends.nonzero()[:, 0], index[ends] + 1], 1).tolist():
+        if tokens_per_image is None:
+            images[r].append(n)
+        elif n % tokens_per_image:
+            raise UnsupportedError(
+                f"found a run of {n} image tokens, not a multiple of {tokens_per_image}: part "
+                "of an image in one forward (chunked prefill) cannot be compressed; prefill in "
+                "one piece, or use vtc.compress_inputs"
+            )
+        else:
+            images[r] += [tokens_per_image] * (n // tokens_per_image)
     if tokens_per_image is None:
         return images, run.where(visual, -1), index
     order = (visual.long().cumsum(1) - 1).where(visual, -1)
@@ -247,10 +240,11 @@ def split_lengths(visual: Tensor, lengths: list[int]) -> tuple[list[list[int]], 
     images: list[list[int]] = []
     rest = iter(lengths)
     for n in visual.sum(1).tolist():
-        row: list[int] = []
-        while sum(row) < n:
+        row, missing = [], n
+        while missing > 0:
             row.append(next(rest, n + 1))
-        if sum(row) != n:
+            missing -= row[-1]
+        if missing:
             raise UnsupportedError(
                 f"found {n} image tokens in row {len(images)} that are not whole images: part of "
                 "an image in one forward (chunked prefill), and features that were compressed "

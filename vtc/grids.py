@@ -80,36 +80,6 @@ def groups(patches: tuple[int, int], fold: int, grouped: bool) -> Tensor:
     return index.reshape(rows * columns, fold * fold)
 
 
-def segmented(p: Projections, lengths: list[int]) -> Projections:
-    """Queries and keys of several sequences in one, as a batch padded to the longest.
-
-    Args:
-        p: of a block that ran them as one sequence (1, T, C), each attending to itself.
-        lengths: tokens of each; T in sum.
-    """
-    counts = torch.tensor(lengths)
-    start = counts.cumsum(0) - counts
-    place = torch.arange(max(lengths))
-    valid = place < counts[:, None]
-    index = (start[:, None] + place).where(valid, 0)
-
-    def batched(x: Tensor) -> Tensor:
-        """(1, H, T, d) to (S, H, longest, d)."""
-        return x[0][:, index.to(x.device)].transpose(0, 1)
-
-    query = functools.cache(lambda: batched(p.query(slice(None))))
-    key = functools.cache(lambda: batched(p.key()))
-    bias = torch.zeros(valid.shape).masked_fill(~valid, -torch.inf)
-    return replace(
-        p,
-        query=lambda rows: query()[:, :, rows],
-        key=key,
-        bias=bias,
-        valid=valid,
-        mean=None,
-    )
-
-
 def shrunk(grid: tuple[int, int], to: tuple[int, int], x: Tensor, how: How) -> Tensor:
     """x (B, rows * columns, ...) of B grids, resized bilinearly as (B * rows' * columns', ...)."""
     square = x.reshape(len(x), *grid, -1).permute(0, 3, 1, 2)
@@ -197,11 +167,11 @@ class GridEngine(PackedEngine):
         return flat, every, every
 
     def _own(self, known: dict[int, Projections], layouts: list[GridLayout]) -> Any:
-        """Queries and keys of each grid by itself."""
+        """Queries and keys that know which tokens are of one grid."""
         if not self.grids.packed:
             return known
         lengths = [prod(grid) for layout in layouts for grid in layout.patches]
-        own = {i: segmented(p, lengths) for i, p in known.items()}
+        own = {i: replace(p, lengths=lengths) for i, p in known.items()}
         if self.grids.whole is not None:
             for i, p in own.items():
                 nearest = self.grids.whole(i)
@@ -209,7 +179,10 @@ class GridEngine(PackedEngine):
         return own
 
     def _lift(self, layouts: list[GridLayout], ordered: Tensor | None, device: torch.device) -> Any:
-        """From the encoder's patches, a row for each grid (B, T, ...), to the M tokens."""
+        """From the encoder's patches (B, T, ...) to the M tokens.
+
+        They are a row for each grid, or one row of all grids.
+        """
         sites = self.grids
         shapes = [grid for layout in layouts for grid in layout.patches]
         if sites.shrink is not None:
@@ -217,9 +190,11 @@ class GridEngine(PackedEngine):
         known = {shape: groups(shape, sites.fold, sites.grouped) for shape in set(shapes)}
         row = torch.cat([torch.full((len(known[s]),), b) for b, s in enumerate(shapes)])
         index = torch.cat([known[s] for s in shapes])
-        if ordered is not None:  # a grid's patches stay together, in another order
-            starts = torch.tensor([0, *map(prod, shapes)]).cumsum(0)[:-1][row][:, None]
-            index = ordered.cpu()[index + starts] - starts
+        if sites.packed:
+            index = index + torch.tensor([0, *map(prod, shapes)]).cumsum(0)[:-1][row][:, None]
+            row = torch.zeros_like(row)
+        if ordered is not None:
+            index = ordered.cpu()[index]
         row, index = row.to(device), index.to(device)
 
         def lift(x: Tensor, how: How) -> Tensor:

@@ -104,7 +104,8 @@ def from_config(name: str) -> nn.Module:
     import transformers
 
     path = Path(name)
-    config = transformers.AutoConfig.from_pretrained(path.parent if path.is_file() else name)
+    place = path.parent if path.is_file() else name
+    config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
     cls: Any = None
     for architecture in getattr(config, "architectures", None) or ():
         cls = cls or getattr(transformers, architecture, None)

@@ -31,12 +31,19 @@ class Routers(dict[int, Tensor]):
         what is no vector are left out.
 
         Raises:
-            ValueError: no router weights in it, or two for one layer.
+            ValueError: not such a file, no router weights in it, or two for one layer.
         """
         if isinstance(source, str | os.PathLike):
+            from safetensors import SafetensorError
             from safetensors.torch import load_file
 
-            source = load_file(source)
+            try:
+                source = load_file(source)
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{source} is no safetensors file ({error}); save routers with "
+                    "safetensors.torch.save_file, pickles are not read"
+                ) from error
         if not isinstance(source, Mapping) or not all(
             isinstance(x, Tensor) for x in source.values()
         ):

@@ -69,7 +69,8 @@ class Projections:
         bias: (B, T) additive bias on the keys in this block (proportional attention), or None.
         later: the reduction applied to this block's tokens after its attention, or None.
         mean: gives (B, T, d) head-averaged keys where that is cheaper than averaging ``key()``.
-        valid: (B, T) bool, False where rows are padded to the longest; None where none is.
+        lengths: tokens of each of the sequences that lie one behind the other in this one and do
+            not see each other (`received` knows, `attention` does not); None where there is one.
         whole: of the nearest block that sees whole images, where this one sees windows only.
     """
 
@@ -79,7 +80,7 @@ class Projections:
     bias: Tensor | None = None
     later: Reduction | None = None
     mean: Callable[[], Tensor] | None = None
-    valid: Tensor | None = None
+    lengths: list[int] | None = None
     whole: Projections | None = None
 
     def key_mean(self) -> Tensor:
@@ -108,8 +109,14 @@ class Projections:
             chunk: query rows held at once where there is a bias.
         """
         key = self.key()
-        if self.bias is None:
-            return column_sums(self.query(slice(None)), key, weights=weights, scale=self.scale)
+        if self.bias is None:  # each sequence by itself: a batch is padded to the longest
+            lengths = [key.shape[2]] if self.lengths is None else self.lengths
+            queries, keys = (x.split(lengths, 2) for x in (self.query(slice(None)), key))
+            ws = [None] * len(lengths) if weights is None else weights.split(lengths, 2)
+            parts = zip(queries, keys, ws, strict=True)
+            return torch.cat(
+                [column_sums(q, k, weights=w, scale=self.scale) for q, k, w in parts], 2
+            )
         total: Any = 0.0
         for start in range(0, key.shape[2], chunk):
             rows = slice(start, start + chunk)
@@ -128,9 +135,15 @@ class Projections:
         rows = self.fold(rows.permute(0, 3, 1, 2), "sum")  # keys first, then queries
         return self.fold(rows.transpose(1, 3), "mean").permute(0, 2, 1, 3)
 
-    def by_heads(self, chunk: int = 4) -> list[Projections]:
-        """The same block, ``chunk`` heads at a time, for who needs maps of all of them in turn."""
+    def by_heads(self, most: int = 1 << 24) -> list[Projections]:
+        """The same block, a few heads at a time, for who needs maps of all of them in turn.
+
+        Args:
+            most: weights of the maps of a few heads; one head may have more.
+        """
         query, key = self.query(slice(None)), self.key()
+        batch, _, tokens, _ = key.shape
+        chunk = min(4, max(1, most // (batch * tokens**2)))
 
         def part(heads: slice) -> Projections:
             q, k = query[:, heads], key[:, heads]
@@ -339,10 +352,11 @@ class FeaturesView:
             projections = projections.whole
 
         def mean() -> Tensor:
-            if projections.valid is None:
-                return projections.received().mean(1) / projections.key().shape[2]
-            real = projections.valid.float()[:, None].expand(projections.key().shape[:3])
-            return projections.received(real).mean(1) / real[:, 0].sum(1, keepdim=True)
+            total, lengths = projections.received().mean(1), projections.lengths
+            if lengths is None:
+                return total / total.shape[1]
+            n = torch.tensor(lengths, device=total.device)
+            return total / n.repeat_interleave(n)
 
         return self._patches("attention_received", layer, "sum", mean)
 

@@ -19,8 +19,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from ...images import upright_rgb
 from ..metrics import metric as find_metric
 from .base import BadItem, Entry, Questions
 
@@ -87,7 +88,7 @@ def open_image(source: Path | bytes, where: str) -> Image.Image:
     """
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return upright_rgb(image)
     except Exception as error:  # of broken images, decoders raise nearly anything
         name = "its bytes" if isinstance(source, bytes) else source
         reason = str(error) or type(error).__name__

@@ -113,10 +113,12 @@ def best_match(
         items = slice(i, i + len(x))
         y = y.transpose(1, 2)
         barred = None if b_mask is None else ~b_mask[items, None, :m]
-        step = max(16, BLOCK // (len(x) * m))
+        step = min(n, max(16, BLOCK // (len(x) * m)))
+        memory = x.new_empty(len(x) * step * m)  # as above
         for start in range(0, n, step):
             stop = min(start + step, n)
-            s = x[:, start:stop] @ y
+            shape = (len(x), stop - start, m)
+            s = torch.bmm(x[:, start:stop], y, out=memory[: math.prod(shape)].view(shape))
             if barred is not None:
                 s.masked_fill_(barred, -torch.inf)
             if exclude_diag:

@@ -6,9 +6,10 @@ from __future__ import annotations
 import datetime
 import functools
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,6 +23,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 app = typer.Typer(
     help="Visual token compression for multimodal LLMs.",
@@ -142,12 +146,37 @@ def load(model: str | None, embedded: str, device: str, dtype: str) -> tuple[Any
         else:
             from transformers import AutoModelForImageTextToText, AutoProcessor
 
-            processor = AutoProcessor.from_pretrained(model)
-            net = AutoModelForImageTextToText.from_pretrained(model, use_safetensors=True)
+            own: dict[str, Any] = {"trust_remote_code": False}  # left out, it asks
+            processor = AutoProcessor.from_pretrained(model, **own)
+            net = AutoModelForImageTextToText.from_pretrained(model, use_safetensors=True, **own)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise Mistake(f"cannot load {model or 'the embedded model'}: {first}") from None
     return net.to(device, kinds[dtype]).eval(), processor
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image file as the model gets it: upright, in RGB."""
+    from PIL import Image
+
+    from ..images import upright_rgb
+
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", Image.DecompressionBombWarning)
+            with Image.open(path) as opened:
+                picture = upright_rgb(opened)
+    except FileNotFoundError:
+        raise Mistake(f"no file {path}") from None
+    except Image.DecompressionBombError:
+        raise Mistake(f"{path} has too many pixels; make it smaller than 178 megapixels") from None
+    except (OSError, SyntaxError, ValueError) as error:  # what decoders raise on broken files
+        text = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise Mistake(f"cannot read {path}: {text}") from None
+    if any(issubclass(w.category, Image.DecompressionBombWarning) for w in caught):
+        width, height = picture.size
+        err.print(f"warning: {path} is large, {width} x {height} pixels", highlight=False)
+    return picture
 
 
 def print_rows(

@@ -4,16 +4,12 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from .common import AsJson, Device, Dtype, Mistake, command, device_of, err, load, out, valid
-
-if TYPE_CHECKING:
-    from PIL import Image
+from .common import AsJson, Device, Dtype, Mistake, command, device_of, load, out, read_image, valid
 
 EMBEDDED = {None: "load_llava", "tiny-llava-next": "load_llava_next"}
 """Loaders of the embedded models by the value of --model."""
@@ -71,7 +67,7 @@ def overlay(
         raise Mistake('give at least one --kind, and an --out that ends in ".png"')
     if all_layers and layer is not None:
         raise Mistake("give --layer or --all-layers, not both")
-    picture = _read(image)
+    picture = read_image(image)
 
     from ..benchmarks.budgets import parse_keep, seeded
     from ..benchmarks.show import answered, sheet_of_stages, steps_of
@@ -125,25 +121,3 @@ def overlay(
     for label, count in steps_of(report):
         out.print(f"  {label}: {count}", highlight=False, markup=False)
     out.print(f"written: {', '.join(result['files'])}", style="dim", markup=False, soft_wrap=True)  # type: ignore[arg-type]
-
-
-def _read(path: Path) -> Image.Image:
-    """An image file as the model gets it: upright, in RGB."""
-    from PIL import Image, ImageOps
-
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                picture = ImageOps.exif_transpose(opened).convert("RGB")
-    except FileNotFoundError:
-        raise Mistake(f"no file {path}") from None
-    except Image.DecompressionBombError:
-        raise Mistake(f"{path} has too many pixels; make it smaller than 178 megapixels") from None
-    except (OSError, SyntaxError, ValueError) as error:  # what decoders raise on broken files
-        text = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise Mistake(f"cannot read {path}: {text}") from None
-    if any(issubclass(w.category, Image.DecompressionBombWarning) for w in caught):
-        width, height = picture.size
-        err.print(f"warning: {path} is large, {width} x {height} pixels", highlight=False)
-    return picture

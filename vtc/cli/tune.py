@@ -30,6 +30,7 @@ from .common import (
     err,
     load,
     out,
+    read_image,
     valid,
 )
 
@@ -68,18 +69,12 @@ def match(
 
     Example: vtc match fastv,visionzip --flops 0.4
     """
-    from PIL import Image
-
     from ..benchmarks.budgets import seeded
     from ..benchmarks.prompts import prompt_of
     from ..benchmarks.tasks.scenes import make_scene, render
 
     chosen = [valid(lambda name=name: seeded(name, None, 0)) for name in _names(methods)]  # type: ignore[misc]
-    try:
-        picture = render(make_scene(0, "test", 0)) if image is None else Image.open(image)
-        picture = picture.convert("RGB")
-    except OSError as error:
-        raise Mistake(f"cannot read the image {image}: {error}") from None
+    picture = render(make_scene(0, "test", 0)) if image is None else read_image(image)
     net, processor = load(model, "load_llava", device_of(device), dtype)
     inputs = processor(text=[prompt_of(processor, question)], images=[picture], return_tensors="pt")
     inputs = dict(inputs.to(net.device, net.dtype))

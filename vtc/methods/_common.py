@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..checks import check_choice, waive
+from ..kernels import merge_tokens
 from ..kernels.similarity_reduce import best_match
+from ..kernels.similarity_reduce.reference import BLOCK
 from ..reduction import gather_tokens, ranks
 from ..views import DecoderView, FeaturesView
 
@@ -72,7 +74,33 @@ def hash32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
+def unlike(x: Tensor, group: Tensor, groups: int) -> Tensor:
+    """(B, N) minus the cosine of each of x (B, N, C) to the mean of its group (B, N)."""
+    x = x.float()
+    mean, _ = merge_tokens.merge(x, None, group, groups)
+    return -(unit(x) * unit(gather_tokens(mean, group))).sum(-1)
+
+
+def row_blocks(x: Tensor, rows: int | None = None) -> Iterator[slice]:
+    """Slices of the rows, N or as many as given, of matrices of N columns for each of x (B, N, ..).
+
+    They have at most `BLOCK` entries, so that few are held at once.
+    """
+    batch, n = x.shape[:2]
+    rows, step = n if rows is None else rows, max(1, BLOCK // (batch * n))
+    return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
+
+
 # ---- choices -----------------------------------------------------------------------------------
+
+
+def places(group: Tensor) -> Tensor:
+    """(B, N) place of each token among those of its group (B, N), in their order; 0 the first."""
+    order = group.argsort(dim=1, stable=True)
+    ascending = group.gather(1, order)
+    first = torch.searchsorted(ascending, ascending)  # where each one's group begins
+    place = torch.arange(order.shape[1], device=order.device) - first
+    return torch.empty_like(place).scatter_(1, order, place)
 
 
 def best_of_each(
@@ -88,11 +116,8 @@ def best_of_each(
         group = group.where(valid, quota.shape[1])  # behind all groups, and none of them wanted
         quota = torch.nn.functional.pad(quota, (0, 1))
     order = scores.float().argsort(dim=1, descending=True, stable=True)
-    order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))
-    by_group = group.gather(1, order)  # ascending, and falling scores within
-    first = torch.searchsorted(by_group, by_group)  # where each one's group begins
-    place = torch.arange(order.shape[1], device=order.device)
-    wanted = place - first < quota.gather(1, by_group)
+    by_score = group.gather(1, order)
+    wanted = places(by_score) < quota.gather(1, by_score)
     return torch.zeros_like(wanted).scatter(1, order, wanted)
 
 

@@ -38,7 +38,7 @@ from torch import Tensor
 from ..checks import check_choice, waive
 from ..errors import UnsupportedError
 from ..method import Method, known_methods, register
-from ..reduction import Reduction
+from ..reduction import Reduction, gather_tokens
 from ..text import TextQuery, clip_projection, embed_text
 from ..views import FeaturesView
 from ._common import unit
@@ -63,7 +63,6 @@ def greedy_map(x: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     relevance = relevance.float()
     x = unit(x) * relevance[..., None]
-    kernel = x @ x.transpose(1, 2)
     own = relevance.square()  # exactly L_ii, so that equal ones tie whatever the batch
     left = own  # of each token, its squared distance to the span of the chosen ones
     factor = x.new_zeros(len(x), k, x.shape[1])
@@ -77,10 +76,10 @@ def greedy_map(x: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tensor]:
         order.append(best)
         gains.append(pivot)
         taken = taken.scatter(1, best, True)
-        at = best[:, :, None]
-        row = kernel.gather(1, at.expand(-1, -1, x.shape[1]))[:, 0]
-        mine = factor.gather(2, at.expand(-1, k, -1))
-        row = row - (factor * mine).sum(1)
+        row = (x @ gather_tokens(x, best).mT)[..., 0]  # of the kernel, which would be N x N
+        done = factor[:, :i]
+        mine = done.gather(2, best[:, None].expand(-1, i, -1))
+        row = row - (mine.mT @ done)[:, 0]
         row = (row / pivot.clamp(min=1e-12).sqrt()).where(pivot > RESIDUAL * own.gather(1, best), 0)
         factor[:, i] = row
         left = (left - row.square()).clamp(min=0)

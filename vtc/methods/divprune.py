@@ -20,8 +20,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..kernels.similarity_reduce import best_match
 from ..method import Method, register
-from ..reduction import Reduction
+from ..reduction import Reduction, gather_tokens
 from ..views import FeaturesView
 from ._common import unit
 
@@ -37,21 +38,18 @@ def greedy_order(
         valid: (B, N) bool, False on entries that are no tokens.
     """
     x = unit(x)
-    distance = 1 - x @ x.transpose(1, 2)
-    distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-    nearest = torch.full_like(distance[:, 0], torch.inf)
+    nearest = torch.full_like(x[..., 0], torch.inf)
     if valid is not None:
-        distance = distance.masked_fill(~valid[:, None], torch.inf)
         nearest = nearest.masked_fill(~valid, -torch.inf)
-    if start is None:
-        first = torch.minimum(distance.amin(2), nearest)
-    else:
-        first = distance.masked_fill(~start[:, None], torch.inf).amin(2)
-        nearest = first = torch.minimum(first, nearest).masked_fill(start, -torch.inf)
+    others = valid if start is None else start
+    most, _ = best_match(x, x, normalize=False, exclude_diag=True, b_mask=others)
+    first = torch.minimum(1 - most, nearest)
+    if start is not None:
+        nearest = first = first.masked_fill(start, -torch.inf)
     chosen = [first.argmax(1, keepdim=True)]
-    for _ in range(k - 1):
-        row = distance.gather(1, chosen[-1][:, :, None].expand(-1, -1, x.shape[1]))[:, 0]
-        nearest = torch.minimum(nearest, row).scatter(1, chosen[-1], -torch.inf)
+    for _ in range(k - 1):  # one row of distances at a time: all of them would be N x N
+        distance = 1 - (x @ gather_tokens(x, chosen[-1]).mT)[..., 0]
+        nearest = torch.minimum(nearest, distance).scatter(1, chosen[-1], -torch.inf)
         chosen.append(nearest.argmax(1, keepdim=True))
     return torch.cat(chosen, 1)
 

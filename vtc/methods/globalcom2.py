@@ -43,7 +43,7 @@ from ..crops import CropLayout, apportion
 from ..method import Method, register
 from ..reduction import Reduction, top_k
 from ..views import FeaturesView
-from ._common import best_of_each, check_saliency, unit
+from ._common import best_of_each, check_saliency, unit, unlike
 
 LAYER = -1
 
@@ -189,11 +189,8 @@ class GlobalCom2(Method):
         if self.saliency == "cls":
             row = v.cls_logits(LAYER) if self.score == "logits" else v.cls_attention(LAYER)
             return row.mean(1)
-        x = v.features.float()
-        one_hot = F.one_hot(crop.expand(x.shape[:2])).to(x)
-        total = one_hot.transpose(1, 2) @ x
-        mean = total / one_hot.sum(1)[..., None].clamp(min=1)
-        return -(unit(x) * unit(one_hot @ mean)).sum(-1)
+        crop = crop.expand(v.features.shape[:2])
+        return unlike(v.features, crop, int(crop.max()) + 1)
 
     def plan(
         self, scores: Tensor, layout: CropLayout, index: Tensor, k: int, ratio: float

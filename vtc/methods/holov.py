@@ -32,7 +32,7 @@ from ..checks import check_choice, check_count, check_range
 from ..method import Method, register
 from ..reduction import Reduction, ranks, top_k
 from ..views import FeaturesView
-from ._common import Saliency, best_of_each, check_saliency, saliency_of, unit
+from ._common import Saliency, best_of_each, check_saliency, row_blocks, saliency_of, unit
 
 LAYER = -2
 CODE_WEIGHT = 0.09
@@ -60,12 +60,15 @@ def quotas(weight: Tensor, room: Tensor, k: int) -> Tensor:
 def variances(x: Tensor, chunk: Tensor) -> Tensor:
     """(B, N) variance of the cosines of each of x (B, N, C) to the others of its chunk (B, N)."""
     x = unit(x)
-    cosine = x @ x.transpose(1, 2)
-    others = chunk[:, :, None] == chunk[:, None, :]
-    others.diagonal(dim1=1, dim2=2).fill_(False)
-    count = others.sum(2).clamp(min=1)
-    mean = (cosine * others).sum(2) / count
-    return ((cosine - mean[..., None]).square() * others).sum(2) / count
+    parts = []
+    for rows in row_blocks(x):
+        cosine = x[:, rows] @ x.mT
+        others = chunk[:, rows, None] == chunk[:, None, :]
+        others.diagonal(rows.start, 1, 2).fill_(False)
+        count = others.sum(2).clamp(min=1)
+        mean = (cosine * others).sum(2) / count
+        parts.append(((cosine - mean[..., None]).square() * others).sum(2) / count)
+    return torch.cat(parts, 1)
 
 
 @register

@@ -32,7 +32,7 @@ from ..checks import check_count
 from ..method import Answer, Method, register
 from ..reduction import Reduction, gather_tokens, marked, top_k
 from ..views import FeaturesView
-from ._common import into_chosen, unit
+from ._common import into_chosen, row_blocks, unit
 
 LAYER = -1
 PER_OUTLIER = 3
@@ -116,18 +116,20 @@ class PruMerge(Method):
         rest = ~chosen
         saliency, a = a, a * rest  # only what was not chosen is added to others
         x, key = v.features.float(), unit(v.key(LAYER).flatten(2))
-        similarity = key @ key.transpose(1, 2)
 
         index = torch.arange(n, device=a.device).expand_as(a)
         last = index.where(rest, -1).amax(1, keepdim=True)
         target = index.where(chosen, last) if bundle else into_chosen(key, chosen)
         reduction = Reduction.from_merge(target, k).ranked(saliency)
 
-        near = gather_tokens(similarity, reduction.keep).masked_fill(chosen[:, None], -torch.inf)
-        near = near.argsort(dim=2, descending=True, stable=True)[:, :, : self.neighbours]
-        weight = a[:, None].expand(-1, reduction.count, -1)
-        weight = torch.zeros_like(weight).scatter(2, near, weight.gather(2, near))
-        tokens = reduction.select(x) + weight @ x
+        tokens = reduction.select(x)
+        for rows in row_blocks(a, reduction.count):  # of K x N similarities
+            near = gather_tokens(key, reduction.keep[:, rows]) @ key.mT
+            near = near.masked_fill_(chosen[:, None], -torch.inf)
+            near = near.argsort(dim=2, descending=True, stable=True)[:, :, : self.neighbours]
+            weight = a[:, None].expand(-1, near.shape[1], -1)
+            weight = torch.zeros_like(weight).scatter(2, near, weight.gather(2, near))
+            tokens[:, rows] += weight @ x
         if bundle:
             tokens = torch.where((reduction.keep == last)[..., None], a[:, None] @ x, tokens)
         return reduction, tokens.to(v.features.dtype)

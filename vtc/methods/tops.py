@@ -40,7 +40,7 @@ from ..checks import check_range
 from ..method import register
 from ..reduction import Reduction, marked
 from ..views import DecoderView, FeaturesView
-from ._common import Saliency, attended, check_saliency, saliency_of, unit
+from ._common import Saliency, attended, check_saliency, row_blocks, saliency_of, unit
 from ._stages import TwoPlaces
 
 LAYER = -2
@@ -59,10 +59,10 @@ def greedy_set(
             chooses all of them first; what follows is arbitrary.
     """
     x, r = unit(x), r.float()
-    distance = 1 - x @ x.mT
+    distance = (x @ x.mT).neg_().add_(1)  # N x N: every step reads all of it
     low, high = r, r
     if valid is not None:  # no token is far from others, covers one or needs to be covered
-        distance = distance.masked_fill(~valid[:, None], 0).masked_fill(~valid[..., None], 2)
+        distance.masked_fill_(~valid[:, None], 0).masked_fill_(~valid[..., None], 2)
         low, high = r.masked_fill(~valid, torch.inf), r.masked_fill(~valid, -torch.inf)
     low, high = low.amin(1, keepdim=True), high.amax(1, keepdim=True)
     relevance = (r - low) / (high - low).clamp(min=TINY)
@@ -76,8 +76,9 @@ def greedy_set(
         relevance = relevance.scatter(1, last, -torch.inf)
         row = distance.gather(1, last[..., None].expand(-1, -1, x.shape[1]))[:, 0]
         nearest = torch.minimum(nearest, row)
-        gain = (nearest[:, None] - distance).clamp_(min=0).sum(2)
-        terms = torch.stack([gain, nearest], 1)  # both are 0 for the chosen, their smallest value
+        gain = [(nearest[:, None] - distance[:, i]).clamp_(min=0).sum(2) for i in row_blocks(x)]
+        # Both are 0 for the chosen, their smallest value.
+        terms = torch.stack([torch.cat(gain, 1), nearest], 1)
         scale = weight / terms.amax(2, keepdim=True).clamp(min=TINY)
         chosen.append((relevance + (terms * scale).sum(1)).argmax(1, keepdim=True))
     return torch.cat(chosen, 1)

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from math import inf, prod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_range
@@ -33,15 +32,7 @@ from ..crops import apportion
 from ..method import Method, register
 from ..reduction import Reduction
 from ..views import FeaturesView
-from ._common import best_of_each, unit
-
-
-def unlike(x: Tensor, group: Tensor, groups: int) -> Tensor:
-    """(B, N) minus the cosine of each of x (B, N, C) to the mean of its group (B, N)."""
-    x = x.float()
-    one_hot = F.one_hot(group, groups).to(x)
-    mean = one_hot.transpose(1, 2) @ x / one_hot.sum(1).clamp(min=1)[..., None]
-    return -(unit(x) * unit(one_hot @ mean)).sum(-1)
+from ._common import best_of_each, unlike
 
 
 def frame_ratios(uniqueness: Tensor, ratio: float, temperature: float) -> Tensor:

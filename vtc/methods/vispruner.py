@@ -26,7 +26,7 @@ from ..checks import check_range
 from ..method import Method, register
 from ..reduction import Reduction, marked, top_k
 from ..views import FeaturesView
-from ._common import Saliency, check_saliency, saliency_of, unit
+from ._common import Saliency, check_saliency, row_blocks, saliency_of, unit
 
 LAYER = -2
 STEP = 8
@@ -47,7 +47,8 @@ def without_duplicates(similarity: Tensor, left: Tensor, k: int, step: int = STE
     while left.shape[1] > k:
         a, b = left[:, ::2], left[:, 1::2]
         r = min(step, left.shape[1] - k, a.shape[1])
-        edge = similarity[rows, a[:, :, None], b[:, None, :]].amax(2)
+        parts = (similarity[rows, a[:, i, None], b[:, None]] for i in row_blocks(b, a.shape[1]))
+        edge = torch.cat([part.amax(2) for part in parts], 1)
         gone = 2 * edge.argsort(dim=1, descending=True, stable=True)[:, :r]
         left = left.gather(1, top_k(~marked(gone, left.shape[1]), left.shape[1] - r))
     return left

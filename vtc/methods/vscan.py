@@ -28,33 +28,30 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_count
 from ..method import register, relative_layers
 from ..reduction import Reduction, top_k
 from ..views import DecoderView, FeaturesView
-from ._common import attended, into_nearest
+from ._common import attended, into_nearest, places
 from ._stages import TwoPlaces
 
 LOCAL, GLOBAL = 5, -2  # encoder blocks: of 24, and from the end
 
 
-def windows(index: Tensor, grid: tuple[int, int], side: int) -> tuple[Tensor, int]:
-    """The window of each patch at index (B, N) of the grid, and how many windows there are."""
+def windows(index: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+    """The window (B, N) of each patch at index (B, N) of the grid."""
     rows, columns = grid
     down, across = max(1, round(rows / side)), max(1, round(columns / side))
     row, column = index // columns, index % columns
-    return row * down // rows * across + column * across // columns, down * across
+    return row * down // rows * across + column * across // columns
 
 
-def best_of_windows(scores: Tensor, window: Tensor, count: int, k: int) -> Tensor:
+def best_of_windows(scores: Tensor, window: Tensor, k: int) -> Tensor:
     """(B, k) tokens: the best of each window, then the second best of each, and so on."""
     order = scores.float().argsort(dim=1, descending=True, stable=True)
-    member = F.one_hot(window.gather(1, order), count)
-    rank = (member.cumsum(1) * member).sum(2)  # 1 for the best of its window
-    turn = rank.argsort(dim=1, stable=True)[:, :k]
+    turn = places(window.gather(1, order)).argsort(dim=1, stable=True)[:, :k]
     return order.gather(1, turn)
 
 
@@ -93,8 +90,8 @@ class VScan(TwoPlaces):
         if k >= n:
             return None
         (early,) = relative_layers((LOCAL,), of=24, depth=v.depth)
-        window, count = windows(v.index, v.grid, self.window)
-        local = best_of_windows(v.cls_attention(early).mean(1), window, count, k // 2)
+        window = windows(v.index, v.grid, self.window)
+        local = best_of_windows(v.cls_attention(early).mean(1), window, k // 2)
 
         scores = v.cls_attention(GLOBAL).mean(1)
         kept = top_k(scores.scatter(1, local, torch.inf), k)
