@@ -14,6 +14,7 @@ import pytest
 import torch
 from adversarial import BROKEN, PLACES, methods, model, replacing
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import vtc
 from vtc.benchmarks import mini_families
@@ -63,6 +64,18 @@ def test_generate_gives_no_answer() -> None:
         assert (error.method, error.stage, error.layer, error.rows) == ("fastv", "decoder", 1, (1,))
         assert "behind LLM layer 1" in str(error) and "in prompt 1 " in str(error)
         assert torch.equal(stock.generate(**inputs, max_new_tokens=3, do_sample=False), want)
+
+
+@torch.no_grad()
+def test_features_that_were_encoded_before() -> None:
+    """Rows of NaN are dropped tokens there; but not all rows of an image."""
+    stock, inputs = model(torch.float32), mini_llava.prompt(1, batch=2)
+    features = stock.get_image_features(inputs.pop("pixel_values")).pooler_output
+    features = [features[0], torch.full_like(features[1], torch.nan)]
+    encoded = {"image": BaseModelOutputWithPooling(pooler_output=features)}
+    with vtc.compressing(stock, "divprune", keep_tokens=4):
+        error = fails(lambda: stock(**inputs, mm_encoder_outputs=encoded))
+    assert (error.method, error.stage, error.rows) == ("", "features", (1,))
 
 
 @pytest.mark.parametrize("family", ["timm-vit", "hf-clip", "open-clip"])
