@@ -16,6 +16,7 @@ from .adapters.base import Sites
 from .adapters.locate import locate
 from .errors import UnsupportedError
 from .method import Chain, Method, known_methods, resolve
+from .parts import check_parts, check_shared, edges
 from .records import Record, Records
 from .report import Report, build_report
 from .threads import Threaded
@@ -35,7 +36,7 @@ class Session:
         self.records = Records()
         self.handles: list[Any] = []
         self._check()
-        self.edges = self._edges()
+        self.edges = edges(model, self.sites)
         self.vision: Any = None
         self.decoder: Any = None
         llm, vision_stages = self.sites.decoder, {"pixels", "vision", "features"}
@@ -102,37 +103,9 @@ class Session:
                     f"encoder alone; methods for encoders: {', '.join(usable)}"
                 )
 
-    def _edges(self) -> list[tuple[nn.Module, str, nn.Module]]:
-        """(parent, name, child) of the module tree, above all that gets hooks."""
-        sites = self.sites
-        hooked = [sites.vision.tower]
-        for block in sites.vision.blocks:
-            hooked += [block.module, block.attn, block.norm2, block.mlp]
-        if sites.decoder is not None:
-            llm = sites.decoder
-            hooked += [llm.base, llm.decoder, llm.projector, *llm.decoder.layers]
-        wanted, edges = set(map(id, hooked)), {}
-        for path in [n for n, m in self.model.named_modules() if id(m) in wanted]:
-            parent = self.model
-            for name in path.split(".") if path else ():
-                child = parent.get_submodule(name)
-                edges[id(parent), name] = parent, name, child
-                parent = child
-        return list(edges.values())
-
     def _check_parts(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Refuse a model of which a part with hooks has been taken out since."""
-        if torch.compiler.is_compiling():
-            return
-        for parent, name, child in self.edges:
-            if parent._modules.get(name) is child:
-                continue
-            if not any(child is m for m in self.model.modules()):  # not inside a wrapper, either
-                raise UnsupportedError(
-                    f"{type(child).__name__} ({name}) of the wrapped model is gone or has been "
-                    "replaced, and compression acted on it; call vtc.unwrap(model), then "
-                    "vtc.wrap(...) the new model"
-                )
+        if not torch.compiler.is_compiling():
+            check_parts(self.model, self.edges)
 
     def install(self) -> None:
         """Register all hooks."""
@@ -156,9 +129,9 @@ class Session:
     def _encode(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if getattr(module, "_is_replica", False):
             raise UnsupportedError(
-                "torch.nn.DataParallel runs copies of the model in threads, which would share one "
-                "state; use one process for each device (DistributedDataParallel), or spread the "
-                'layers (device_map="auto")'
+                "torch.nn.DataParallel runs copies of the model, and compression would read the "
+                "weights of the original; use one process for each device "
+                '(DistributedDataParallel), or spread the layers (device_map="auto")'
             )
         pixels: Any = args[0] if args else kwargs.get("pixel_values", kwargs.get("x"))
         sites, patch = self.sites, self.sites.vision.patch
@@ -252,11 +225,7 @@ def _inside(model: Any) -> nn.Module:
     if kind in ("DataParallel", "DistributedDataParallel"):
         raise UnsupportedError(
             f"{kind} only passes calls on: wrap what is inside, vtc.wrap(model.module, method)"
-            + (
-                ", on one device; its threads would share one state"
-                if kind == "DataParallel"
-                else ""
-            )
+            + (", on one device" if kind == "DataParallel" else "")
         )
     base = getattr(model, "get_base_model", None)
     return model if base is None else base()
@@ -280,19 +249,6 @@ def _installed(model: Any) -> Session | None:
     return session if session and session.model.__dict__.get(ATTRIBUTE) is session else None
 
 
-def _check_shared(model: nn.Module) -> None:
-    """Refuse a model a part of which is compressed already, by itself or in another model."""
-    for name, module in model.named_modules():
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            owner = getattr(getattr(hook, "func", hook), "__self__", None)
-            if isinstance(owner, Session | Threaded):
-                raise ValueError(
-                    f"{type(module).__name__} ({name}) is compressed already, by itself or as a "
-                    "part of another model that shares it: call vtc.unwrap on what was wrapped "
-                    "first, or give each model its own (copy.deepcopy)"
-                )
-
-
 def _install(model: Any, methods: tuple[Method, ...]) -> Session:
     model = _inside(model)
     if _installed(model) is not None:
@@ -300,7 +256,7 @@ def _install(model: Any, methods: tuple[Method, ...]) -> Session:
             f"the model is already wrapped ({model.vtc!r}); call vtc.unwrap(model) first, or "
             "combine methods with vtc.chain(...)"
         )
-    _check_shared(model)
+    check_shared(model, (Session, Threaded))
     session = Session(model, methods)
     try:
         session.install()
