@@ -53,7 +53,7 @@ import importlib, os, socket, sys
 def refuse(*args, **kwargs):
     raise SystemExit(f"opens a connection: {args[-1:]}")
 
-for name in ("connect", "connect_ex", "sendto", "bind", "listen"):
+for name in ("connect", "connect_ex", "sendto", "listen"):  # urllib3 binds to ::1 to learn of IPv6
     setattr(socket.socket, name, refuse)
 socket.getaddrinfo = socket.create_connection = refuse
 
