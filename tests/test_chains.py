@@ -250,6 +250,24 @@ class Look(Method):
             self.seen.append([dict(zip(names, x[r][real], strict=True)) for x in rows])
 
 
+@dataclass(frozen=True, kw_only=True)
+class TooEarly(Look):
+    name: ClassVar[str] = "test-too-early"
+
+    def decoder_layers(self, depth: int) -> tuple[int, ...]:
+        return (-1, 1)
+
+
+@torch.no_grad()
+def test_there_is_no_attention_before_the_first_layer() -> None:
+    model = mini_llava.build()
+    with (
+        vtc.compressing(model, TooEarly()),
+        pytest.raises(vtc.UnsupportedError, match="before the first layer there is none"),
+    ):
+        model(**mini_llava.prompt(1))
+
+
 @pytest.mark.parametrize("pad", [None, "left"])
 @torch.no_grad()
 def test_behind_a_drop_at_the_same_layer_views_show_the_tokens_left(pad: str | None) -> None:

@@ -375,6 +375,8 @@ def test_pitome_presets_of_other_backbones():
     timm, mae = PiToMe.preset("timm", ratio=0.9), PiToMe.preset("mae", ratio=0.9)
     assert [timm.matching_at(i, 5) for i in range(5)] == ["pitome_bsm"] * 3 + ["pitome"] * 2
     assert [mae.matching_at(i, 4) for i in range(4)] == ["pitome"] * 2 + ["pitome_bsm"] * 2
+    bsm = PiToMe(ratio=0.9, matching="bsm")
+    assert bsm.schedule(39, 5) == bsm.schedule(39, 5, prefix=0) != bsm.schedule(39, 5, prefix=1)
     blip = PiToMe.preset("blip", keep_tokens=12)
     assert blip.schedule(48, 6)[-2:] == [12, 12] and blip.schedule(48, 6)[-3] > 12
     default = PiToMe()

@@ -5,8 +5,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vtc.reduction import Reduction, gather_tokens, top_k
+from vtc.reduction import Reduction, gather_tokens, marked, ranks, top_k
 
 
 def random_map(generator, survivors, real, drops):
@@ -385,3 +386,32 @@ def test_gradients_flow_through_merge_select_and_expand():
     x = torch.randn(1, 4, 2, requires_grad=True)
     (r.merge(x)[0].sum() + r.select(x).sum() + r.expand(r.select(x)).sum()).backward()
     assert x.grad[0, :, 0].tolist() == [0.5 + 1 + 2, 0.5, 1 + 1 + 1, 0]
+
+
+def test_sums_of_whole_numbers_are_exact_and_keep_their_dtype():
+    r = Reduction.from_merge(torch.tensor([[0, 0, 2]]))
+    total = r.sum(torch.tensor([[2**53, 1, 7]]))
+    assert total.dtype == torch.int64
+    assert total.tolist() == [[2**53 + 1, 7]]
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        assert r.sum(torch.ones(1, 3, dtype=dtype)).dtype == dtype
+
+
+def test_ranks_of_many_equal_scores_are_in_their_order():
+    assert torch.equal(ranks(torch.zeros(2, 5000)), torch.arange(5000).expand(2, -1))
+
+
+def test_nothing_is_made_on_another_device():
+    """On fake tensors of a device that this machine need not have; two devices at once raise."""
+    with FakeTensorMode():
+        scores, x = torch.empty(2, 6, device="cuda"), torch.empty(2, 6, 4, device="cuda")
+        target = torch.empty(2, 6, dtype=torch.int64, device="cuda")
+        merged, kept = Reduction.from_merge(target, 3), Reduction.from_scores(scores, 3)
+        made = [
+            merged.then(Reduction.from_scores(scores[:, :3], 1)).group,
+            *(kept.keep, kept.group, merged.keep, merged.group, merged.counts),
+            *(merged.sum(x), *merged.merge(x), merged.expand(merged.select(x))),
+            *(ranks(scores), ranks(scores, scores > 0), marked(kept.keep, 6), top_k(scores, 2)),
+            Reduction.identity(2, 6, "cuda").keep,
+        ]
+        assert {str(tensor.device) for tensor in made} == {"cuda:0"}
