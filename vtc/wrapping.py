@@ -118,6 +118,9 @@ class Session:
         end = tower if sites.decoder is None else sites.decoder.projector
         if self.vision is not None:
             self.vision.install()
+        if sites.decoder is None:  # all that timm's forward_features runs of the tower
+            blocks_end = sites.vision.blocks[-1].module
+            self.handles.append(blocks_end.register_forward_hook(self._through_blocks))
         self.handles.append(end.register_forward_hook(self._encoded))
         self.handles.append(end.register_forward_hook(self._failed, always_call=True))
         for packed in (self.packed, self.videos):
@@ -148,6 +151,9 @@ class Session:
         """Let go of the tensors of an encoder that did not get through."""
         if output is None and self.vision is not None:
             self.vision.state = None
+
+    def _through_blocks(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.record.encoded = True
 
     def _encoded(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.record.clock.stop("vision")
