@@ -40,7 +40,8 @@ def work(run: Callable[[], Any], place: str = PLACE) -> Counter[str]:
         return inside
 
     def entered(frame: FrameType, event: str, arg: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(place):
+        file = frame.f_code.co_filename
+        if not file.startswith(place) or "site-packages" in file[len(place) :]:  # an environment
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         return inside
