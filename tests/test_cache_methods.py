@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 import vtc
 from vtc.benchmarks.oracle import masked
-from vtc.cache import cache_bytes, pruned_layer
+from vtc.cache import cache_bytes, pruned_layer, take_rows
 from vtc.methods.fastv import FastV
 from vtc.methods.mod import HeuristicMoD, MoD, Routers, best_of_each
 from vtc.methods.prefixkv import PrefixKV, allocate, prefix_counts
@@ -179,6 +179,15 @@ def against_hand(method: vtc.Method, choose: Choose, pad: str | None, attention:
 
 
 CASES = [(None, "sdpa"), ("left", "sdpa"), ("left", "eager"), ("right", "sdpa")]
+
+
+def test_rows_of_a_rotary_table_with_and_without_a_batch() -> None:
+    table, index = torch.randn(3, 2, 5, 4), torch.tensor([[0, 3, 3], [2, 1, 4]])
+    rows = torch.stack([part[torch.arange(2)[:, None], index] for part in table])
+    assert torch.equal(take_rows(table, index), rows)  # M-RoPE: three tables
+    assert torch.equal(take_rows(table[0], index), rows[0])
+    assert torch.equal(take_rows(table[0, :1], index), table[0, 0][index])
+    assert torch.equal(take_rows(table[0, 0], index), table[0, 0][index])
 
 
 # ---- ZipVL -----------------------------------------------------------------------------------------
