@@ -190,6 +190,20 @@ def test_rows_of_a_rotary_table_with_and_without_a_batch() -> None:
     assert torch.equal(take_rows(table[0, 0], index), table[0, 0][index])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_last_tokens_of_a_compressed_prompt_can_be_taken_back(rows: int) -> None:
+    model = mini.build()
+    inputs = mini.prompt([1] * rows)
+    with vtc.compressing(model, "fastv", keep_tokens=4):
+        out = model(**inputs, use_cache=True)
+        cache, length = out.past_key_values, inputs["input_ids"].shape[1]
+        cache.crop(-2)
+        assert cache.get_seq_length() == length - 2
+        again = model(input_ids=inputs["input_ids"][:, -2:], past_key_values=cache)
+    torch.testing.assert_close(again.logits, out.logits[:, -2:], atol=1e-5, rtol=1e-5)
+
+
 # ---- ZipVL -----------------------------------------------------------------------------------------
 
 
