@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import os
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,9 +25,17 @@ def counting() -> Iterator[None]:
 
 
 def tensors() -> int:
-    """Tensors that are alive, of this test."""
+    """Tensors that are alive; with `counting`, of this test."""
     gc.collect()
     return sum(issubclass(type(x), Tensor) for x in gc.get_objects())
+
+
+def resident() -> int:
+    """Bytes of this process in memory (Linux), without what the allocator only holds in reserve."""
+    gc.collect()
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)(0)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def dead(*things: weakref.ref[Any]) -> bool:

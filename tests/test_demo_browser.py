@@ -7,8 +7,6 @@ Chromium the tests in the browser are skipped, or fail where VTC_REQUIRE_BROWSER
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import os
 import re
@@ -22,6 +20,7 @@ from urllib.parse import urlsplit
 import httpx
 import numpy as np
 import pytest
+from leaks import resident
 from PIL import Image
 
 gr = pytest.importorskip("gradio", exc_type=ImportError)
@@ -294,14 +293,7 @@ def test_a_failing_request_says_so_and_the_next_one_works(small, monkeypatch):
     assert "done" in ask(address, picture(0))[0]
 
 
-def resident() -> int:
-    """Bytes of this process in memory, without what the allocator only holds in reserve."""
-    gc.collect()
-    getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)(0)
-    return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) << 10
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_memory_does_not_grow_over_100_requests(small, record_property):
     address, _ = small
     image = Image.new("RGB", (800, 600), "teal")  # 1.4 MB in memory, little to upload

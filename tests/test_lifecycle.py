@@ -17,7 +17,7 @@ import mini as encoders
 import mini_llava as mini
 import pytest
 import torch
-from leaks import counting, dead
+from leaks import counting, dead, resident
 from snapshot import snapshot
 from test_faults import METHODS, answers, equal
 from torch import nn
@@ -57,11 +57,6 @@ def different(a: list, b: list) -> bool:
 # ---- wrap and unwrap, over and over --------------------------------------------------------------
 
 
-def resident() -> int:
-    """Pages of memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1])
-
-
 def cycles(times: int, run: bool) -> None:
     """Wrap and unwrap; nothing may grow after the first few."""
     model, names = mini.build(), list(METHODS)
@@ -80,13 +75,13 @@ def cycles(times: int, run: bool) -> None:
 
     for n in range(3 * len(names)):
         cycle(n)
-    objects, functions, pages = counts()
+    objects, functions, memory = counts()
     for n in range(times):
         cycle(n)
     after = counts()
     assert after[0] <= objects + 50  # of pytest and the interpreter; one a cycle would be more
     assert after[1] == functions
-    assert after[2] <= pages + 4096  # 16 MiB
+    assert after[2] <= memory + (16 << 20)
     assert snapshot(model) == before
     assert equal(answers(model, INPUTS), stock)
 

@@ -8,7 +8,6 @@ was early on; `VTC_SOAK_JSON` names a file for the curve.
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import os
 import random
@@ -22,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from leaks import resident, tensors
 from torch import Tensor
 
 import vtc
@@ -199,18 +199,6 @@ class Shift:
         self.done["compress_inputs"] += 1
 
 
-def held() -> int:
-    """Bytes of the process in memory, after a collection."""
-    gc.collect()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def tensors() -> int:
-    """Tensors that Python can reach."""
-    return sum(issubclass(type(x), Tensor) for x in gc.get_objects())
-
-
 def test_every_kind_of_request_equals_a_fresh_model() -> None:
     shift = Shift(3)
     for _ in range(15):
@@ -241,7 +229,7 @@ def test_memory_stays_flat() -> None:
     requests, due, step = 0, 0.0, minutes * 60 / SAMPLES
     while (now := time.monotonic() - begin) < minutes * 60:
         if now >= due:
-            curve.append([round(now), requests, held(), tensors()])
+            curve.append([round(now), requests, resident(), tensors()])
             due = now + step
         shift.serve()
         requests += 1

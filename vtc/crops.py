@@ -27,7 +27,7 @@ from .adapters.base import CropSites, Sites
 from .errors import UnsupportedError
 from .finite import Finite
 from .method import Method, split_answer
-from .records import Record, Records
+from .records import Recording, Records
 from .reduction import Reduction
 from .threads import PerThread, Threaded
 from .views import FeaturesView, How, fold
@@ -390,7 +390,7 @@ class FlatTokens:
         self.memo = {}
 
 
-class PackedEngine(Threaded):
+class PackedEngine(Recording, Threaded):
     """The features stage on the rows that go to the LLM: wraps ``base.get_image_features``.
 
     Subclasses say how the rows are laid out (`_layouts`, before anything is computed) and which
@@ -411,11 +411,6 @@ class PackedEngine(Threaded):
         self.sites, self.vision, self.decoder, self.records = sites, vision, decoder, records
         llm: Any = sites.decoder
         self.base: Any = llm.base
-
-    @property
-    def record(self) -> Record:
-        """Of this thread."""
-        return self.records.now
 
     def install(self) -> None:
         """Shadow the method with an instance attribute."""

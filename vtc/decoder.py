@@ -30,7 +30,7 @@ from .finite import Finite
 from .kernels.compact_tokens import compact
 from .method import Method, refuse_graph, split_answer
 from .quantized import Packing, pack_layer
-from .records import Record, Records
+from .records import Recording, Records
 from .reduction import Reduction, gather_tokens
 from .stages import Choice, Eviction, Tokens
 from .threads import PerThread, Threaded
@@ -297,7 +297,7 @@ _Pending = tuple[dict[str, Tensor], Tensor | None, Layout | None]
 """Of a prompt: by modality (B, L) where its placeholders stand; its mask; its layout."""
 
 
-class DecoderEngine(Threaded):
+class DecoderEngine(Recording, Threaded):
     """Installs the hooks on a language model and runs the methods' decoder and cache stages."""
 
     pending: PerThread[_Pending | None] = PerThread(lambda: None)
@@ -352,11 +352,6 @@ class DecoderEngine(Threaded):
         self.taps: list[tap.Tap] = []
         self.around: Around | None = None
         self._check_model()
-
-    @property
-    def record(self) -> Record:
-        """Of this thread."""
-        return self.records.now
 
     def _check_model(self) -> None:
         config = self.sites.decoder.config

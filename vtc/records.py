@@ -146,3 +146,14 @@ class Records(Threaded):
         """What a report tells: of the thread that asks, or where it ran nothing, the last one."""
         own = self.now
         return own if own.grid is not None or self.last is None else self.last
+
+
+class Recording:
+    """Base of who writes to the record."""
+
+    records: Records
+
+    @property
+    def record(self) -> Record:
+        """Of this thread."""
+        return self.records.now

@@ -27,7 +27,7 @@ from .errors import UnsupportedError
 from .finite import Finite
 from .method import Method, known_methods, refuse_graph, split_answer
 from .reading import Readers
-from .records import Records
+from .records import Recording, Records
 from .reduction import Reduction
 from .threads import PerThread, Threaded
 from .views import FeaturesView, Projections, VisionView
@@ -204,7 +204,7 @@ class VisionState:
                 note[name] = patches.select(x)
 
 
-class VisionEngine(Threaded):
+class VisionEngine(Recording, Threaded):
     """Compression inside a vision encoder and behind it.
 
     An encoder alone (no projector) returns what is left: pruned tokens are gone from its output,
@@ -271,11 +271,11 @@ class VisionEngine(Threaded):
     @property
     def state(self) -> VisionState | None:
         """Of the last forward in this thread."""
-        return self.records.now.vision
+        return self.record.vision
 
     @state.setter
     def state(self, state: VisionState | None) -> None:
-        self.records.now.vision = state
+        self.record.vision = state
 
     @property
     def joining(self) -> GridSites | None:
@@ -426,7 +426,7 @@ class VisionEngine(Threaded):
         self.handles.clear()
 
     def _measured(self) -> AbstractContextManager[Any]:
-        return self.records.now.clock.measure("method")
+        return self.record.clock.measure("method")
 
     # ---- before the first block ----------------------------------------------------------------
 

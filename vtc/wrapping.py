@@ -17,7 +17,7 @@ from .adapters.locate import locate
 from .errors import UnsupportedError
 from .method import Chain, Method, known_methods, resolve
 from .parts import check_parts, check_shared, edges
-from .records import Record, Records
+from .records import Recording, Records
 from .report import Report, build_report
 from .threads import Threaded
 
@@ -26,7 +26,7 @@ M = TypeVar("M", bound=nn.Module)
 ATTRIBUTE = "vtc"
 
 
-class Session:
+class Session(Recording):
     """Compression installed on one model; reached as ``model.vtc``."""
 
     def __init__(self, model: nn.Module, methods: tuple[Method, ...]) -> None:
@@ -72,11 +72,6 @@ class Session:
             from .grids import VideoEngine
 
             self.videos = VideoEngine(self.sites, self.vision, self.decoder, self.records)
-
-    @property
-    def record(self) -> Record:
-        """Of this thread."""
-        return self.records.now
 
     def _check(self) -> None:
         """Refuse what cannot work, before anything is computed."""
