@@ -37,10 +37,10 @@ def recording(
             (B, L) bool and (B, L, D).
     """
     alive = Alive()
-    stock, evict = engine._reduce, engine._cache_stage
+    stock, evict = engine._reduce, engine.cache_stage.run
 
-    def cache_stage(st: Any, cache: Any) -> None:
-        evict(st, cache)
+    def cache_stage(st: Any, cache: Any, mask: Any) -> None:
+        evict(st, cache, mask)
         held = []
         for layer in cache.layers:
             columns = layer.columns(layer.keys.device)
@@ -74,11 +74,11 @@ def recording(
         return hidden
 
     engine._reduce = reduce  # type: ignore[method-assign]
-    engine._cache_stage = cache_stage  # type: ignore[method-assign]
+    engine.cache_stage.run = cache_stage  # type: ignore[method-assign]
     try:
         yield alive
     finally:
-        del engine._reduce, engine._cache_stage
+        del engine._reduce, engine.cache_stage.run
 
 
 @contextmanager

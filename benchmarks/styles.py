@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from ..decoder import sliding_window
+from ..compatible import sliding_window
 from ..errors import UnsupportedError
 from ..inputs import compress_inputs
 from ..method import Chain, Method, chain

@@ -21,7 +21,7 @@ from vtc.adapters.locate import locate
 from vtc.benchmarks.budgets import seeded
 from vtc.benchmarks.oracle import compare
 from vtc.crops import apportion, layout_of
-from vtc.decoder import split_packed
+from vtc.layout import split_packed
 from vtc.methods.cdpruner import CDPruner
 from vtc.methods.mod import MoD
 from vtc.methods.vidkv import VidKV

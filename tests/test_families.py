@@ -21,8 +21,8 @@ from vtc.adapters.locate import locate
 from vtc.benchmarks import mini_families as mini
 from vtc.benchmarks.budgets import seeded
 from vtc.benchmarks.mini_families import FAMILIES
-from vtc.decoder import split_lengths
 from vtc.grids import GridEngine, groups
+from vtc.layout import split_lengths
 
 TOKENS, STEPS = 6, 4
 CHOOSING = {"pixels", "vision", "features", "decoder"}

@@ -171,7 +171,7 @@ def test_no_report_of_half_a_forward() -> None:
     model, inputs = vtc.wrap(mini.build(), METHODS["chain"]), mini.prompt(1)
     want, whole = answers(model, inputs), facts(model)
     for at, place in enumerate(crossings(lambda: model(**inputs))):
-        if place.function in ("_middle", "_layer_pre", "_cache_stage") and at % 9 == 0:
+        if place.function in ("_middle", "_layer_pre", "run") and at % 9 == 0:
             fault(lambda: model(**inputs), at, Fault())
             with pytest.raises(RuntimeError, match="nothing to report"):
                 model.vtc.report()

@@ -117,14 +117,14 @@ def test_a_method_that_does_nothing_has_no_yes(style: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("style", [s for s in ANSWERED if "static" not in s and "CPU" not in s])
 def test_a_wrong_column_has_no_yes(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine drops a token next to the one that it says: the oracle masks another."""
-    from vtc.decoder import DecoderEngine
+    from vtc.forward import Forward
 
-    stock = DecoderEngine._apply
+    stock = Forward.drop
 
-    def shifted(self: Any, st: Any, hidden: Any, view: Any, reduction: Any, *more: Any) -> Any:
-        return stock(self, st, hidden.nan_to_num().roll(1, 1), view, reduction, *more)
+    def shifted(self: Any, hidden: Any, view: Any, reduction: Any, *more: Any) -> Any:
+        return stock(self, hidden.nan_to_num().roll(1, 1), view, reduction, *more)
 
     run(style, First(keep_ratio=0.5), monkeypatch)
-    monkeypatch.setattr(DecoderEngine, "_apply", shifted)
+    monkeypatch.setattr(Forward, "drop", shifted)
     with pytest.raises(AssertionError, match=r"not close|not equal|do not match"):
         run(style, First(keep_ratio=0.5), monkeypatch)

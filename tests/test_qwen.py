@@ -28,7 +28,7 @@ from vtc.benchmarks.oracle import (
     noting_parts,
     recording,
 )
-from vtc.decoder import split_lengths
+from vtc.layout import split_lengths
 from vtc.methods.mod import MoD
 from vtc.methods.vidkv import VidKV
 from vtc.reduction import Reduction

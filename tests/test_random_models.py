@@ -36,7 +36,7 @@ from transformers.cache_utils import DynamicCache
 import vtc
 from vtc.benchmarks.mini_families import IMAGE
 from vtc.benchmarks.oracle import compare
-from vtc.decoder import sliding_window
+from vtc.compatible import sliding_window
 
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 CHOOSING = {"pixels", "vision", "features", "decoder"}

@@ -81,7 +81,9 @@ def test_calls_of_layers() -> None:
     for name in ("attention_mask", "position_ids", "position_embeddings", "past_key_values"):
         need(name in seen["kwargs"], f"decoder layer keyword {name}", "vtc/decoder.py")
     mask, tables = seen["kwargs"]["attention_mask"], seen["kwargs"]["position_embeddings"]
-    need(tuple(mask.shape) == (2, 1, length, length), f"mask {tuple(mask.shape)}", "_gather_mask")
+    need(
+        tuple(mask.shape) == (2, 1, length, length), f"mask {tuple(mask.shape)}", "vtc/arguments.py"
+    )
     need(len(tables) == 2 and tables[0].shape[-2] == length, "cos and sin (.., L, d)", "take_rows")
     need(seen["lm"].get("inputs_embeds") is not None, "inputs_embeds of the LM", "_lm_pre")
     need("past_key_values" in seen["lm"], "past_key_values of the LM", "vtc/decoder.py")

@@ -22,7 +22,7 @@ import vtc
 from vtc.benchmarks.budgets import seeded
 from vtc.benchmarks.oracle import compare, logits_and_steps, masked, recording
 from vtc.cost import decoder_flops
-from vtc.decoder import in_prompt_order, split_lengths
+from vtc.layout import in_prompt_order, split_lengths
 from vtc.methods.evs import EVS, change
 from vtc.methods.vidcom2 import VidCom2, frame_ratios
 from vtc.views import FeaturesView

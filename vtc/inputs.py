@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .decoder import sliding_window
+from .compatible import sliding_window
 from .errors import UnsupportedError
 from .method import Chain, Method, resolve
 from .wrapping import compressing

@@ -13,7 +13,7 @@ from torch import nn
 
 from .adapters import locate as adapters
 from .adapters.base import Sites
-from .decoder import sliding_window
+from .compatible import sliding_window
 from .errors import UnsupportedError
 from .method import Method, known_methods
 from .wrapping import _install, unwrap

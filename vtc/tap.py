@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .attention import Around
 from .cache import take_rows
+from .errors import UnsupportedError
 from .reduction import gather_tokens
 from .threads import PerThread, Threaded
 
@@ -191,3 +192,17 @@ def remove(handle: Around) -> None:
     handle.remove()
     for module in handle.modules:
         del module._vtc_tap
+
+
+class _NoTap:
+    """Stands where no attention can be read."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnsupportedError(
+            "the attention of this layer cannot be read here: before the first layer there is "
+            "none, behind a layer that some tokens jumped over (a bypass method in the chain) it "
+            "saw part of them, and on_cache comes after it is gone (use note_cache)"
+        )
+
+
+no_tap: Any = _NoTap()
