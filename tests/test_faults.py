@@ -34,8 +34,9 @@ def left_behind(model: Any) -> list[str]:
     session = model.vtc
     held = []
     if session.decoder is not None:
-        names = ("forward", "pending", "mask", "last_mask", "filling")
+        names = ("forward", "pending", "mask", "filling")
         held += [n for n in names if getattr(session.decoder, n) is not None]
+        held += ["last_mask"] * (session.decoder.arguments.last_mask is not None)
         held += ["tap" for t in session.decoder.taps if t.open or t.query is not None]
         held += ["encoding"] * bool(session.decoder.encoding)
     if session.vision is not None and session.vision.taken is not None:

@@ -76,17 +76,16 @@ def test_packed_pairs_see_the_image_and_themselves():
 def test_retrieval():
     from vtc.benchmarks.tiny.evaluate import recall
 
-    torch.manual_seed(0)
-    assert min(recall(load_retrieval())) >= 0.9
+    assert min(recall(load_retrieval(), count=24)) >= 0.9
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "least"), [("scenes", 0.8), ("easy-vqa", 0.9)])
 def test_answers_need_the_image(llava, task, least):
-    """On 80 questions; `python -m vtc.benchmarks.tiny.evaluate` measures on many more."""
+    """On 48 questions; `python -m vtc.benchmarks.tiny.evaluate` measures on many more."""
     from vtc.benchmarks.tiny.evaluate import accuracy
 
-    items = Task(task, n=80)[:]
+    items = Task(task, n=48)[:]
     seen, blank = accuracy(*llava, items)["all"], accuracy(*llava, items, blank=True)["all"]
     assert seen >= least
     assert blank <= seen - 0.25

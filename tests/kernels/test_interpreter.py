@@ -22,27 +22,34 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def runs():
-    """All files at once, one thread each: the interpreter uses a single core."""
+def start(*options: str) -> subprocess.Popen[str]:
+    """Pytest in a process of one thread: the interpreter uses a single core."""
     env = {
         **os.environ,
         "TRITON_INTERPRET": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    processes = {
-        name: subprocess.Popen(
-            [*command, str(HERE / "interpreted" / name)],
-            cwd=HERE.parent.parent,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for name in FILES
-    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options],
+        cwd=HERE.parent.parent,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def passes(process: subprocess.Popen[str], timeout: int) -> None:
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, output[-6000:]
+    print(output.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """All files at once."""
+    processes = {name: start(str(HERE / "interpreted" / name)) for name in FILES}
     yield processes
     for process in processes.values():
         process.kill()
@@ -51,6 +58,9 @@ def runs():
 
 @pytest.mark.parametrize("name", FILES)
 def test_kernels_agree_with_their_formulas_under_the_interpreter(name, runs):
-    output, _ = runs[name].communicate(timeout=900)
-    assert runs[name].returncode == 0, output[-6000:]
-    print(output.splitlines()[-1])
+    passes(runs[name], 900)
+
+
+@pytest.mark.soak
+def test_larger_inputs_under_the_interpreter():
+    passes(start("--soak", str(HERE / "interpreted")), 3600)

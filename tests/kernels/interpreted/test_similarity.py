@@ -14,7 +14,11 @@ SMALL = [
     for n, c, batch in ((1, 32, 3), (17, 72, 1), (63, 1024, 1), (64, 64, 3), (65, 80, 1))
     for dtype in checks.DTYPES
 ]
-LARGE = [(1, 130, 1024, BF16), (1, 576, 64, F32), (1, 577, 72, F16), (1, 1000, 80, BF16)]
+LARGE = [
+    (1, 130, 1024, BF16),
+    (1, 577, 72, F16),
+    *(pytest.param(1, n, 80, d, marks=pytest.mark.soak) for n, d in ((576, F32), (1000, BF16))),
+]
 
 
 @pytest.mark.parametrize(("batch", "n", "c", "dtype"), SMALL + LARGE)
