@@ -4,7 +4,6 @@
 import shutil
 
 import pytest
-import torch
 
 from vtc.benchmarks.tasks.base import Task
 from vtc.benchmarks.tiny import models
