@@ -567,19 +567,10 @@ class DecoderEngine(Recording, Threaded):
         ahead: Any = None,
     ) -> DecoderView:
         visual = st.visual.to(hidden.device)
-        if st.places is None:  # the same until something is dropped again
-            order = visual.long().argsort(dim=1, descending=True, stable=True)
-            if st.count is not None:
-                st.places = order[:, : st.count], None
-            else:
-                counts = visual.sum(1)
-                n = int(counts.max())
-                valid = torch.arange(n, device=hidden.device) < counts[:, None]
-                st.places = order[:, :n], None if bool(valid.all()) else valid
         separator = None if st.separator is None else st.separator.to(hidden.device)
         other = visual if separator is None else visual | separator
-        index = st.places[0].to(hidden.device)
-        short = None if st.places[1] is None else st.places[1].to(hidden.device)
+        index, valid = st.visual_places(hidden.device)
+        readable = bool(self.taps) and layer >= 0 and layer not in st.partial
         return DecoderView(
             hidden=hidden,
             layer=layer,
@@ -588,13 +579,11 @@ class DecoderEngine(Recording, Threaded):
             text=st.real.to(hidden.device) & ~other,
             separator=separator,
             visual_index=index,
-            valid=short,
+            valid=valid,
             image=st.image.to(hidden.device).gather(1, index),
             position=st.position.to(hidden.device).gather(1, index),
             images=st.images,
-            tap=tap.no_tap
-            if layer in st.partial or layer < 0 or not self.taps
-            else self.taps[layer],
+            tap=self.taps[layer] if readable else tap.no_tap,
             ahead=ahead,
             memo=memo,
             scratch=scratch,

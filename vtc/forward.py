@@ -92,6 +92,21 @@ class Forward:
         rows = arange(hidden) if self.local is None else self.local.to(hidden.device)
         return self.once("columns", None, hidden.device, lambda: self.base + rows)
 
+    def visual_places(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """(B, N) columns of the visual tokens; (B, N) bool, None where all rows have N."""
+        if self.places is None:  # the same until something is dropped again
+            visual = self.visual.to(device)
+            order = visual.long().argsort(dim=1, descending=True, stable=True)
+            if self.count is not None:
+                self.places = order[:, : self.count], None
+            else:
+                counts = visual.sum(1)
+                n = int(counts.max())
+                real = torch.arange(n, device=device) < counts[:, None]
+                self.places = order[:, :n], None if bool(real.all()) else real
+        index, valid = self.places
+        return index.to(device), None if valid is None else valid.to(device)
+
     def drop(
         self, hidden: Tensor, view: DecoderView, reduction: Reduction, merged: Tensor | None = None
     ) -> Tensor:
