@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from vtc.adapters.base import BlockSites, VisionSites
 from vtc.adapters.locate import locate_vision
+from vtc.encoding import resample, without_prefix
 from vtc.errors import UnsupportedError
 from vtc.method import Method
 from vtc.reduction import Reduction
-from vtc.vision import VisionEngine, resample, without_prefix
+from vtc.vision import VisionEngine
 
 sys.path.insert(0, str(Path(__file__).parent))
 

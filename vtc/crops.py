@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .adapters.base import CropSites, Sites
+from .encoding import History
 from .errors import UnsupportedError
 from .finite import Finite
 from .method import Method, split_answer
@@ -31,7 +32,7 @@ from .records import Recording, Records
 from .reduction import Reduction
 from .threads import PerThread, Threaded
 from .views import FeaturesView, How, fold
-from .vision import History, apply_method
+from .vision import apply_method
 
 
 @dataclass(frozen=True)

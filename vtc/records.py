@@ -16,9 +16,9 @@ from .threads import PerThread, Threaded
 if TYPE_CHECKING:
     from .cache import Slots
     from .crops import CropLayout, Packed
+    from .encoding import VisionState
     from .grids import GridLayout
     from .stages import Choice, Eviction, Tokens
-    from .vision import VisionState
 
 
 class Clock:

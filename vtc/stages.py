@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from .encoding import History, without_prefix
 from .reduction import Reduction
-from .vision import History, without_prefix
 
 if TYPE_CHECKING:
     from .crops import Packed

@@ -12,9 +12,9 @@ from torch import Tensor
 from .stages import BEFORE, Stage, Tokens, encoded, moved, packed_stages, spread
 
 if TYPE_CHECKING:
+    from .encoding import History
     from .geometry import Tile
     from .records import Record
-    from .vision import History
 
 
 class Trace:
