@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -23,7 +24,8 @@ transformers.logging.set_verbosity_error()
 # Property tests try the same cases on every machine; `make soak` tries many more, new every time.
 UNHURRIED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("vtc", derandomize=True, max_examples=60, **UNHURRIED)
-settings.register_profile("soak", max_examples=5000, print_blob=True, **UNHURRIED)
+examples = int(os.environ.get("VTC_SOAK_EXAMPLES", "5000"))
+settings.register_profile("soak", max_examples=examples, print_blob=True, **UNHURRIED)
 
 
 def pytest_addoption(parser: Any) -> None:
