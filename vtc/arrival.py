@@ -94,6 +94,7 @@ def take_notes(st: Forward, view: DecoderView, carried: Carried) -> None:
         for j in range(len(images)):
             kind = st.kinds[r][j]
             if kind not in carried:
+                st.unnoted = True
                 continue
             notes = carried[kind][1]
             here = view.image[r] == j

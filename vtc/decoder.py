@@ -587,6 +587,7 @@ class DecoderEngine(Recording, Threaded):
             ahead=ahead,
             memo=memo,
             scratch=scratch,
+            unnoted=st.unnoted,
         )
 
     # ---- behind a layer, and the KV cache stage ------------------------------------------------

@@ -64,6 +64,7 @@ class Forward:
     memos: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # (B, ...) by method
     places: tuple[Tensor, Tensor | None] | None = None  # (B, N) columns of visual tokens, valid
     aside: Aside | None = None  # what jumps over the layer that runs now
+    unnoted: bool = False  # whether methods took notes on some of the images only
     ran: Tensor | None = None  # `local` of the tokens that the last layer has run on
     partial: set[int] = field(default_factory=set)  # layers whose attention saw part of the tokens
     memo: dict[str, tuple[Any, ...]] = field(default_factory=dict)

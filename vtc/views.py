@@ -383,6 +383,7 @@ class DecoderView:
             method of the chain has dropped some since; None if all are there.
         memo: this method's named tensors of this forward without a visual token axis (B, ...),
             never gathered; text tokens never leave, so notes in the order of `text_index` hold.
+        unnoted: whether the scratch is zero for an image that was encoded elsewhere.
     """
 
     hidden: Tensor
@@ -401,6 +402,7 @@ class DecoderView:
     scratch: dict[str, Tensor] = field(default_factory=dict)
     memo: dict[str, Tensor] = field(default_factory=dict)
     separator: Tensor | None = None
+    unnoted: bool = False
 
     @property
     def watched(self) -> Watched:
@@ -437,6 +439,20 @@ class DecoderView:
     def within_budget(self, method: Method) -> bool:
         """True when no row has more visual tokens than the method would keep."""
         return self.within(method.budget)
+
+    def noted(self, name: str) -> Tensor:
+        """What this method noted in its scratch while images were encoded, (B, N, ...).
+
+        Raises:
+            UnsupportedError: nothing on some of them, which were encoded without it.
+        """
+        if name not in self.scratch or self.unnoted:
+            raise UnsupportedError(
+                "image features that were not made by the wrapped model reached the language "
+                "model, and the method needs notes it takes while encoding; encode and prefill in "
+                "one call"
+            )
+        return self.scratch[name]
 
     @cached_property
     def tokens(self) -> Tensor:

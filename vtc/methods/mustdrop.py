@@ -193,9 +193,10 @@ class MustDrop(Method):
 
         if self.has_budget and v.within(left):
             return None
-        key = v.scratch.get("key")
-        if key is None:
+        if self.key_ratio == 0:
             key = torch.zeros_like(v.visual_index, dtype=torch.bool)
+        else:
+            key = v.noted("key")
         a = v.attention("prompt").mean(1)
         thetas = self.theta_global or PUBLISHED[192][0], self.theta_individual or PUBLISHED[192][1]
         if self.has_budget:
