@@ -266,6 +266,120 @@ def test_the_row_of_a_missing_class_token_is_refused() -> None:
     assert {"block", "cls_attention", "cls_logits", "cls_similarity"} <= set(asked)
 
 
+# ---- parts of a model, called on their own --------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["pitome", "zero-tprune", "visionzip", "mustdrop"])
+@torch.no_grad()
+def test_parts_called_on_their_own_are_stock(method: str) -> None:
+    """Before the first image and after it: what the last forward did must not be done to them."""
+    model, inputs = mini_llava.build(), mini_llava.prompt(1)
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    blocks = next(m for m in tower.modules() if isinstance(m, nn.ModuleList))
+    x = torch.randn(2, 17, tower.config.hidden_size, generator=torch.Generator().manual_seed(0))
+
+    def parts() -> list[Tensor]:
+        return [*(block(x, None) for block in blocks), projector(x[:, 1:]), projector(x[:, 9:])]
+
+    stock = parts()
+    with vtc.compressing(model, method, keep_ratio=0.5):
+        assert all(map(torch.equal, parts(), stock))
+        want = model(**inputs).logits
+        assert all(map(torch.equal, parts(), stock))
+        assert torch.equal(model(**inputs).logits, want)
+
+
+@torch.no_grad()
+def test_an_encoder_called_without_an_image() -> None:
+    model = vtc.wrap(mini_llava.build(), "pitome", keep_ratio=0.5)
+    want = model(**mini_llava.prompt(1)).logits
+    with pytest.raises((AttributeError, ValueError)):
+        model.model.vision_tower(pixel_values=None)
+    assert torch.equal(model(**mini_llava.prompt(1)).logits, want)
+
+
+@torch.no_grad()
+def test_answers_as_tuples() -> None:
+    model, inputs = vtc.wrap(mini_llava.build(), "fastv", keep_ratio=0.5), mini_llava.prompt(1)
+    want = model(**inputs, use_cache=False).logits
+    language_model = model.model.language_model
+    given: list[Any] = []
+    handle = language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "return_dict": False}), with_kwargs=True
+    )
+    other = language_model.register_forward_hook(lambda module, args, output: given.append(output))
+    with pytest.raises((AttributeError, TypeError)):  # the model itself needs names
+        model(**inputs, use_cache=False)
+    handle.remove()
+    other.remove()
+    assert isinstance(given[0], tuple)
+    torch.testing.assert_close(model.lm_head(given[0][0]), want)
+
+
+@torch.no_grad()
+def test_attention_with_positional_hidden_states() -> None:
+    """Of the tokens that enter it, in whichever way a decoder layer hands them over."""
+    model, inputs = vtc.wrap(mini_llava.build(), "zipvl", keep_ratio=0.5), mini_llava.prompt(1)
+    engine, stock, seen = model.vtc.decoder, type(model.vtc.decoder)._attn_pre, []
+
+    def both(module: Any, args: Any, kwargs: Any) -> None:
+        rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        named = stock(engine, module, args, kwargs)
+        placed = stock(engine, module, (kwargs["hidden_states"],), rest)
+        if named is not None:
+            assert torch.equal(placed[0][0], named[1]["hidden_states"])
+            seen.append(placed[0][0].shape[1])
+        else:
+            assert placed is None
+
+    want = model(**inputs).logits
+    for layer in engine.layers:
+        layer.self_attn.register_forward_pre_hook(both, with_kwargs=True, prepend=True)
+    assert torch.equal(model(**inputs).logits, want)
+    assert seen and min(seen) < inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("scope", ["visual", "all"])
+@torch.no_grad()
+def test_a_conversation_without_images_beside_a_cache_method(scope: str) -> None:
+    model, text = mini_llava.build(), {"input_ids": torch.randint(4, 60, (2, 7))}
+    how = {"max_new_tokens": 6, "do_sample": False}
+    stock = model.generate(**text, **how)
+    for method in (
+        vtc.methods()["prefixkv"](scope=scope, keep_ratio=0.5),
+        vtc.methods()["vidkv"](),
+    ):
+        with vtc.compressing(model, method):
+            assert torch.equal(model.generate(**text, **how), stock)
+
+
+def test_wrap_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing was compiled in this process, there is no graph to forget."""
+    import sys
+
+    model = mini_llava.build()
+    monkeypatch.setattr(torch.compiler, "reset", lambda: 1 / 0)
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    vtc.unwrap(vtc.wrap(model, "fastv"))
+
+
+# ---- compressed inputs ---------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not ENCODED_BEFORE, reason="this transformers takes no encoded images")
+@torch.no_grad()
+def test_compressed_inputs_that_a_model_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = mini_llava.build(), mini_llava.prompt(1)
+    monkeypatch.setattr(model, "forward", lambda pixel_values=None, input_ids=None: None)
+    with pytest.raises(vtc.UnsupportedError, match=r"5\.18 and newer"):
+        vtc.compress_inputs(model, inputs, "divprune", keep_ratio=0.5)
+    qwen = mini_video.build("qwen2")
+    inputs = mini_video.prompt([[(3, 4)]], "qwen2")
+    del inputs["mm_token_type_ids"]
+    with pytest.raises(ValueError, match="needs mm_token_type_ids, as its processor gives it"):
+        vtc.compress_inputs(qwen, inputs, "divprune", keep_ratio=0.5)
+
+
 # ---- features that were encoded elsewhere --------------------------------------------------------
 
 

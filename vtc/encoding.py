@@ -96,6 +96,8 @@ class VisionState:
     tokens: Reduction | None = None
     left: dict[int, int] = field(default_factory=dict)
     projections: dict[int, Projections] = field(default_factory=dict)
+    encoded: bool = False  # through all blocks: from here on they are called on their own
+    projected: bool = False  # so is the projector
     pending: tuple[Reduction, Tensor | None] | None = None
     merged: bool = False
     unpacked: Tensor | None = None  # features before projector and packing, where crops are packed

@@ -140,6 +140,12 @@ class VisionEngine(Recording, Threaded):
         self.record.vision = state
 
     @property
+    def running(self) -> VisionState | None:
+        """Of the forward that is inside the blocks; None where one is called on its own."""
+        st = self.state
+        return None if st is None or st.encoded else st
+
+    @property
     def joining(self) -> GridSites | None:
         """How the tokens that are being encoded are joined."""
         return self.taken or self.grids
@@ -274,6 +280,8 @@ class VisionEngine(Recording, Threaded):
                 # Before Hugging Face's own hooks, which record the hidden states.
                 hook = partial(self._end_block, i)
                 add(site.module.register_forward_hook(hook, prepend=True))
+        for site in sites.blocks[-1:]:
+            add(site.module.register_forward_hook(self._leave))
         if self.projector is not None:
             source = self.projector if self.grids is None else self.grids.source
             if self.behind or self.packs:
@@ -359,7 +367,7 @@ class VisionEngine(Recording, Threaded):
         self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Call | None:
         """Per-token arguments of the block, such as rotary tables, for the tokens that are left."""
-        st, gather = self.state, self.sites.blocks[i].gather
+        st, gather = self.running, self.sites.blocks[i].gather
         if st is None or st.tokens is None or gather is None:
             return None
         return gather((args, kwargs), st.tokens.keep)
@@ -368,7 +376,7 @@ class VisionEngine(Recording, Threaded):
         self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Call | None:
         """Remember what queries and keys come from; add the key bias."""
-        st, site = self.state, self.sites.blocks[i]
+        st, site = self.running, self.sites.blocks[i]
         if st is None:
             return None
         call = (args, kwargs)
@@ -399,7 +407,7 @@ class VisionEngine(Recording, Threaded):
 
     def _keys(self, i: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Keep a reference to the keys that attention has projected."""
-        st = self.state
+        st = self.running
         if all(module is not child for child in self.sites.blocks[i].attn.children()):
             return  # an adapter (PEFT) has been put around it since: its output is not all
         if st is not None and i in st.projections and isinstance(st.projections[i].key, _Keys):
@@ -407,7 +415,7 @@ class VisionEngine(Recording, Threaded):
 
     def _middle(self, i: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Between attention and MLP: shorten what the second norm and the MLP see."""
-        st = self.state
+        st = self.running
         if st is None:
             return None
         with self._measured():
@@ -419,7 +427,7 @@ class VisionEngine(Recording, Threaded):
 
     def _put_back(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Give the MLP's output the length of the residual; only survivors' rows matter."""
-        st = self.state
+        st = self.running
         if st is None or st.pending is None:
             return None
         with self._measured():
@@ -428,7 +436,7 @@ class VisionEngine(Recording, Threaded):
 
     def _end_block(self, i: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Take the survivors out of the block's output; then methods that act on the output."""
-        st = self.state
+        st = self.running
         if st is None:
             return None
         stock = x = output[0] if isinstance(output, tuple) else output
@@ -448,6 +456,11 @@ class VisionEngine(Recording, Threaded):
         if x is stock:
             return None
         return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Behind the last block."""
+        if self.state is not None:
+            self.state.encoded = True
 
     def _act(
         self, st: VisionState, i: int, steps: list[Step], x: Tensor
@@ -615,7 +628,7 @@ class VisionEngine(Recording, Threaded):
     def _features(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Choose among the patch features before they are projected, unless they are packed."""
         st = self.state
-        if st is None:
+        if st is None or st.projected:
             return None
         if self.joining is not None:
             st.unpacked = args[0]
@@ -637,8 +650,9 @@ class VisionEngine(Recording, Threaded):
     def _spread(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Projected survivors (B, K, D) at their places in the grid (B, N, D), NaN elsewhere."""
         st = self.state
-        if st is None:
+        if st is None or st.projected:
             return None
+        st.projected = True
         reduction = st.reduction
         valid = None if reduction is None else reduction.valid
         if not (self.packs and self.behind):  # else when they are packed
