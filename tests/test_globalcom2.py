@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import mini_anyres as mini
 import mini_llava
+import mini_video
 import pytest
 import torch
 from test_golden import cases, load
@@ -312,3 +313,18 @@ def test_refusals_and_presets():
     published = GlobalCom2.paper("llava-next", tokens=720)
     assert published.keep_ratio == 0.25 and not published.has_budget
     assert published.counts(0, 0.25, 576, [0.3], [500]) == [144, 150]
+
+
+@torch.no_grad()
+def test_published_rounding_of_everything_and_of_videos():
+    model, inputs = mini.build("next"), mini.prompt([[SIZES[0]]])
+    want = model(**inputs).logits
+    with vtc.compressing(model, "globalcom2", keep_ratio=1.0, rounding="published"):
+        assert torch.equal(model(**inputs).logits, want)
+    video = mini_video.build("onevision")
+    inputs = mini_video.prompt([[mini_video.Clip(3)]], "onevision")
+    own = {"saliency": "cosine", "keep_ratio": 0.4}
+    for rounding, kept in (("published", 3 * int(4 * 0.4)), ("exact", round(12 * 0.4))):
+        with vtc.compressing(video, "globalcom2", rounding=rounding, **own) as session:
+            video(**inputs)
+            assert session.report().final_tokens == kept

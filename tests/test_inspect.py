@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mini
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 
 import vtc
 from vtc import cli
-from vtc.inspecting import from_config
+from vtc.inspecting import _encoder, _grid, from_config
 
 
 def saved(config: Any, folder: Path, architecture: str | None = None) -> str:
@@ -188,3 +189,14 @@ def test_nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mini_llava.build()
     monkeypatch.setattr(torch.nn.Module, "__call__", lambda *_: 1 / 0)
     assert vtc.inspect(model).working
+
+
+def test_models_that_say_less(tmp_path: Path) -> None:
+    """No class for the configuration, no size of image, no adapter for the encoder."""
+    text = hf.BertConfig()
+    config = hf.EncoderDecoderConfig.from_encoder_decoder_configs(text, text)
+    with pytest.raises(ValueError, match="no model class for EncoderDecoderConfig"):
+        vtc.inspect(saved(config, tmp_path))
+    assert _grid(torch.nn.Linear(1, 1), 14) is None
+    vision: Any = SimpleNamespace(tower=torch.nn.Linear(1, 1), blocks=[])
+    assert _encoder(SimpleNamespace(vision=vision)) == {"class": "Linear"}  # type: ignore[arg-type]

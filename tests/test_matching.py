@@ -245,3 +245,14 @@ def test_a_wrapped_model(model: Any, inputs: Any) -> None:
 def test_bad_arguments(model: Any, inputs: Any, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         vtc.match(**{"methods": ["random"], "model": model, "inputs": inputs, **arguments})
+
+
+def test_a_method_that_refuses_every_budget(model: Any, inputs: Any) -> None:
+    class Never(Uniform):
+        """Refuses all budgets."""
+
+        def on_features(self, v: Any) -> Any:
+            raise ValueError("not today")
+
+    with pytest.raises(vtc.UnsupportedError, match="ran at no budget that was tried: not today"):
+        vtc.match(Never(), 0.3, model=model, inputs=inputs)

@@ -467,3 +467,29 @@ def test_compact_positions_while_a_cache_method_decodes_padded_rows() -> None:
         alone = {"input_ids": both["input_ids"][r][real][None]}
         alone |= {"pixel_values": both["pixel_values"][r : r + 1]}
         assert torch.equal(model.generate(**alone, **generate)[0, -4:], together[r])
+
+
+# ---- small things --------------------------------------------------------------------------------
+
+
+def test_calibrating_prefixkv_needs_a_prompt() -> None:
+    with pytest.raises(ValueError, match="at least one sample"):
+        vtc.methods()["prefixkv"].calibrate(mini_llava.build(), [])
+
+
+def test_routers_are_themselves_alone() -> None:
+    """A method that holds some can be compared and hashed, without reading tensors."""
+    weights = {1: torch.ones(48)}
+    mod = vtc.methods()["mod"]
+    one, two = mod(routers=weights), mod(routers=weights)
+    assert one == one and hash(one) == hash(one) and one != two
+
+
+def test_stages_of_a_schedule_are_the_only_layers_it_acts_in() -> None:
+    method = vtc.methods()["pyramiddrop"](keep_ratio=0.5)
+    between = next(i for i in range(8) if i not in method.stage_layers(8))
+    assert method.target(SimpleNamespace(layer=between, depth=8)) is None
+
+
+def test_attention_without_a_head_size_has_no_partners() -> None:
+    assert tap.partners(nn.Linear(1, 1)) is None
