@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fused kernels: checked first, then timed against eager torch and torch.compile.
 
-``python -m vtc.benchmarks.kernels`` or `bench_kernels`: the Triton kernels on a GPU, the plain
-torch references on a CPU, and PiToMe's whole merge step against N x N torch.
+``vtc kernels`` or `bench_kernels`: the Triton kernels on a GPU, the plain torch references on a
+CPU, and PiToMe's whole merge step against N x N torch.
 
 * eager: the formula as one would write it in torch, the N x N matrix stored; compiled: the same
   through torch.compile (GPU only).
@@ -14,7 +14,6 @@ torch references on a CPU, and PiToMe's whole merge step against N x N torch.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import ctypes
 import functools
@@ -130,7 +129,7 @@ def cases(device: str, dtype: torch.dtype, small: bool = False) -> list[Case]:
     for b, n, c in ((1, 577, 1024), (8, 577, 64), (8, 1025, 64), (1, 4096, 64), (8, 4096, 64)):
         x = tokens(b, n, c)
         out.append(_energy_case(x, word))
-    if not small:
+    if not small:  # pragma: no cover (minutes on a CPU)
         out.append(_energy_case(tokens(1, 4096, 1024), word))
     for b, n, c in ((1, 577, 1024), (8, 577, 64), (8, 4096, 64)):
         x = tokens(b, n, c)
@@ -261,7 +260,7 @@ def median_us(run: Callable[[], Any], device: str, budget_ms: float = 100) -> fl
     return 1e6 * statistics.median(times)
 
 
-def device_us(run: Callable[[], Any]) -> float | None:
+def device_us(run: Callable[[], Any]) -> float | None:  # pragma: no cover (a GPU)
     """Microseconds of a call replayed as a CUDA graph: without the time of launching from Python.
 
     None where a call cannot be recorded.
@@ -296,7 +295,7 @@ def peak_mb(run: Callable[[], Any], device: str) -> float | None:
         out = run()
         peak = _resident("VmHWM")
         del out
-    except (OSError, AttributeError, StopIteration):
+    except (OSError, AttributeError, StopIteration):  # pragma: no cover (not Linux)
         return None
     return (peak - before) / 1e6
 
@@ -511,16 +510,3 @@ def bench_kernels(
     if wrong:
         raise RuntimeError(f"wrong results on this device: {'; '.join(wrong)}")
     return written
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    parser.add_argument("--out", default="results", help="folder for the CSV files")
-    args = parser.parse_args()
-    for path in bench_kernels(args.device, args.out):
-        print(path)
-
-
-if __name__ == "__main__":
-    main()

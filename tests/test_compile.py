@@ -15,6 +15,7 @@ import mini_llava as mini
 import pytest
 import torch
 from mini_anyres import build as build_anyres
+from mini_generic import FAMILIES as GENERIC
 from test_llava import budget
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
@@ -185,6 +186,21 @@ def test_crops_say_so() -> None:
     model = vtc.wrap(build_anyres("next"), VisionZip(keep_tokens=6))
     with pytest.raises(Exception, match=r"crops.*vtc\.compress_inputs"):
         torch.compile(model, backend="eager", fullgraph=True)(**mini.prompt(1))
+
+
+@torch.no_grad()
+def test_lengths_that_no_shape_tells_say_so() -> None:
+    model = vtc.wrap(build(), CHAIN)
+    model(**mini.prompt(1))  # Hugging Face installs hooks of its own the first time
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"3 images for 2 prompts.*one by one"):
+        compiled(**mini.prompt([1, 2], pad="left"))
+    family = next(f for f in GENERIC if f.name == "VideoLlama3ForConditionalGeneration")
+    other = family.build()
+    other(**family.inputs(other, [1]))
+    compiled = torch.compile(vtc.wrap(other, "fastv"), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"images of one size.*get_decoder\(\)\.compile"):
+        compiled(**family.inputs(other, [1]))
 
 
 @pytest.mark.parametrize("how", ["in place", pytest.param("wrapper", marks=pytest.mark.slow)])

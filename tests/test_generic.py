@@ -201,6 +201,22 @@ def test_chunked_prefill_of_an_image_is_refused() -> None:
         model(**inputs)
 
 
+@torch.no_grad()
+def test_videos_are_refused() -> None:
+    """The class takes them, and where the frames' tokens stand is not known."""
+    family = next(f for f in FAMILIES if f.name == "VideoLlama3ForConditionalGeneration")
+    model = vtc.wrap(family.build(), "fastv", keep_ratio=0.5)
+    inputs = family.inputs(model, [1])
+    want = model(**inputs).logits
+    for more in (
+        {"pixel_values_videos": torch.zeros(1, 3, 32, 32)},
+        {"mm_encoder_outputs": inputs["mm_encoder_outputs"] | {"video": object()}},
+    ):
+        with pytest.raises(vtc.UnsupportedError, match=r"videos of this model.*vtc\.unwrap"):
+            model(**{**inputs, **more})
+    assert torch.equal(model(**inputs).logits, want)
+
+
 def test_prefix_tokens_that_stay_are_not_one_to_one() -> None:
     """DeepSeek-VL with a tower that has a class token: 17 tokens, which the projector would get."""
     config = hf.DeepseekVLConfig(

@@ -40,7 +40,7 @@ def features_left(st: Forward, view: DecoderView, each: int | None) -> Reduction
     return None if whole else left
 
 
-def _as_many(alive: Tensor, k: int) -> Reduction:
+def _as_many(alive: Tensor, k: int) -> Reduction:  # pragma: no cover (traced)
     torch._assert_async(
         (alive.sum(1) == k).all(),
         "torch.compile: images kept different numbers of tokens, or their features are not a "

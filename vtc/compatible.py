@@ -124,7 +124,7 @@ def check_recomputing(decoder: nn.Module, layers: Sequence[nn.Module], on_bypass
         return
     if not any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
         return
-    if type(layers[0]).__call__ is not nn.Module.__call__:
+    if type(layers[0]).__call__ is not nn.Module.__call__:  # pragma: no cover (older transformers)
         raise UnsupportedError(
             "gradient checkpointing of this transformers runs the hooks of LLM layers again in "
             "the backward pass, when dropped tokens are gone; disable it, or use a newer "

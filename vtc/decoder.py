@@ -332,7 +332,7 @@ class DecoderEngine(Recording, Threaded):
     def _layout(self, visual: Tensor) -> Layout:
         return split_images(visual, self.sites.tokens_per_image)
 
-    def _even_layout(self, visual: Tensor) -> Layout | None:
+    def _even_layout(self, visual: Tensor) -> Layout | None:  # pragma: no cover (traced)
         """Under torch.compile, the layout that shapes tell; None without images."""
         if self.encoded is None or visual.shape[1] == 1:
             return None

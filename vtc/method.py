@@ -353,7 +353,7 @@ def refuse_graph(methods: Iterable[Method]) -> None:
     """
     if not torch.compiler.is_compiling():
         return
-    for m in methods:
+    for m in methods:  # pragma: no cover (traced)
         if not m.compiles:
             raise UnsupportedError(
                 f"{m.name} lets the data decide how many tokens stay, so torch.compile has no one "

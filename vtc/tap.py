@@ -116,7 +116,7 @@ class Ahead:
         norm = getattr(self.attn, which + "_norm", None)
         y = (y if norm is None else norm(y)).transpose(1, 2)
         module: Any = sys.modules[type(self.attn).__module__]
-        if cos.dim() == 4:  # Qwen2-VL and Qwen2.5-VL up to 5.12 join the axes here
+        if cos.dim() == 4:  # pragma: no cover (Qwen2-VL up to 5.12 joins the axes here)
             section = self.attn.config.rope_parameters["mrope_section"]
             return module.apply_multimodal_rotary_pos_emb(y, y, cos, sin, section)[0]
         return module.apply_rotary_pos_emb(y, y, cos, sin)[0]

@@ -36,7 +36,7 @@ else:
             self.name = name
 
         def __get__(self, view: Any, owner: type | None = None) -> Any:
-            if view is None:
+            if view is None:  # pragma: no cover (asked of the class, by help())
                 return self
             value = self.compute(view)
             setattr(view, self.name, value)  # found before this descriptor from now on

@@ -684,13 +684,12 @@ def apply_method(
 
 
 def _follow(st: VisionState, device: torch.device) -> None:
-    """Move the state to the device of the tokens, for models spread over several."""
-    if st.sizes.device == device:
-        return
-    st.sizes = st.sizes.to(device)
-    st.tokens = None if st.tokens is None else st.tokens.to(device)
-    st.pixels = None if st.pixels is None else st.pixels.to(device)
-    st.notes = [{name: x.to(device) for name, x in note.items()} for note in st.notes]
+    """Move the state to the device of the tokens."""
+    if st.sizes.device != device:  # pragma: no cover (a model over several devices)
+        st.sizes = st.sizes.to(device)
+        st.tokens = None if st.tokens is None else st.tokens.to(device)
+        st.pixels = None if st.pixels is None else st.pixels.to(device)
+        st.notes = [{name: x.to(device) for name, x in note.items()} for note in st.notes]
 
 
 def _is_identity(reduction: Reduction) -> bool:

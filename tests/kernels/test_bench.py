@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vtc.benchmarks import kernels as bench
-from vtc.kernels import similarity_reduce
+from vtc.kernels import attention_reduce, compact_tokens, merge_tokens, similarity_reduce
 
 
 def case(run):
@@ -54,6 +54,33 @@ def test_a_wrong_kernel_is_not_timed(few, tmp_path):
         bench.bench_kernels("cpu", tmp_path, say=lambda text: None)
     (row,) = csv.DictReader((tmp_path / "kernels-cpu.csv").open())
     assert float(row["error"]) > bench.WRONG and row["us"] == ""
+
+
+@pytest.mark.parametrize("kind", ["energy", "best_match", "column_sums", "merge", "compact"])
+def test_eager_formulas_are_those_of_the_kernels(kind):
+    """What a kernel is timed against computes the same, in the cases as the benchmark makes them."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 40, 16, generator=g), torch.randn(2, 7, 16, generator=g)
+    q, k = torch.randn(2, 4, 9, 8, generator=g), torch.randn(2, 2, 9, 8, generator=g)
+    group = torch.arange(40).repeat(2, 1).clamp(max=29)
+    group[0, 3] = -1
+    size, keep = torch.rand(2, 40, generator=g) + 0.5, torch.arange(0, 40, 3).repeat(2, 1)
+    run, eager, inputs = {
+        "energy": (similarity_reduce.energy, bench.eager_energy, (x, 0.45)),
+        "best_match": (similarity_reduce.best_match, bench.eager_match, (x, y)),
+        "column_sums": (
+            functools.partial(attention_reduce.column_sums, causal=False),
+            bench.eager_column_sums,
+            (q, k),
+        ),
+        "merge": (merge_tokens.merge, bench.eager_merge, (x, size, group, 30)),
+        "compact": (compact_tokens.compact, bench.eager_compact, ([x, size, group], keep)),
+    }[kind]
+    right = bench.Case(kind, "", functools.partial(run, *inputs), eager, inputs, 1, 1)
+    assert bench.verify(right) < 1e-5
+    if kind != "compact":
+        wrong = functools.partial(run, *(inputs[0].flip(1), *inputs[1:]))
+        assert bench.verify(bench.Case(kind, "", wrong, eager, inputs, 1, 1)) > bench.WRONG
 
 
 def test_the_roofline_names_what_binds():
