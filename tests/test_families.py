@@ -370,6 +370,37 @@ def test_grids_of_an_image_share_its_budget(monkeypatch: pytest.MonkeyPatch) -> 
     assert (kept < 16).sum() == 5 and (kept >= 16).sum() == 4
 
 
+@torch.no_grad()
+def test_images_without_their_sizes() -> None:
+    """Mistral 3 needs them; for a LLaVA with Pixtral all images are as large as the batch."""
+    model, inputs = mini.build("Mistral 3"), mini.prompt("Mistral 3", [[(64, 48)]])
+    del inputs["image_sizes"]
+    vtc.wrap(model, "divprune", keep_tokens=4)
+    with pytest.raises(ValueError, match="needs image_sizes, as its processor gives them"):
+        model(**inputs)
+    model, inputs = mini.build("LLaVA, Pixtral"), mini.prompt("LLaVA, Pixtral", [[(32, 24)]] * 2)
+    vtc.wrap(model, "divprune", keep_tokens=4)
+    want = model(**inputs).logits
+    del inputs["image_sizes"]
+    assert torch.equal(model(**inputs).logits, want)
+    assert model.vtc.report().grid == (4, 3)
+    with pytest.raises(vtc.UnsupportedError, match="got 23 rows where the images have 24 tokens"):
+        model(**inputs, vision_feature_select_strategy="default")
+
+
+@torch.no_grad()
+def test_a_tile_of_zeros_alone_stays_a_tile() -> None:
+    """SmolVLM takes tiles of zeros for padding, unless there is nothing else."""
+    model, inputs = mini.build("SmolVLM"), mini.prompt("SmolVLM", [[1]])
+    inputs["pixel_values"] = torch.zeros_like(inputs["pixel_values"])
+    stock = model(**inputs).logits
+    with vtc.compressing(model, "divprune", keep_ratio=1.0):
+        assert torch.equal(model(**inputs).logits, stock)
+    with vtc.compressing(model, "divprune", keep_tokens=4) as session:
+        model(**inputs)
+        assert session.report().final_tokens == 4
+
+
 def test_split_lengths() -> None:
     """Images of rows that end in text, and two adjacent ones."""
     visual = torch.tensor([[c == "v" for c in "tvvtvvtvvvt"], [c == "v" for c in "tttttvvtttt"]])
