@@ -244,7 +244,7 @@ def test_patches_that_are_no_squares_are_refused() -> None:
         oc.VisionTransformer(**oblong, width=WIDTH, layers=2, heads=HEADS, mlp_ratio=2.0),
         hf.InternVLVisionModel(hf.InternVLVisionConfig(**{**HF_VISION, **oblong})),
     ):
-        with pytest.raises(UnsupportedError, match="patches of .*4.*8.* pixels; only square ones"):
+        with pytest.raises(UnsupportedError, match=r"patches of .*4.*8.* pixels; only square ones"):
             vtc.wrap(model, "tome")
 
 

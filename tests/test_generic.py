@@ -288,9 +288,7 @@ SEAMS: dict[str, tuple[Callable[[Any], Any], str]] = {
         "is not told by image_token_id and get_image_features",
     ),
     "recurrence": (
-        lambda model: model.model.language_model.layers[2].add_module(
-            "conv", nn.Conv1d(4, 4, 2)
-        ),
+        lambda model: model.model.language_model.layers[2].add_module("conv", nn.Conv1d(4, 4, 2)),
         "LlamaDecoderLayer mixes tokens otherwise than by self-attention",
     ),
     "no rotary": (_rotary(""), r"not the pair \(cos, sin\)"),
