@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -446,6 +447,27 @@ def test_windows_that_tokens_have_left_are_refused() -> None:
         pytest.raises(vtc.UnsupportedError, match="start the conversation with the wrapped"),
     ):
         model(**inputs, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_window_that_was_begun_without_vtc() -> None:
+    """A stock prompt within the window, then an image: as if wrapped from the start."""
+    model, inputs = build("Gemma 3"), mini.prompt("Gemma 3", [[1]], before=5)
+    text = {"input_ids": torch.tensor([[7, 8, 9, 10, 11, 12]])}
+    mask = torch.cat([torch.ones_like(text["input_ids"]), inputs["attention_mask"]], 1)
+    got = []
+    for early in (False, True):
+        with contextlib.ExitStack() as stack:
+            if early:
+                stack.enter_context(vtc.compressing(model, made("divprune", "Gemma 3")))
+            cache = model(**text, use_cache=True).past_key_values
+            if not early:
+                stack.enter_context(vtc.compressing(model, made("divprune", "Gemma 3")))
+            stock = cache.layers[0]
+            model(**{**inputs, "attention_mask": mask}, past_key_values=cache)
+            got.append(model(input_ids=torch.tensor([[7]]), past_key_values=cache).logits)
+            assert (cache.layers[0].dtype, cache.layers[0].device) == (stock.dtype, stock.device)
+    torch.testing.assert_close(got[0], got[1])
 
 
 @torch.no_grad()
