@@ -86,9 +86,11 @@ def _split(heads: int, projected: Tensor, call: Call | None = None) -> Tensor:
 def _bias(call: Call, bias: Tensor) -> Call:
     args, kwargs = call
     bias = bias[:, None, None, :].to(_hidden(call).dtype)
-    mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-    if mask is not None:
-        bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask + bias
+    if (args[1] if len(args) > 1 else kwargs.get("attention_mask")) is not None:
+        raise UnsupportedError(
+            "an attention_mask of all patches does not fit the tokens that are left in the "
+            "encoder; leave it out, or use a method that acts behind the encoder"
+        )
     if len(args) > 1:
         return (args[0], bias, *args[2:]), kwargs
     return args, {**kwargs, "attention_mask": bias}

@@ -60,7 +60,8 @@ GAPS = [
     ),
     Gap(
         (5, 18),
-        r"test_inputs.py::test_(same_as_wrapped|refusals)|test_anyres.py::test_compress_inputs"
+        r"test_inputs.py::test_(same_as_wrapped|images_of_different|refusals)"
+        r"|test_anyres.py::test_compress_inputs"
         r"|test_styles.py::test_(chunked_prefill|quantized_cache)\[(pitome|visionzip|divprune)\b"
         r"|test_families.py::test_(compressed_inputs|compact_positions)",
         (REFUSED, AssertionError),

@@ -594,6 +594,47 @@ def test_fastervlm_as_a_loop() -> None:
         assert report.kept[i].tolist() == sorted(kept)
 
 
+@torch.no_grad()
+def test_fewer_tokens_than_crops() -> None:
+    """Crops whose share is nothing keep nothing; the best of the others stay."""
+    model, inputs = mini.build("next"), mini.prompt([[WIDE]])
+    vtc.wrap(model, "fastervlm", keep_tokens=3)
+    model(**inputs)
+    report = model.vtc.report()
+    (layout,) = report.layouts
+    (kept,) = report.kept
+    weights = [len(region.patches) for region in layout.regions()]
+    shares = apportion(3, weights, weights)
+    assert sorted(shares) == [0, 0, 1, 1, 1]
+    scores, want = report.scores(0), []
+    for region, share in zip(layout.regions(), shares, strict=True):
+        best = scores[region.patches].nan_to_num(-torch.inf).argmax()
+        want += [int(region.patches[best])] * share
+    assert kept.tolist() == sorted(want)
+
+
+@torch.no_grad()
+def test_crops_that_keep_different_numbers_inside_the_encoder() -> None:
+    """MustDrop merges what is alike: as many patches as the model sees are those it reports."""
+    rows = [[TALL, TINY], [SLIVER]]
+    model = mini.build("next")
+    vtc.wrap(model, "mustdrop", keep_ratio=0.5, merge_threshold=0.2)
+    inputs = mini.prompt(rows, pad="left", between=0)
+    got, want, alive = compare(model, lambda: model(**inputs).logits)
+    seen = inputs["attention_mask"].bool() & alive[len(alive) - 1]
+    torch.testing.assert_close(got[seen], want[seen], atol=1e-5, rtol=1e-5)
+    model(**inputs)
+    report, reduction, first = model.vtc.report(), model.vtc.vision.state.reduction, 0
+    assert len(reduction.valid.sum(1).unique()) > 1, "no teeth"
+    for i, layout in enumerate(report.layouts):
+        for p in range(len(layout.rows)):
+            row = first + int(layout.crop[p])
+            there = reduction.keep[row][reduction.valid[row]]
+            before_llm = report.stage(i, "encoder block 0").kept[p]
+            assert before_llm == bool((there == layout.place[p]).any())
+        first += 1 + math.prod(layout.crops)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FoldAll(vtc.Method):
     """Folds all patches of a view into the first."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -845,6 +846,53 @@ def test_packed_layer_by_hand(dtype: torch.dtype) -> None:
         layer.evict(vtc.Reduction.identity(2, layer.physical_length()))
     cache.reset()
     assert cache.get_seq_length() == 0 and layer.packed == 0
+
+
+def packed_cache(length: int, ask: Packing, valid: Tensor | None = None) -> tuple[Any, Tensor]:
+    """A cache of one layer, packed, and its keys (2, 2, length, 12), which are the values too."""
+    x = torch.randn(2, 2, length, 12, generator=torch.Generator().manual_seed(0))
+    cache = DynamicCache()
+    cache.update(x, x, 0)
+    pruned_layer(cache, 0, 2, torch.device("cpu"))
+    pack_layer(cache, 0, ask, valid)
+    return cache, x
+
+
+def test_layers_with_too_little_to_pack_stay_as_they_are() -> None:
+    """Too few slots, or enough of them with too few tokens in any row."""
+    ask = Packing(keys=Affine(2), values=Affine(2), window=8, group=8)
+    cache, x = packed_cache(15, ask)
+    assert torch.equal(cache.layers[0].keys, x) and not hasattr(cache.layers[0], "levels")
+    valid = torch.arange(20) >= torch.tensor([[6], [5]])
+    cache, x = packed_cache(20, ask, valid)
+    (layer,) = cache.layers
+    assert layer.packed == 0 and layer.packed_bytes() == 0
+    more = torch.randn(2, 2, 1, 12)
+    keys, values = cache.update(more, more, 0)
+    assert torch.equal(keys, torch.cat([x, more], 2)) and torch.equal(keys, values)
+    pack_layer(cache, 0, ask, torch.cat([valid, torch.ones(2, 1, dtype=torch.bool)], 1))
+    assert layer.counts.tolist() == [0, 8]
+
+
+def test_no_token_is_important_unless_the_method_says_so() -> None:
+    low = Packing(keys=Affine(2), values=Affine(2), window=8, group=8)
+    both = dataclasses.replace(low, keys_high=Affine(4), values_high=Affine(4))
+    (want, _), (got, _) = packed_cache(32, low), packed_cache(32, both)
+    for a, b in zip(want.layers[0].unpacked(), got.layers[0].unpacked(), strict=True):
+        assert torch.equal(a, b)
+    assert got.layers[0].packed == 24 and not got.layers[0].important.any()
+
+
+def test_packed_layers_are_cropped_to_a_length() -> None:
+    """As transformers did before 5.13: a positive number is the length to keep."""
+    ask = Packing(keys=Affine(2), values=Affine(2), window=8, group=8)
+    (one, _), (two, _) = packed_cache(32, ask), packed_cache(32, ask)
+    one.layers[0].crop(28)
+    two.layers[0].crop(-4)
+    for a, b in zip(one.layers[0].unpacked(), two.layers[0].unpacked(), strict=True):
+        assert torch.equal(a, b) and a.shape[2] == 28
+    with pytest.raises(vtc.UnsupportedError, match="cannot crop 8 tokens: they reach back"):
+        one.layers[0].crop(20)
 
 
 # ---- VidKV and ZipVL's mixed cache -------------------------------------------------------------------

@@ -310,6 +310,15 @@ def test_budgets_that_the_method_refuses_do_not_pass(monkeypatch: pytest.MonkeyP
         calibrate(None, [], "uniform", 0.2)  # type: ignore[arg-type]
 
 
+def test_budgets_that_a_method_cannot_reach_are_left_out(model: Any, samples: Any) -> None:
+    """ToMe halves the tokens in every block at most."""
+    how = {"steps": 0, "max_new_tokens": 1}
+    found = calibrate(model, samples, "tome", LOOSE, grid=(0.5, 0.06), **how)
+    assert [p.keep_ratio for p in found.curve] == [0.5]
+    with pytest.raises(vtc.UnsupportedError, match=r"tome.* ran at no budget .*out of reach"):
+        calibrate(model, samples, "tome", LOOSE, grid=(0.06,), **how)
+
+
 def test_nothing_that_passes_names_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     search_on(monkeypatch, lambda k: 0.5 + 1 / k)
     with pytest.raises(vtc.UnsupportedError, match=r"within 0.2 nats at no .*keep_ratio 1.0000"):

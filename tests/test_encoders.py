@@ -27,7 +27,7 @@ from vtc.vision import VisionEngine
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from mini import DEPTH, ENCODERS, GRID, HEADS, PATCH, SIZE, TIMM, WIDTH, images
+from mini import DEPTH, ENCODERS, GRID, HEADS, HF_VISION, PATCH, SIZE, TIMM, WIDTH, images
 from snapshot import snapshot
 
 N = GRID * GRID
@@ -235,6 +235,41 @@ def test_unusual_blocks_are_refused() -> None:
         vtc.wrap(timm.create_model("resnet18", num_classes=3), "tome")
 
 
+def test_patches_that_are_no_squares_are_refused() -> None:
+    import open_clip.transformer as oc
+
+    oblong = {"patch_size": (4, 8), "image_size": (SIZE, SIZE)}
+    for model in (
+        timm.models.vision_transformer.VisionTransformer(**{**TIMM, "patch_size": (4, 8)}),
+        oc.VisionTransformer(**oblong, width=WIDTH, layers=2, heads=HEADS, mlp_ratio=2.0),
+        hf.InternVLVisionModel(hf.InternVLVisionConfig(**{**HF_VISION, **oblong})),
+    ):
+        with pytest.raises(UnsupportedError, match=r"patches of .*4.*8.* pixels; only square ones"):
+            vtc.wrap(model, "tome")
+
+
+def test_blocks_with_a_part_missing_are_refused() -> None:
+    model = ENCODERS["hf-clip"]()
+    del locate_vision(model).blocks[1].module.layer_norm2
+    with pytest.raises(UnsupportedError, match=r"CLIPEncoderLayer .*has other parts than expected"):
+        vtc.wrap(model, "tome")
+
+
+def test_a_mask_of_patches_is_refused_where_tokens_merge() -> None:
+    model, mask = ENCODERS["hf-clip"](), torch.ones(2, 1, 1, N + 1, dtype=torch.bool)
+    mask[..., 30:] = False
+    stock = model(pixel_values=images(), attention_mask=mask).last_hidden_state
+    with vtc.compressing(model, "random", keep_ratio=0.5) as session:
+        got = model(pixel_values=images(), attention_mask=mask).last_hidden_state
+        kept = session.vision.state.reduction.select(stock[:, 1:])
+        torch.testing.assert_close(got[:, 1:], kept)
+    with (
+        vtc.compressing(model, "tome", keep_ratio=0.5),
+        pytest.raises(UnsupportedError, match="an attention_mask of all patches does not fit"),
+    ):
+        model(pixel_values=images(), attention_mask=mask)
+
+
 def test_attention_kernels_without_masks_are_refused_for_proportional_attention() -> None:
     model = ENCODERS["hf-clip"]()
     for config in {
@@ -265,6 +300,43 @@ def test_timm_model_inside_open_clip() -> None:
     vtc.wrap(tower, "tome", keep_ratio=0.5)
     tower(images(1, size=224))
     assert tower.vtc.vision.state.counts[-1] == 99
+
+
+def test_attention_that_pools_sees_every_token() -> None:
+    """open_clip's attentional pooling: merged tokens count as often as they stand for."""
+    from mini import _open_clip, loud
+
+    torch.manual_seed(0)
+    tower, seen = loud(_open_clip(attentional_pool=True)), []
+    assert locate_vision(tower).pool == "map"
+    tower.attn_pool.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    vtc.wrap(tower, "tome", keep_ratio=0.5)
+    tower(images())
+    assert tower.vtc.report().final_tokens == 32
+    assert seen[0].shape == (2, N + 1, WIDTH)
+    assert all(len(row.unique(dim=0)) == 32 + 1 for row in seen[0])
+
+
+def test_rotary_tables_of_the_tokens_that_are_left() -> None:
+    """Shared by all, by head, or by image, as where timm drops patches in training; or none."""
+    from mini import _timm, loud
+    from timm.models.eva import Eva
+
+    from vtc.adapters.timm_vit import _gather
+
+    keep, table = torch.tensor([[0, 2, 5], [0, 1, 3]]), torch.randn(6, 4)
+    want = table[torch.tensor([[1, 4], [0, 2]])][:, None]  # behind a class token
+    for rope in (table, table[None], table.expand(2, 1, 6, 4)):
+        _, kwargs = _gather(1, ((), {"rope": rope, "other": 1}), keep)
+        assert torch.equal(kwargs["rope"], want) and kwargs["other"] == 1
+    other = table.flip(0)
+    _, kwargs = _gather(1, ((), {"rope": torch.stack([table, other])[:, None]}), keep)
+    assert torch.equal(kwargs["rope"], torch.stack([want[0], other[[0, 2]][None]]))
+    torch.manual_seed(0)
+    model = loud(_timm(Eva, use_rot_pos_emb=False))
+    vtc.wrap(model, "tome", keep_ratio=0.5)
+    assert last_tokens(model, partial(model, images())).shape[1] == N + 1  # refilled for the head
+    assert model.vtc.report().final_tokens == 32
 
 
 @pytest.mark.parametrize("cls", [hf.CLIPForImageClassification, hf.SiglipForImageClassification])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -370,6 +371,37 @@ def test_grids_of_an_image_share_its_budget(monkeypatch: pytest.MonkeyPatch) -> 
     assert (kept < 16).sum() == 5 and (kept >= 16).sum() == 4
 
 
+@torch.no_grad()
+def test_images_without_their_sizes() -> None:
+    """Mistral 3 needs them; for a LLaVA with Pixtral all images are as large as the batch."""
+    model, inputs = mini.build("Mistral 3"), mini.prompt("Mistral 3", [[(64, 48)]])
+    del inputs["image_sizes"]
+    vtc.wrap(model, "divprune", keep_tokens=4)
+    with pytest.raises(ValueError, match="needs image_sizes, as its processor gives them"):
+        model(**inputs)
+    model, inputs = mini.build("LLaVA, Pixtral"), mini.prompt("LLaVA, Pixtral", [[(32, 24)]] * 2)
+    vtc.wrap(model, "divprune", keep_tokens=4)
+    want = model(**inputs).logits
+    del inputs["image_sizes"]
+    assert torch.equal(model(**inputs).logits, want)
+    assert model.vtc.report().grid == (4, 3)
+    with pytest.raises(vtc.UnsupportedError, match="got 23 rows where the images have 24 tokens"):
+        model(**inputs, vision_feature_select_strategy="default")
+
+
+@torch.no_grad()
+def test_a_tile_of_zeros_alone_stays_a_tile() -> None:
+    """SmolVLM takes tiles of zeros for padding, unless there is nothing else."""
+    model, inputs = mini.build("SmolVLM"), mini.prompt("SmolVLM", [[1]])
+    inputs["pixel_values"] = torch.zeros_like(inputs["pixel_values"])
+    stock = model(**inputs).logits
+    with vtc.compressing(model, "divprune", keep_ratio=1.0):
+        assert torch.equal(model(**inputs).logits, stock)
+    with vtc.compressing(model, "divprune", keep_tokens=4) as session:
+        model(**inputs)
+        assert session.report().final_tokens == 4
+
+
 def test_split_lengths() -> None:
     """Images of rows that end in text, and two adjacent ones."""
     visual = torch.tensor([[c == "v" for c in "tvvtvvtvvvt"], [c == "v" for c in "tttttvvtttt"]])
@@ -415,6 +447,27 @@ def test_windows_that_tokens_have_left_are_refused() -> None:
         pytest.raises(vtc.UnsupportedError, match="start the conversation with the wrapped"),
     ):
         model(**inputs, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_window_that_was_begun_without_vtc() -> None:
+    """A stock prompt within the window, then an image: as if wrapped from the start."""
+    model, inputs = build("Gemma 3"), mini.prompt("Gemma 3", [[1]], before=5)
+    text = {"input_ids": torch.tensor([[7, 8, 9, 10, 11, 12]])}
+    mask = torch.cat([torch.ones_like(text["input_ids"]), inputs["attention_mask"]], 1)
+    got = []
+    for early in (False, True):
+        with contextlib.ExitStack() as stack:
+            if early:
+                stack.enter_context(vtc.compressing(model, made("divprune", "Gemma 3")))
+            cache = model(**text, use_cache=True).past_key_values
+            if not early:
+                stack.enter_context(vtc.compressing(model, made("divprune", "Gemma 3")))
+            stock = cache.layers[0]
+            model(**{**inputs, "attention_mask": mask}, past_key_values=cache)
+            got.append(model(input_ids=torch.tensor([[7]]), past_key_values=cache).logits)
+            assert (cache.layers[0].dtype, cache.layers[0].device) == (stock.dtype, stock.device)
+    torch.testing.assert_close(got[0], got[1])
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 import transformers as hf
 from mini_generic import FAMILIES, IDS, IMAGE, TEXT, VISION, Family, clip_llama, text, vision
 from snapshot import snapshot
-from torch import Tensor
+from torch import Tensor, nn
 
 import vtc
 from vtc.adapters.locate import locate
@@ -226,6 +226,106 @@ def test_prefix_tokens_that_stay_are_not_one_to_one() -> None:
     with pytest.raises(vtc.UnsupportedError, match="puts 1 tokens in front and 0 are removed"):
         vtc.wrap(model, "random")
     vtc.wrap(model, "fastv")
+
+
+# ---- what nobody has built yet -------------------------------------------------------------------
+
+
+def _one_to_one() -> Any:
+    return next(f for f in FAMILIES if f.one_to_one).build()
+
+
+def _no_projector(model: Any) -> None:
+    base = model.model
+    base.bridge, base.other = base.aligner, nn.Linear(1, 1)
+    del base.aligner
+
+
+JOINED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "no projector": (_no_projector, "no projector between encoder and LLM was found"),
+    "layers": (
+        lambda model: setattr(model.config, "vision_feature_layer", [-2, -3]),
+        r"the projector reads several encoder layers \(\[-2, -3\]\)",
+    ),
+    "any size": (
+        lambda model: setattr(model.config.vision_config, "image_size", [32, 64]),
+        "the size of its images is not fixed",
+    ),
+    "fewer tokens": (
+        lambda model: setattr(model.config, "image_seq_length", 4),
+        r"16 patches become 4 tokens \(image_seq_length\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", JOINED)
+def test_patches_that_may_not_be_tokens_are_left_alone(what: str) -> None:
+    """Only methods inside the LLM are offered, which know nothing of patches."""
+    change, words = JOINED[what]
+    model = _one_to_one()
+    change(model)
+    with pytest.raises(vtc.UnsupportedError, match=f"are not one to one: {words}.*work here: "):
+        vtc.wrap(model, "random")
+    vtc.wrap(model, "fastv")
+
+
+def _own_get_encoder(model: Any) -> None:
+    """Code of a model's own repository, written before get_encoder knew modalities."""
+    model.get_encoder = lambda: model.model.vision_model
+
+
+class Rotary(nn.Module):
+    """Rotary tables of another kind than (cos, sin) for positions (B, L)."""
+
+    def __init__(self, stock: Any, kind: str) -> None:
+        super().__init__()
+        self.stock, self.kind = stock, kind
+        self.inv_freq = stock.inv_freq
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> Any:
+        if self.kind == "axes":
+            position_ids, _, _ = position_ids  # of time, height and width
+        cos, sin = self.stock(x, position_ids)
+        return {"complex": (torch.complex(cos, sin), sin), "one": cos}.get(self.kind, (cos, sin))
+
+
+def _rotary(kind: str) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        decoder = model.model.language_model
+        decoder.rotary_emb = Rotary(decoder.rotary_emb, kind) if kind else None
+
+    return change
+
+
+SEAMS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "get_encoder": (_own_get_encoder, "it has no image encoder in front"),
+    "placeholders": (
+        lambda model: vars(model.config).update(image_token_id=None, image_token_index=None),
+        "is not told by image_token_id and get_image_features",
+    ),
+    "recurrence": (
+        lambda model: model.model.language_model.layers[2].add_module("conv", nn.Conv1d(4, 4, 2)),
+        "LlamaDecoderLayer mixes tokens otherwise than by self-attention",
+    ),
+    "no rotary": (_rotary(""), r"not the pair \(cos, sin\)"),
+    "complex tables": (_rotary("complex"), r"not the pair \(cos, sin\)"),
+    "one table": (_rotary("one"), r"not the pair \(cos, sin\)"),
+}
+
+
+@pytest.mark.parametrize("what", SEAMS)
+def test_other_seams_are_refused(what: str) -> None:
+    change, words = SEAMS[what]
+    model = _one_to_one()
+    change(model)
+    with pytest.raises(vtc.UnsupportedError, match=f"{type(model).__name__}: .*{words}.*support"):
+        vtc.wrap(model, "fastv")
+
+
+def test_rotary_tables_for_three_axes_alone() -> None:
+    model = _one_to_one()
+    _rotary("axes")(model)
+    assert locate(model).family == type(model).__name__
 
 
 def test_text_models_and_others_stay_what_they_were() -> None:

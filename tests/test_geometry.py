@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from mini_generic import FAMILIES
 from PIL import Image
 
 import vtc
@@ -232,6 +233,19 @@ def test_crops_of_padding_alone_show_nothing():
     assert np.abs(np.array(boxes[4]) - [0, -12, 64, 52]).max() < 0.5
 
 
+def test_a_tile_of_a_few_pixels_shows_next_to_nothing():
+    def corner(image: Image.Image) -> torch.Tensor:
+        """All of the image, and its upper left corner beside padding."""
+        small = torch.tensor(np.array(image.resize((40, 40)))).permute(2, 0, 1).float()
+        out = torch.zeros(2, 3, 56, 56)
+        out[0, :, :40, :40], out[1, :, :3, :3] = small, small[:, :3, :3]
+        return out
+
+    whole, piece = tiles(corner, (80, 60))
+    assert np.abs(np.array(whole.box) - [0, 0, 112, 84]).max() < 0.5
+    assert piece.box == (0, 0, 0, 0)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (5, 4), (300, 2)])
 def test_images_of_a_few_pixels(size: tuple[int, int]):
     assert np.allclose(box_of(hf.SiglipImageProcessor(), size), [0, 0, *size], atol=1)
@@ -318,6 +332,28 @@ def test_an_image_or_a_processor_of_another_report_is_refused():
         report = report_on(model, "LLaVA-NeXT", inputs)
     with pytest.raises(ValueError, match="64 x 96"):
         patch_boxes(report, noise((96, 64), 0), anyres)
+    whole = functools.partial(anyres, image_grid_pinpoints=[[32, 32]])
+    with pytest.raises(ValueError, match=r"makes 2 tiles of the image and the report has 10; give"):
+        patch_boxes(report, noise((64, 96), 0), whole)
+
+
+def test_a_model_that_tells_the_number_of_its_tokens_alone():
+    """One that only the generic adapter knows: a square image is a square of tokens."""
+    family = next(f for f in FAMILIES if f.name.startswith("Cohere2Vision"))
+    model = family.build()
+    with torch.no_grad(), vtc.observe(model) as session:
+        model(**family.inputs(model, [1]))
+        report = session.report()
+
+    def squeezed(size: tuple[int, int]) -> Callable[[Image.Image], torch.Tensor]:
+        return lambda image: torch.tensor(np.array(image.resize(size))).permute(2, 0, 1).float()
+
+    assert report.grid == (0, 0)
+    image = noise((80, 60), 0)
+    boxes = patch_boxes(report, image, squeezed((32, 32))).boxes
+    assert np.abs(boxes - grid_boxes((0, 0, 80, 60), 2, 2)).max() < 0.1
+    with pytest.raises(ValueError, match="how this model lays out the 4 tokens of an image"):
+        patch_boxes(report, image, squeezed((64, 32)))
 
 
 def test_index_map_paints_boxes_in_order():

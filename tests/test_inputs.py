@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import mini_llava as mini
 import pytest
 import torch
 
 import vtc
+from vtc.benchmarks.mini_families import build, prompt
 
 
 def generate(model, inputs: dict, **how) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,6 +38,30 @@ def test_same_as_wrapped(method: str, pad: str | None, how: dict) -> None:
     got, got_logits = generate(model, short, **how)
     assert torch.equal(got, want)
     torch.testing.assert_close(got_logits, want_logits, atol=1e-5, rtol=1e-5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growing(vtc.Method):
+    """Keeps one patch of the first image, two of the second."""
+
+    name = "test-growing"
+
+    def on_features(self, v):
+        count = torch.arange(len(v.features)) + 1
+        return vtc.Reduction.from_mask(torch.arange(v.count) < count[:, None])
+
+
+@torch.no_grad()
+def test_images_of_different_lengths_do_not_fit_into_one_tensor() -> None:
+    """InternVL's features are one; a LLaVA's are a list."""
+    with pytest.raises(vtc.UnsupportedError, match="takes the features of all images as one ten"):
+        vtc.compress_inputs(build("InternVL"), prompt("InternVL", [[2]]), Growing())
+    model, inputs = mini.build(), mini.prompt(2, batch=1)
+    with vtc.compressing(model, Growing()):
+        want = generate(model, inputs)
+    got = generate(model, vtc.compress_inputs(model, inputs, Growing()))
+    assert torch.equal(got[0], want[0])
+    torch.testing.assert_close(got[1], want[1], atol=1e-5, rtol=1e-5)
 
 
 def test_refusals() -> None:

@@ -10,6 +10,7 @@ import mini_llava as mini
 import pytest
 import torch
 from snapshot import snapshot
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import vtc
 from vtc.benchmarks.budgets import seeded
@@ -170,3 +171,25 @@ def test_needs_a_class_token(method: str) -> None:
     hint = "".join(f"give it {k}='{v}'" for k, v in own.items())
     with pytest.raises(vtc.UnsupportedError, match=rf"\[CLS\].*{hint}"):
         vtc.wrap(mini.build("siglip"), made(method))
+
+
+@pytest.mark.parametrize(
+    ("layer", "strategy", "why"),
+    [
+        ([-2, -3], "default", r"vision_feature_layer=\[-2, -3\] concatenates several encoder"),
+        (9, "default", "vision_feature_layer=9 is outside a tower of 4 blocks"),
+        (-2, "full", '"full" removes 0 tokens and the tower puts 1 in front'),
+    ],
+)
+def test_features_that_cannot_be_followed(layer: int | list[int], strategy: str, why: str) -> None:
+    config = LlavaConfig(
+        vision_config=mini.TOWERS["clip"](),
+        text_config=mini.DECODERS["llama"](),
+        image_token_id=mini.IMAGE,
+        vision_feature_layer=layer,
+        vision_feature_select_strategy=strategy,
+    )
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    with pytest.raises(vtc.UnsupportedError, match=why):
+        vtc.wrap(model, "fastv")

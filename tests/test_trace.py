@@ -17,6 +17,7 @@ from torch import Tensor
 
 import vtc
 from vtc.benchmarks.mini_families import EVERY, build, prompt
+from vtc.encoding import behind_prefix
 from vtc.method import Method, Scorer
 from vtc.methods._common import into_chosen
 from vtc.methods.divprune import DivPrune
@@ -159,6 +160,43 @@ def test_scores_of_crops_are_those_of_each_region() -> None:
         count = int(kept[region.patches].sum())
         best = here.argsort(descending=True, stable=True)[:count]
         assert kept[region.patches][best].all()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loudest(Method):
+    """Keeps the 10 largest patches behind the first block, the 6 largest behind the second."""
+
+    name = "test-loudest"
+    seen: list[tuple[Tensor, Tensor]]
+
+    def on_vision_layer(self, v: Any) -> Reduction | None:
+        if v.layer > 1:
+            return None
+        scores = v.x[:, v.prefix :].norm(dim=-1)
+        self.seen.append((v.index, scores))
+        return behind_prefix(Reduction.from_scores(scores, (10, 6)[v.layer]), v.prefix)
+
+
+def test_scores_inside_the_encoder_of_crops() -> None:
+    """In the order of the packed image, of every patch that had not left before."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    inputs = prompt("LLaVA-NeXT", [[(32, 64)]])
+    report = run(build("LLaVA-NeXT"), Loudest(seen=seen), inputs)
+    (layout,) = report.layouts
+    for block, (index, scores) in enumerate(seen):
+        want = torch.full((3, 16), torch.nan).scatter(1, index, scores)
+        got = report.scores(0, f"encoder block {block}")
+        assert torch.equal(got.nan_to_num(-1), want[layout.crop, layout.place].nan_to_num(-1))
+        assert got.isnan().any() == (block == 1)
+
+
+def test_scores_of_a_place_are_those_of_the_last_that_ranked_there() -> None:
+    """Two methods behind the encoder, the second of which only chooses."""
+    model, inputs = mini_llava.build(), mini_llava.prompt(1, batch=1)
+    one = run(model, made("fastervlm", keep=12), inputs)
+    two = run(model, vtc.chain(made("fastervlm", keep=12), DivPrune(keep_tokens=5)), inputs)
+    assert two.stages() == [("before the LLM", 5)]
+    assert torch.equal(two.scores(0), one.scores(0))
 
 
 def test_scores_before_a_layer_are_those_of_the_step_before() -> None:

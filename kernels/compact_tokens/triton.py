@@ -141,10 +141,8 @@ def _words(x: Tensor) -> Tensor:
     x = x.reshape(*x.shape[:2], -1)
     x = x if x.stride(2) == 1 else x.contiguous()
     offset = [x.data_ptr(), *(x.element_size() * n for n in (x.shape[2], *x.stride()[:2]))]
-    for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        if all(n % dtype.itemsize == 0 for n in offset):
-            return x.view(dtype)
-    raise AssertionError("every row is a whole number of bytes")
+    words = (torch.int64, torch.int32, torch.int16, torch.uint8)
+    return x.view(next(w for w in words if all(n % w.itemsize == 0 for n in offset)))
 
 
 def compact(

@@ -105,17 +105,13 @@ def config(c: int) -> dict[str, Any]:
 
 def merge(x: Tensor, size: Tensor | None, group: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See `vtc.kernels.merge_tokens`."""
-    if x.dtype == torch.float64:  # the kernel accumulates in fp32
+    batch, n, c = x.shape
+    if x.dtype == torch.float64 or 0 in (batch, n, c, k):  # the kernel accumulates in fp32
         from . import reference
 
         return reference.merge(x, size, group, k)
-    batch, n, c = x.shape
     out = torch.empty(batch, k, c, dtype=x.dtype, device=x.device)
     new_size = torch.empty(batch, k, dtype=torch.float32, device=x.device)
-    if out.numel() == 0:
-        return out, new_size.zero_()
-    if n == 0:
-        return out.zero_(), new_size.zero_()
     x = x if x.stride(2) == 1 else x.contiguous()
     order = torch.empty(batch, n, dtype=torch.int32, device=x.device)
     start = torch.empty(batch, k + 1, dtype=torch.int32, device=x.device)

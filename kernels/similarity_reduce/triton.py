@@ -254,9 +254,7 @@ def _launch(
     if batch == 0 or n == 0:
         return out, index
     if m == 0 or c == 0:  # no product to take
-        if is_max:
-            return out.fill_(-torch.inf if m == 0 else 0), index.zero_()
-        raise ValueError("similarity_reduce needs at least one column and one channel")
+        return out.fill_(-torch.inf if is_max else 0), index.zero_()
     same = y is x
     x = x if x.stride(2) == 1 else x.contiguous()
     y = x if same else y if y.stride(2) == 1 else y.contiguous()

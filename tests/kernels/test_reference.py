@@ -141,6 +141,22 @@ def test_gradients_of_compacted_tokens():
     )
 
 
+def test_gradients_where_no_token_is_or_none_is_asked_for():
+    x, y = torch.randn(1, 3, 2, requires_grad=True), torch.randn(1, 3, requires_grad=True)
+    first, _ = compact_tokens.compact([x, y], torch.tensor([[2, 0]]))
+    first.sum().backward()
+    assert x.grad.tolist() == [[[1, 1], [0, 0], [1, 1]]]
+    assert y.grad is None or not y.grad.any()
+    none = torch.randn(2, 0, 3, requires_grad=True)
+    keep, valid = torch.zeros(2, 4, dtype=torch.long), torch.zeros(2, 4, dtype=torch.bool)
+    (padding,) = compact_tokens.compact([none], keep, valid)
+    assert torch.equal(padding, torch.zeros(2, 4, 3))
+    padding.sum().backward()
+    assert none.grad is None or none.grad.shape == (2, 0, 3)
+    (packed,), boundaries = compact_tokens.pack([none.detach()], keep, valid)
+    assert packed.shape == (0, 3) and boundaries.tolist() == [0, 0, 0]
+
+
 def test_packed_rows_and_their_boundaries():
     x = torch.arange(12).view(2, 6)
     keep = torch.tensor([[0, 2, 5], [1, 4, 0]])
@@ -187,7 +203,11 @@ def test_calls_that_something_looks_into_go_through_the_registered_operator():
         assert not dispatch.unseen(fake)
         energy = similarity_reduce.energy(fake, 0.5)
         merged, _ = merge_tokens.merge(fake, None, torch.zeros(2, 10, dtype=torch.long), 4)
+        heads = fake[:, None]
+        rows = attention_reduce.row_lse(heads, heads[:, :, :7])
+        columns = attention_reduce.column_sums(heads, heads[:, :, :7])
     assert energy.shape == (2, 10) and merged.shape == (2, 4, 8)
+    assert rows.shape == (2, 1, 10) and columns.shape == (2, 1, 7)
 
 
 def test_methods_and_engine_call_the_operators():
@@ -214,8 +234,39 @@ def test_scores_do_not_carry_gradients():
 
 
 def test_heads_must_divide():
-    with pytest.raises(ValueError, match="multiple"):
-        attention_reduce.column_sums(torch.randn(1, 3, 4, 8), torch.randn(1, 2, 4, 8))
+    for reduce in (attention_reduce.column_sums, attention_reduce.row_lse):
+        with pytest.raises(ValueError, match="multiple"):
+            reduce(torch.randn(1, 3, 4, 8), torch.randn(1, 2, 4, 8))
+
+
+def test_rows_of_attention():
+    """Of grouped heads, with padding and without: d^-0.5 is the scale unless another is given."""
+    q, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 5, 16)
+    scores = q @ k.repeat_interleave(2, 1).transpose(2, 3)
+    torch.testing.assert_close(attention_reduce.row_lse(q, k), (scores / 4).logsumexp(3))
+    real = torch.tensor([[False, True, True, True, False]])
+    got = attention_reduce.row_lse(q, k, scale=0.5, causal=True, key_mask=real)
+    seen = real[0] & torch.ones(3, 5, dtype=torch.bool).tril(2)
+    want = (scores / 2).masked_fill(~seen, -torch.inf).logsumexp(3)
+    torch.testing.assert_close(got, want)
+
+
+def test_nobody_to_attend_to():
+    q = torch.randn(1, 2, 3, 8)
+    assert attention_reduce.column_sums(q, q[:, :, :0]).shape == (1, 2, 0)
+    assert attention_reduce.row_lse(q, q[:, :, :0]).eq(-torch.inf).all()
+
+
+def test_sum_and_count_of_similarities():
+    x, y = torch.randn(2, 6, 8), torch.randn(2, 4, 8)
+    s = unit(x) @ unit(y).transpose(1, 2)
+    torch.testing.assert_close(similarity_reduce.similarity_sum(x, y), s.sum(2))
+    counted = similarity_reduce.similarity_count(x, y, threshold=0.1)
+    assert torch.equal(counted, (s > 0.1).sum(2))
+    own = (unit(x) @ unit(x).transpose(1, 2)).sum(2)
+    torch.testing.assert_close(similarity_reduce.similarity_sum(x, exclude_diag=True), own - 1)
+    with pytest.raises(ValueError, match=r"kind is \"elu\" or \"paper\"; got 'relu'"):
+        similarity_reduce.energy(x, 0.5, kind="relu")
 
 
 def python(code):

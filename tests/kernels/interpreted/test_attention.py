@@ -32,3 +32,9 @@ def test_column_sums(batch, tq, tk, c, causal, masked, weighted, dtype, device):
 )
 def test_column_sums_of_one_head(tq, tk, c, dtype, causal, device):
     checks.check_attention(kernel, 1, tq, tk, c, dtype, device, heads=1, kv=1, causal=causal)
+
+
+def test_nobody_to_attend_to(device):
+    q = checks.features(2, 6, 32, F32, device).view(1, 2, 6, 32)
+    sums = kernel.column_sums(q, q[:, :, :0], None, None, 1.0, False, None, None)
+    assert sums.shape == (1, 2, 0)

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from tests.kernels import checks
+from vtc.kernels.similarity_reduce import reference
 from vtc.kernels.similarity_reduce import triton as kernel
 
 F32, F16, BF16 = checks.DTYPES
@@ -58,11 +59,13 @@ def test_strided_halves_and_empty_sides(device):
     edge, partner = kernel.best_match(x[:, 0::2], x[:, 1::2], True, False, None, None, None, None)
     s = checks.cosine(x[:, 0::2], x[:, 1::2])
     checks.close(edge, s.amax(2), 2e-5)
-    edge, partner = kernel.best_match(x, x[:, :0], True, False, None, None, None, None)
-    assert edge.eq(-torch.inf).all() and partner.eq(0).all()
-    assert (
-        kernel.similarity_sum(x[:, :0], None, "elu", 0.5, 1.0, True, False, None, None).numel() == 0
-    )
+    energy = ("elu", 0.5, 1.0, True, False, None, None)
+    assert kernel.similarity_sum(x[:, :0], None, *energy).numel() == 0
+    for a, b in ((x, x[:, :0]), (x[..., :0], x[..., :0])):
+        for impl in (kernel, reference):  # the same on every device
+            edge, partner = impl.best_match(a, b, True, False, None, None, None, None)
+            assert edge.eq(-torch.inf).all() and partner.eq(0).all()
+            assert torch.equal(impl.similarity_sum(a, b, *energy).cpu(), torch.zeros(2, 66))
 
 
 def test_wide_inputs_use_the_large_configuration(device, monkeypatch):

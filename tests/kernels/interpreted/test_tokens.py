@@ -34,3 +34,14 @@ def test_nothing_to_merge(device):
     assert merged.eq(0).all() and size.eq(0).all()
     merged, size = merge.merge(x[:, :0], None, group[:, :0], 4)
     assert merged.eq(0).all() and size.eq(0).all()
+    merged, size = merge.merge(x, None, group, 0)
+    assert merged.shape == (2, 0, 3) and size.shape == (2, 0)
+    merged, size = merge.merge(x[..., :0], None, group + 1, 2)
+    assert merged.shape == (2, 2, 0) and size.tolist() == [[5, 0]] * 2
+
+
+def test_merging_in_float64_loses_nothing(device):
+    """The kernel itself adds up in fp32."""
+    x = torch.tensor([[[1.0], [1e-12]]], dtype=torch.float64, device=device)
+    merged, _ = merge.merge(x, None, torch.zeros(1, 2, dtype=torch.long, device=device), 1)
+    assert merged.item() == (1 + 1e-12) / 2
