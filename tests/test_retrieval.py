@@ -94,10 +94,10 @@ def save_open_clip(folder: Path) -> str:
     return f"open_clip:local-dir:{folder}"
 
 
-def save_timm(folder: Path, **options: Any) -> str:
+def save_timm(folder: Path, classes: int = 7, **options: Any) -> str:
     torch.manual_seed(0)
     args = {**TIMM, **options}
-    model = loud(timm.create_model("vit_tiny_patch16_224", num_classes=7, **args))
+    model = loud(timm.create_model("vit_tiny_patch16_224", num_classes=classes, **args))
     timm.models.save_for_hf(model, folder, model_args=args, safe_serialization=True)
     return f"timm:local-dir:{folder}"
 
@@ -772,6 +772,7 @@ def test_mistakes_are_one_clear_line(
 ) -> None:
     (tmp_path / "three.json").write_text("{}")
     (tmp_path / "blocked").touch()
+    classless = save_timm(tmp_path / "classless", classes=0)
     run = ("--methods", "tome", "--keep", "0.5", "--repeats", "0")
     for args, says in (
         (("retrieval", "nonsense"), "flickr30k"),
@@ -782,6 +783,7 @@ def test_mistakes_are_one_clear_line(
         (("retrieval", "--model", saved["timm"]), "vtc classify"),
         (("classify", tmp_path / "no", "--model", saved["timm"]), "no folder"),
         (("classify", folder / "red", "--model", saved["timm"]), "1 class folders"),
+        (("classify", folder, "--model", classless), f"error: {classless} has no classes"),
         (("classify", folder, "--model", saved["timm"], "--template", "{}"), "prompts"),
         (
             ("classify", folder, "--model", saved["timm"], "--classes", tmp_path / "three.json"),
