@@ -177,6 +177,19 @@ def test_bench_without_matplotlib_and_with_a_method_that_cannot_run(toy, tmp_pat
     assert set(last.removeprefix("written: ").split(", ")) == there
 
 
+def test_pictures_that_cannot_be_written_are_said_and_the_command_fails(toy, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "scenes-kept.png").mkdir()
+    done = invoke(
+        *("bench", "scenes", "--methods", "random", "--keep", "4", "--samples", "2"),
+        *("--repeats", "0", "--out", str(tmp_path)),
+    )
+    assert done.exit_code == 1
+    assert "cannot write the pictures: Is a directory" in done.stderr
+    (last,) = [x for x in done.stdout.splitlines() if x.startswith("written: ")]
+    assert "scenes.json" in last and "png" not in last
+
+
 def test_a_broken_installation_is_no_mistake_of_the_caller(monkeypatch):
     """No extra would bring the module back, so the traceback stays."""
     monkeypatch.setitem(sys.modules, "transformers", None)

@@ -416,6 +416,12 @@ def test_interrupted_runs_keep_what_they_have(loaded: dict[str, Any]) -> None:
     with pytest.raises(KeyboardInterrupt):  # nothing to keep yet
         retrieval.run(loaded["clip"], task, settings("tome", batch_size=6))
 
+    def stop(*progress: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        retrieval.run(loaded["clip"], gallery(3), settings("tome"), stop)
+
 
 def test_progress_reaches_its_end(loaded: dict[str, Any]) -> None:
     told: list[tuple[str, int, int]] = []
@@ -576,8 +582,11 @@ def test_unreadable_images_are_left_out_and_counted(loaded: dict[str, Any], tmp_
     (tmp_path / "3.png").write_bytes(data[: len(data) // 2])
     lines = [json.dumps({"image": f"{i}.png", "captions": [f"{i}"]}) for i in range(5)]
     (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    with (tmp_path / "own.jsonl").open("a") as file:
+        file.write('\n{"image": "4.png"}')
     task = open_captions(tmp_path / "own.jsonl")
     result = retrieval.run(loaded["clip"], task, settings("tome", batch_size=2))
+    assert "1 rows refused; the first: own.jsonl:6: " in caption(result)
     assert (result["images"], result["captions"], result["finished"]) == (3, 3, True)
     assert [s["where"] for s in result["skipped"]] == ["own.jsonl:2", "own.jsonl:4"]
     assert all("cannot read" in s["why"] for s in result["skipped"])
@@ -614,6 +623,10 @@ def test_class_folders(folder: Path) -> None:
     drawn = [item.id for item in ClassFolder(folder, 5)]
     assert len(drawn) == 5 and drawn == [item.id for item in ClassFolder(folder, 5)]
     assert drawn != [item.id for item in ClassFolder(folder, 5, seed=1)]
+    empty = folder.parent / "empty"
+    (empty / "red").mkdir(parents=True)
+    with pytest.raises(ValueError, match="empty: no images in its 1 subfolders"):
+        ClassFolder(empty)
     (folder / "zebra").mkdir()
     assert ClassFolder(folder).problems == [("zebra", "a class without images")]
     for where, says in (("nowhere", "no folder"), ("red/deep", "no subfolders")):
