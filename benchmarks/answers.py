@@ -53,7 +53,7 @@ def answer(
         features = [encoded.pooler_output[i] for i in batch.image_of]
         outputs = {"image": type(encoded)(pooler_output=features)}
         vision: dict[str, Any] = {"mm_encoder_outputs": outputs}
-    else:  # transformers before 5.18: one encoder pass for each question
+    else:  # pragma: no cover (transformers before 5.18: one encoder pass for each question)
         vision = {k: v[batch.image_of] for k, v in images.items()}
     out = model.generate(
         **text,

@@ -122,9 +122,3 @@ def _giga(x: float | None) -> float | None:
 
 def _over(a: float | None, b: float | None) -> float | None:
     return None if a is None or not b else a / b
-
-
-def rows_of(result: dict[str, Any], method: str) -> list[dict[str, Any]]:
-    """The rows of one method, largest budget first."""
-    rows = [r for r in result["rows"] if r["method"] == method and r["error"] is None]
-    return sorted(rows, key=lambda r: -(r["asked_tokens"] or 0))

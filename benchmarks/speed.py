@@ -191,7 +191,7 @@ def run(
                 parts.append(part := new_part(shape, prompt, settings, graphs))
                 torch.manual_seed(settings.seed)
                 try:
-                    if graphs:
+                    if graphs:  # pragma: no cover (planned on a GPU only)
                         compare_compiled(part, shape, prompt, methods, settings, tick)
                     else:
                         compare(part, built(), shape, prompt, methods, settings, tick)

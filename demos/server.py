@@ -46,8 +46,7 @@ class Guard:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
+            return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
         if scope["method"] in ("POST", "PUT", "PATCH"):
             length = headers.get(b"content-length", b"")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import types
 import weakref
 from collections.abc import Iterator
@@ -587,6 +588,24 @@ def test_the_command_calibrates(commands: None, tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"calibration-toy.json", "calibration-toy.png"}
     result = json.loads((tmp_path / "calibration-toy.json").read_text())
     assert result["finished"] and result["command"].startswith("vtc")
+
+
+def test_calibrate_without_matplotlib_and_with_a_method_that_does_not_fit(
+    commands: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = invoke(
+        *("calibrate", "scenes", "--methods", "evs,random", "--samples", "8", "--held-out", "0"),
+        *("--max-divergence", "1.5", "--steps", "0", "--max-new-tokens", "2"),
+        *("--out", str(tmp_path)),
+    )
+    assert done.exit_code == 0, done.output
+    assert (
+        'no plot without matplotlib; pip install "visual-token-compression[bench]"' in done.stderr
+    )
+    assert "evs: " in done.stderr and "evs" not in done.stdout
+    assert "random" in done.stdout
+    assert f"written: {tmp_path / 'calibration-toy.json'}\n" in done.stdout
 
 
 def test_unlabeled_data_calibrate_without_held_out_questions(

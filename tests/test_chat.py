@@ -57,6 +57,15 @@ def made(method=None) -> ChatModel:
     return ChatModel(model, mini_processor(model), method)
 
 
+def test_a_tokenizer_without_padding_pads_with_its_end():
+    model = mini_llava()
+    processor = mini_processor(model)
+    processor.tokenizer.pad_token = None
+    ends = processor.tokenizer.eos_token
+    ChatModel(model, processor)
+    assert processor.tokenizer.pad_token == ends is not None
+
+
 # ---- prompts -------------------------------------------------------------------------------------
 
 

@@ -6,8 +6,10 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -122,17 +124,91 @@ def test_json_is_all_there_is_on_stdout(toy, tmp_path):
     assert result["command"].startswith("vtc")
 
 
-def test_kernels_prints_its_tables(monkeypatch, tmp_path):
+@pytest.fixture
+def energy(monkeypatch):
+    """All that is timed is one kernel at 577 tokens and a small merge step."""
     step = functools.partial(kernels.merge_step, sizes=(65,), batch=2, hidden_width=32, rounds=1)
-    few = kernels.cases("cpu", torch.float32, small=True)[:1]  # energy, 577 tokens
+    few = kernels.cases("cpu", torch.float32, small=True)[:1]
     monkeypatch.setattr(kernels, "merge_step", step)
     monkeypatch.setattr(kernels, "cases", lambda *args, **kwargs: few)
+    return few
+
+
+def test_kernels_prints_its_tables(energy, tmp_path):
     done = invoke("kernels", "--json", "--out", str(tmp_path))
     assert done.exit_code == 0
     tables = json.loads(done.stdout)
     assert tables["kernels-cpu"][0]["kernel"] == "energy"
     assert float(tables["merge-step-cpu"][0]["speedup"]) > 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["kernels-cpu.csv", "merge-step-cpu.csv"]
+
+
+def test_a_kernel_that_is_wrong_ends_in_an_error(energy, tmp_path):
+    case = energy[0]
+    energy[0] = replace(case, run=lambda: case.run() + 1)
+    done = invoke("kernels", "--device", "cpu", "--out", str(tmp_path))
+    assert done.exit_code == 2
+    assert f"error: wrong results on this device: energy {case.shape}\n" == done.stderr
+
+
+def test_kernels_prints_where_its_files_are(energy, tmp_path):
+    done = invoke("kernels", "--device", "cpu", "--out", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    paths = f"{tmp_path / 'kernels-cpu.csv'}, {tmp_path / 'merge-step-cpu.csv'}"
+    assert done.stdout.endswith(f"written: {paths}\n")
+
+
+def test_bench_without_matplotlib_and_with_a_method_that_cannot_run(toy, tmp_path, monkeypatch):
+    """The rest of the table and the picture are there, with a line on each of the two."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = invoke(
+        *("bench", "scenes", "--methods", "evs,random", "--keep", "4", "--samples", "2"),
+        *("--repeats", "0", "--out", str(tmp_path / "out[new]")),
+    )
+    assert done.exit_code == 0, done.output
+    assert re.search(r"^evs on scenes: .*frames", done.stdout, re.M)
+    assert (
+        'no plot without matplotlib; pip install "visual-token-compression[bench]"' in done.stderr
+    )
+    names = {"scenes.json", "scenes.predictions.jsonl", "scenes-kept.png"}
+    there = {str(p) for p in (tmp_path / "out[new]").iterdir()}
+    assert {Path(p).name for p in there} == names
+    (last,) = [x for x in done.stdout.splitlines() if x.startswith("written: ")]
+    assert set(last.removeprefix("written: ").split(", ")) == there
+
+
+def test_pictures_that_cannot_be_written_are_said_and_the_command_fails(toy, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "scenes-kept.png").mkdir()
+    done = invoke(
+        *("bench", "scenes", "--methods", "random", "--keep", "4", "--samples", "2"),
+        *("--repeats", "0", "--out", str(tmp_path)),
+    )
+    assert done.exit_code == 1
+    assert "cannot write the pictures: Is a directory" in done.stderr
+    (last,) = [x for x in done.stdout.splitlines() if x.startswith("written: ")]
+    assert "scenes.json" in last and "png" not in last
+
+
+def test_a_broken_installation_is_no_mistake_of_the_caller(monkeypatch):
+    """No extra would bring the module back, so the traceback stays."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    done = invoke("version")
+    assert isinstance(done.exception, ImportError) and done.exception.name == "transformers"
+    assert "pip install" not in done.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_clear_line(toy):
+    done = invoke("bench", "scenes", "--device", "cuda")
+    assert done.exit_code == 2
+    assert done.stderr == "error: no CUDA device is available; use --device cpu\n"
+
+
+def test_a_dtype_that_is_none_is_one_clear_line():
+    done = invoke("bench", "scenes", "--dtype", "int8")
+    assert done.exit_code == 2
+    assert done.stderr == 'error: unknown dtype "int8"; use float32, bfloat16, float16\n'
 
 
 @pytest.mark.parametrize(

@@ -4,23 +4,27 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import tempfile
 import threading
 import time
 import zlib
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from typer.testing import CliRunner
 
 import vtc
 from vtc import cli
 from vtc.benchmarks.mini import mini_llava, mini_processor
-from vtc.demos import choices, loading, measuring, uploads
+from vtc.demos import choices, gallery, loading, measuring, pages, uploads
 from vtc.demos.engine import Engine
 from vtc.demos.examples import EXAMPLES
 from vtc.demos.gallery import Gallery
@@ -148,6 +152,26 @@ def test_questions_that_cannot_be_asked(mini, question, says):
     with pytest.raises(ValueError, match=re.escape(says)):
         last(mini.answer(TITLE, picture(), question, ["fastv"], 0.5))
     assert unwrapped(mini)
+
+
+@pytest.mark.parametrize(
+    ("title", "numbers", "says"),
+    [
+        ("other", {}, "no such model; there are mini"),
+        (TITLE, {"length": 0}, "the longest answer lies between 1 and 256; got 0"),
+        (TITLE, {"length": 257}, "the longest answer lies between 1 and 256; got 257"),
+        (TITLE, {"rounds": 10}, "the number of timed rounds lies between 0 and 9; got 10"),
+    ],
+)
+def test_what_the_page_does_not_offer_is_refused(mini, title, numbers, says):
+    for run in (mini.answer, mini.compare):
+        with pytest.raises(ValueError, match=re.escape(says)):
+            run(title, picture(), QUESTION, ["fastv"], 0.5, **numbers)
+
+
+def test_a_chain_says_how_the_slider_is_shared():
+    assert "the slider is what the last one leaves" in pages.about(["pitome", "fastv"])
+    assert "the slider" not in pages.about(["fastv"])
 
 
 @pytest.mark.slow
@@ -313,7 +337,30 @@ def test_methods_side_by_side_and_one_that_cannot(mini, monkeypatch):
     assert {row.side.tokens for row in (merged, kept)} == {4}
     assert kept.side.flops < base.side.flops
     assert all(row.side.first_ms > 0 and row.picture is not None for row in (base, merged, kept))
+    shown = pages.comparison(rows, 1)
+    assert shown.count('<td class="why"') == 1
+    assert "not on &lt;b&gt;this&lt;/b&gt; image" in shown
     assert unwrapped(mini)
+
+
+def test_without_knowing_where_tokens_lie_there_is_a_row_and_no_picture():
+    net = mini_llava()
+    processor = mini_processor(net)
+
+    class Mirroring(type(processor)):
+        def __call__(self, images, **more):
+            return super().__call__(images=[ImageOps.mirror(image) for image in images], **more)
+
+    processor.__class__ = Mirroring
+    made = Engine([choices.Model(TITLE, net, processor, "", "")])
+    try:
+        _, rows = last(made.compare(TITLE, picture(), QUESTION, ["fastv"], 0.25, 2, rounds=0))
+    finally:
+        made.close()
+    assert [(row.error, row.picture, row.side.tokens) for row in rows] == [
+        ("", None, 16),
+        ("", None, 4),
+    ]
 
 
 def test_too_many_methods_are_refused(mini):
@@ -434,6 +481,25 @@ def test_search_finds_the_described_scene():
     assert "pitome" in gallery.methods and "fastv" not in gallery.methods
 
 
+@pytest.mark.slow
+def test_only_so_many_settings_of_the_gallery_are_remembered(monkeypatch):
+    monkeypatch.setattr(gallery, "REMEMBERED", 2)
+    worker = Worker()
+    scenes = Gallery(worker, size=1)
+
+    def encoded(keep: float) -> list[str]:
+        told = [status for status, _ in scenes.search("a circle", ["random"], keep)]
+        return [status.split(",")[0] for status in told if "image" in status]
+
+    try:
+        assert encoded(0.5) == [BASELINE, COMPRESSED]
+        assert encoded(0.5) == []
+        assert encoded(0.2) == [COMPRESSED]  # in place of the baseline, the oldest
+        assert encoded(0.2) == [BASELINE]
+    finally:
+        worker.close()
+
+
 # ---- the command -------------------------------------------------------------------------------
 
 
@@ -461,6 +527,54 @@ def test_a_port_that_is_taken_is_one_clear_line(monkeypatch):
     assert done.stderr == (
         "error: cannot listen on 127.0.0.1:7860; choose another --port or --host\n"
     )
+
+
+@pytest.mark.parametrize(("host", "open_to_all"), [("127.0.0.1", False), ("0.0.0.0", True)])
+def test_the_command_serves_until_it_is_told_to_stop(monkeypatch, host, open_to_all):
+    """Also a SIGTERM is a polite end; who opens the page to others is told so."""
+    pytest.importorskip("gradio")
+    net, seen = mini_llava(), []
+    tiny = [choices.Model("mini", net, mini_processor(net), "", "")]
+    folders = set(Path(tempfile.gettempdir()).glob("vtc-demo-*"))
+
+    def sleep(seconds: float) -> None:
+        seen.extend(set(Path(tempfile.gettempdir()).glob("vtc-demo-*")) - folders)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loading, "embedded", lambda device: tiny)
+    monkeypatch.setattr(cli.demo, "time", SimpleNamespace(sleep=sleep))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        done = CliRunner().invoke(cli.app, ["demo", "--host", host])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert done.exit_code == 0, done.output
+    assert re.fullmatch(r"http://[\w.]+:\d+/  \(Ctrl-C stops it\)\nstopped\n", done.stdout)
+    assert ("anyone who reaches this page can use this machine" in done.stderr) == open_to_all
+    assert len(seen) == 1 and not seen[0].exists()
+
+
+@pytest.mark.parametrize(
+    ("host", "alone"),
+    [
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("::1", True),
+        ("0.0.0.0", False),
+        ("192.168.1.5", False),
+        ("workstation", False),
+    ],
+)
+def test_addresses_of_this_machine_alone(host, alone):
+    server = pytest.importorskip("vtc.demos.server", exc_type=ImportError)
+    assert server.is_loopback(host) is alone
+
+
+def test_a_dtype_that_is_none_is_one_clear_line():
+    pytest.importorskip("gradio")
+    done = CliRunner().invoke(cli.app, ["demo", "--dtype", "int8"])
+    assert done.exit_code == 2
+    assert done.stderr == 'error: unknown dtype "int8"; use float32, bfloat16 or float16\n'
 
 
 def test_a_model_that_is_not_there_is_one_clear_line(tmp_path):

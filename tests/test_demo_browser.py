@@ -25,6 +25,7 @@ from PIL import Image
 
 gr = pytest.importorskip("gradio", exc_type=ImportError)
 
+from vtc.benchmarks.catalogue import PLACES  # noqa: E402
 from vtc.benchmarks.mini import mini_llava, mini_processor  # noqa: E402
 from vtc.demos import choices, loading, server, uploads  # noqa: E402
 from vtc.demos.engine import Engine, draw  # noqa: E402
@@ -241,13 +242,30 @@ def send(address: str, image: object, length: int = 6, names: tuple[str, ...] = 
     return content if event == "event: complete" else [str(content)]
 
 
-def ask(address: str, image: Image.Image, length: int = 6) -> list:
-    """An upload and a question about it."""
+def uploaded(address: str, image: Image.Image) -> dict:
     raw = BytesIO()
     image.save(raw, "PNG")
     file = {"files": ("image.png", raw.getvalue())}
     (path,) = http.post(f"{address}gradio_api/upload", files=file).json()
-    return send(address, {"path": path, "meta": {"_type": "gradio.FileData"}}, length)
+    return {"path": path, "meta": {"_type": "gradio.FileData"}}
+
+
+def ask(address: str, image: Image.Image, length: int = 6) -> list:
+    """An upload and a question about it."""
+    return send(address, uploaded(address, image), length)
+
+
+def page_does(address: str, session: str, name: str, *data: object) -> list:
+    """What an open page is told when it triggers an event of its own; None is what it keeps."""
+    events = http.get(f"{address}config").json()["dependencies"]
+    (number,) = [event["id"] for event in events if event["api_name"] == name]
+    call = {"data": data, "fn_index": number, "session_hash": session}
+    http.post(f"{address}gradio_api/queue/join", json=call)
+    told = http.get(f"{address}gradio_api/queue/data", params={"session_hash": session}).text
+    messages = [json.loads(x.removeprefix("data: ")) for x in told.strip().split("\n\n")]
+    (end,) = [m for m in messages if m["msg"] == "process_completed"]
+    assert end["success"], end
+    return end["output"]["data"]
 
 
 def said(card: str) -> str:
@@ -291,6 +309,39 @@ def test_a_failing_request_says_so_and_the_next_one_works(small, monkeypatch):
     assert "secret" not in status
     assert "vtc" not in engine.models["mini"].net.__dict__
     assert "done" in ask(address, picture(0))[0]
+
+
+def test_the_page_says_what_it_cannot_do_in_words(small):
+    address, _ = small
+    image = uploaded(address, picture(0))
+    code, _ = page_does(address, "words", "settings_changed", "mini", QUESTION, [], 25, 6)
+    assert code == "# choose at least one method"
+    caption = page_does(address, "words", "redraw", None, "kept", 0)[1]
+    assert "this result is no longer kept: ask again" in caption
+    page_does(address, "words", "ask", image, QUESTION, "mini", ["pool"], 25, 2, 0)
+    shown, caption, _ = page_does(address, "words", "redraw", None, "scores", 1)
+    assert shown is None
+    assert "4 of 16 tokens. pool(" in caption and "no step up to there ranks" in caption
+    status = page_does(address, "words", "compare", image, QUESTION, "mini", [], 25)[0]
+    assert "choose between 1 and 8 methods" in status and 'role="alert"' in status
+    status = page_does(address, "words", "search", "x" * 501, ["pitome"], 25)[0]
+    assert "a description has at most 500 characters" in status and 'role="alert"' in status
+
+
+def test_the_methods_on_offer_are_those_of_the_model_and_the_stage(small, monkeypatch):
+    address, engine = small
+    able = {n: stages for n, stages in engine.methods["mini"].items() if n != "divprune"}
+    monkeypatch.setitem(engine.methods, "mini", able)
+
+    def offered(event: str, *data: object) -> tuple[list[str], list[str]]:
+        (update,) = page_does(address, "offer", event, "mini", *data)
+        return [name for name, _ in update["choices"]], update["value"]
+
+    assert offered("filtered", "anywhere", ["fastv", "divprune"]) == (sorted(able), ["fastv"])
+    names, chosen = offered("filtered", PLACES["vision"], ["fastv"])
+    assert chosen == ["fastv"]  # what was chosen stays, wherever it acts
+    assert set(names) == {"fastv", *(n for n in able if "vision" in able[n])}
+    assert offered("usable", ["divprune", "pitome"]) == (list(able), ["pitome"])
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")

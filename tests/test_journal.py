@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -358,6 +359,19 @@ def test_signals_wait_until_something_is_written():
         assert interrupts.asked
         with pytest.raises(KeyboardInterrupt), interrupts.allowed():
             raise AssertionError("the block is not entered")
+
+
+def test_a_run_in_a_thread_leaves_signals_alone():
+    before, asked = signal.getsignal(signal.SIGINT), []
+
+    def run():
+        with Interrupts() as interrupts:
+            asked.append((signal.getsignal(signal.SIGINT), interrupts.asked))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert asked == [(before, False)]
 
 
 def test_errors_of_a_step_come_through_and_its_value_is_kept_first():

@@ -209,6 +209,8 @@ def test_a_run_beyond_the_limit_is_no_number(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(model, "forward", lambda **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         memory.peak(model, inputs)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        memory.peak(lambda **_: torch.ones(2) + torch.ones(3), {})
 
 
 def test_the_table_is_that_of_its_numbers(tmp_path: Path) -> None:
@@ -231,6 +233,38 @@ def test_the_table_is_that_of_its_numbers(tmp_path: Path) -> None:
         "| square | 2.0 | 32.0 | 2.00 |",
         "| more | 1.0 | more |  |",
     ]
+
+
+def test_memory_from_the_command_line(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    limits: list[Any] = []
+    monkeypatch.setattr(memory.resource, "setrlimit", lambda *limit: limits.append(limit))
+    out = tmp_path / "results" / "memory.csv"
+    options = ["--methods", "mod,vidkv,evs", "--tokens", "400", "--limit", "1.5", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["memory", *options])
+    memory.main()
+    names = ["stock", "mod", "vidkv", "stock, video", "evs"]
+    assert [row["method"] for row in memory.read(out)] == names
+    table = memory.table(memory.read(out))
+    assert capsys.readouterr().out.endswith(f"\n{table}\n")
+    unlimited = memory.resource.RLIM_INFINITY
+    assert limits == [(memory.resource.RLIMIT_DATA, (3 * 2**29, unlimited))]
+    monkeypatch.setattr("sys.argv", ["memory", "--show", str(out)])
+    memory.main()
+    assert capsys.readouterr().out == f"{table}\n"
+
+
+def test_memory_of_methods_for_videos_alone() -> None:
+    rows = memory.measure(["evs"], [400])
+    assert [row["method"] for row in rows] == ["stock, video", "evs"]
+    assert [x.split(" |")[0] for x in memory.table(rows).splitlines()[2:]] == [
+        "| stock, video",
+        "| evs",
+    ]
+
+
+def test_images_of_which_memory_is_measured_are_square() -> None:
+    with pytest.raises(ValueError, match="one square image cannot have 1000 tokens"):
+        memory.image_prompt(1000)
 
 
 def test_the_docs_show_the_recorded_table() -> None:

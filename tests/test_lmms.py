@@ -10,12 +10,14 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("lmms_eval")
 
 import numpy as np
+import torch
 import yaml
 from lmms_eval.api.instance import GenerationResult, Instance, unwrap_generation_output
 from lmms_eval.models.model_utils import gen_metrics
@@ -24,7 +26,7 @@ from lmms_eval.utils import simple_parse_args_string
 from test_chat import made, picture
 
 import vtc
-from vtc.benchmarks import lmms, lmms_tasks, runner
+from vtc.benchmarks import lmms, lmms_model, lmms_tasks, runner
 from vtc.benchmarks.chat import user_turn
 from vtc.benchmarks.lmms_model import VTC, SimpleVTC, generation_of
 from vtc.benchmarks.metrics import metric
@@ -209,6 +211,13 @@ def test_what_cannot_be_asked_is_said(mini):
         mini(VTC, method="mod")
 
 
+def test_one_process_of_several_takes_no_model_over_devices(monkeypatch):
+    several = SimpleNamespace(process_index=0, num_processes=2, device=torch.device("cpu"))
+    monkeypatch.setattr(lmms_model, "Accelerator", lambda: several)
+    with pytest.raises(ValueError, match="device_map spreads one model over devices; start one"):
+        VTC(pretrained="mini", device_map="auto")
+
+
 def test_clean_lets_go_of_the_model(mini):
     plugin = mini(VTC)
     plugin.clean()
@@ -333,6 +342,18 @@ def test_local_tasks_hold_the_questions_of_vtc_bench(tmp_path):
         )
         assert lmms_tasks.process_results(row, [f"The {item.answer}."]) == {"accuracy": 1.0}
         assert lmms_tasks.process_results(row, ["none of it"]) == {"accuracy": 0.0}
+
+
+def test_a_local_task_is_written_from_the_command_line(tmp_path, monkeypatch, capsys):
+    out = str(tmp_path / "tasks")
+    monkeypatch.setattr("sys.argv", ["lmms_tasks", "scenes", "--n", "2", "--out", out])
+    lmms_tasks.main()
+    task = yaml.safe_load(
+        (tmp_path / "tasks" / "vtc_scenes.yaml").read_text().replace("!function ", "")
+    )
+    said = f"lmms-eval --model vtc --include_path {out} --tasks {task['task']}\n"
+    assert capsys.readouterr().out == said
+    assert Path(task["dataset_kwargs"]["data_files"]["test"]).stat().st_size > 0
 
 
 def test_model_args_of_the_docs_are_right():

@@ -73,6 +73,8 @@ def test_a_table_is_read_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> No
                 why = answer(style, method, family)
                 why = None if why is None else without_names(why, method)
                 assert said_of(table, style, method, family) == why
+    with pytest.raises(ValueError, match="no row for by hand"):
+        said_of(table, "by hand", method, family)
 
 
 # ---- what runs the cells can fail ----------------------------------------------------------------

@@ -401,6 +401,16 @@ def test_nothing_to_report_is_one_clear_line(folder: Path, what: str) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("rows", [None, {}, [1]])
+def test_a_result_without_rows_is_not_read(tmp_path: Path, rows: Any) -> None:
+    (tmp_path / "bad.json").write_text(json.dumps({"benchmark": "retrieval", "rows": rows}))
+    done = CliRunner().invoke(
+        cli.app, ["report", str(tmp_path / "bad.json"), "--out", str(tmp_path)]
+    )
+    assert done.exit_code == 2
+    assert done.stderr.endswith("bad.json: no result file: no rows\n")
+
+
 def test_a_folder_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = CliRunner().invoke(

@@ -94,10 +94,10 @@ def save_open_clip(folder: Path) -> str:
     return f"open_clip:local-dir:{folder}"
 
 
-def save_timm(folder: Path, **options: Any) -> str:
+def save_timm(folder: Path, classes: int = 7, **options: Any) -> str:
     torch.manual_seed(0)
     args = {**TIMM, **options}
-    model = loud(timm.create_model("vit_tiny_patch16_224", num_classes=7, **args))
+    model = loud(timm.create_model("vit_tiny_patch16_224", num_classes=classes, **args))
     timm.models.save_for_hf(model, folder, model_args=args, safe_serialization=True)
     return f"timm:local-dir:{folder}"
 
@@ -416,6 +416,12 @@ def test_interrupted_runs_keep_what_they_have(loaded: dict[str, Any]) -> None:
     with pytest.raises(KeyboardInterrupt):  # nothing to keep yet
         retrieval.run(loaded["clip"], task, settings("tome", batch_size=6))
 
+    def stop(*progress: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        retrieval.run(loaded["clip"], gallery(3), settings("tome"), stop)
+
 
 def test_progress_reaches_its_end(loaded: dict[str, Any]) -> None:
     told: list[tuple[str, int, int]] = []
@@ -576,8 +582,11 @@ def test_unreadable_images_are_left_out_and_counted(loaded: dict[str, Any], tmp_
     (tmp_path / "3.png").write_bytes(data[: len(data) // 2])
     lines = [json.dumps({"image": f"{i}.png", "captions": [f"{i}"]}) for i in range(5)]
     (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    with (tmp_path / "own.jsonl").open("a") as file:
+        file.write('\n{"image": "4.png"}')
     task = open_captions(tmp_path / "own.jsonl")
     result = retrieval.run(loaded["clip"], task, settings("tome", batch_size=2))
+    assert "1 rows refused; the first: own.jsonl:6: " in caption(result)
     assert (result["images"], result["captions"], result["finished"]) == (3, 3, True)
     assert [s["where"] for s in result["skipped"]] == ["own.jsonl:2", "own.jsonl:4"]
     assert all("cannot read" in s["why"] for s in result["skipped"])
@@ -614,6 +623,10 @@ def test_class_folders(folder: Path) -> None:
     drawn = [item.id for item in ClassFolder(folder, 5)]
     assert len(drawn) == 5 and drawn == [item.id for item in ClassFolder(folder, 5)]
     assert drawn != [item.id for item in ClassFolder(folder, 5, seed=1)]
+    empty = folder.parent / "empty"
+    (empty / "red").mkdir(parents=True)
+    with pytest.raises(ValueError, match="empty: no images in its 1 subfolders"):
+        ClassFolder(empty)
     (folder / "zebra").mkdir()
     assert ClassFolder(folder).problems == [("zebra", "a class without images")]
     for where, says in (("nowhere", "no folder"), ("red/deep", "no subfolders")):
@@ -772,6 +785,7 @@ def test_mistakes_are_one_clear_line(
 ) -> None:
     (tmp_path / "three.json").write_text("{}")
     (tmp_path / "blocked").touch()
+    classless = save_timm(tmp_path / "classless", classes=0)
     run = ("--methods", "tome", "--keep", "0.5", "--repeats", "0")
     for args, says in (
         (("retrieval", "nonsense"), "flickr30k"),
@@ -782,6 +796,7 @@ def test_mistakes_are_one_clear_line(
         (("retrieval", "--model", saved["timm"]), "vtc classify"),
         (("classify", tmp_path / "no", "--model", saved["timm"]), "no folder"),
         (("classify", folder / "red", "--model", saved["timm"]), "1 class folders"),
+        (("classify", folder, "--model", classless), f"error: {classless} has no classes"),
         (("classify", folder, "--model", saved["timm"], "--template", "{}"), "prompts"),
         (
             ("classify", folder, "--model", saved["timm"], "--classes", tmp_path / "three.json"),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from contextlib import nullcontext
 from dataclasses import replace
 from fractions import Fraction
@@ -21,6 +22,7 @@ from vtc.benchmarks import (
     budgets,
     environment,
     metrics,
+    mini_families,
     plots,
     prompts,
     rows,
@@ -132,6 +134,10 @@ def test_sharing_the_encoder_between_methods_changes_no_answer(model, processor,
     assert leaves_encoder_alone(chosen) == known.get(method, leaves_encoder_alone(chosen))
 
 
+def test_only_towers_read_at_one_layer_are_remembered():
+    assert Encoder.of(mini_families.build("Qwen2-VL"), []) is None
+
+
 def test_rows_are_complete_and_consistent(result):
     rows = result["rows"]
     assert result["visual_tokens"] == 16
@@ -177,6 +183,20 @@ def test_result_is_json_and_says_where_it_comes_from(result, tmp_path):
     assert again["settings"]["keep"] == ["1", "1/2", "4"]
     assert again["timing"]["warmup_rounds"] == 1
     assert again["benchmark"] == "task" and again["metric"] == "odd" and again["finished"]
+
+
+def test_a_result_comes_from_no_commit_outside_a_checkout_or_without_git(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "benchmarks" / "environment.py"))
+    assert "commit" not in environment.versions()
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "commit" not in environment.versions()
+
+
+def test_a_system_that_does_not_tell_its_cpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(environment, "Path", lambda name: tmp_path / "none")
+    told = environment.machine(torch.device("cpu"))["cpu"]
+    assert told and told in (platform.processor(), platform.machine())
 
 
 def test_accuracy_does_not_depend_on_the_run(result):
@@ -285,6 +305,11 @@ def test_pictures_and_tables(model, processor, result, tmp_path):
     sheet = show.show_kept(
         model, processor, make_items()[0], 16, SETTINGS, tmp_path / "k.png", size=100
     )
+    settings = replace(SETTINGS, methods=(*SETTINGS.methods, "vidkv", "mod"))
+    again = show.show_kept(
+        model, processor, make_items()[0], 16, settings, tmp_path / "a.png", size=100
+    )
+    assert sheet.read_bytes() == again.read_bytes()  # one takes no budget, one cannot run
     for path in (plot, sheet):
         with Image.open(path) as image:
             assert min(image.size) > 100

@@ -2,6 +2,7 @@
 """The rendered scenes: deterministic, disjoint splits, answers that follow from the objects."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,6 +71,32 @@ def test_captions_tell_scenes_apart():
     assert len(captions) == 100
 
 
+def test_a_caption_may_name_the_objects_in_any_order():
+    scene = next(s for s in map(scenes.make_scene, range(99)) if len(s.objects) > 2)
+
+    def parts(text):
+        return text.split(" on a ")[0].split(" and ")
+
+    plain = parts(scenes.caption(scene))
+    mixed = {tuple(parts(scenes.caption(scene, random.Random(i)))) for i in range(20)}
+    assert len(mixed) > 2 and {frozenset(m) for m in mixed} == {frozenset(plain)}
+
+
+def test_what_a_scene_does_not_allow_to_ask_is_not_asked():
+    """No shape is absent where all are there; what is in the middle is on no side."""
+    scene = next(s for s in map(scenes.make_scene, range(99)) if len(s.objects) > 2)
+    every = [replace(scene.objects[0], shape=shape) for shape in scenes.SHAPES]
+    full = replace(scene, objects=tuple(every))
+    drawn = [scenes._exist(full, random.Random(i)) for i in range(60)]
+    assert None in drawn
+    shapes = {f"{article} {shape}?" for article in ("a", "an") for shape in scenes.SHAPES}
+    about = {a for a in filter(None, drawn) if a[0].removeprefix("is there ") in shapes}
+    assert about and {answer for _, answer in about} == {"yes"}
+    middle = replace(scene.objects[0], x=scenes.SIDE / 2, y=scenes.SIDE / 2)
+    alone = replace(scene, objects=(middle,))
+    assert {scenes._position(alone, random.Random(i)) for i in range(20)} == {None}
+
+
 def test_tasks_share_one_interface():
     for name in TASKS:
         if name == "easy-vqa":
@@ -87,6 +114,8 @@ def test_unknown_names_are_refused():
         Task("vqav2")
     with pytest.raises(ValueError, match="unknown split"):
         scenes.make_scene(0, "dev")
+    with pytest.raises(ValueError, match="unknown level 'easy'; one of default, hard"):
+        scenes.make_scene(0, level="easy")
 
 
 def test_score_normalises():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import vtc
 from vtc import cli
 from vtc.benchmarks import (
     speed,
@@ -24,7 +25,7 @@ from vtc.benchmarks import (
 from vtc.benchmarks import speed_tables as shown
 from vtc.benchmarks.budgets import seeded
 from vtc.benchmarks.mini import mini_llava, mini_processor
-from vtc.benchmarks.speed_rounds import STOCK, Run, look, play, row_of, take
+from vtc.benchmarks.speed_rounds import STOCK, Run, look, play, row_of, shortest, take
 from vtc.benchmarks.speed_settings import EIGHT, Settings
 from vtc.benchmarks.speed_shapes import Prompt, Shape, own
 
@@ -388,6 +389,40 @@ def test_default_plans():
     assert [(m.name, m.keep_ratio) for m in towers] == [("pitome", 0.2), ("tome", 0.2)]
 
 
+def test_full_is_every_method():
+    chosen = Settings(full=True).chosen(speed_shapes.SHAPES["half-billion"])
+    assert [m.name for m in chosen] == list(vtc.methods())
+
+
+def test_shapes_are_those_of_their_titles():
+    """In billions of weights, on a device that holds none."""
+    sizes = {}
+    for name, shape in speed_shapes.SHAPES.items():
+        with torch.device("meta"):
+            model = shape.build("meta", torch.bfloat16)
+        sizes[name] = round(sum(p.numel() for p in model.parameters()) / 1e9, 1)
+        assert not model.training and model.dtype == torch.bfloat16
+        ((key, pixels),) = [x for x in shape.inputs(model, Prompt(2, 8)).items() if "pix" in x[0]]
+        assert (key, pixels.shape) == ("pixel_values", (2, 3, 336, 336))
+        if shape.encoder:
+            assert speed_shapes.visual_tokens(model, {}) == 0
+    assert sizes == {"vit-large": 0.3, "half-billion": 0.5, "seven-billion": 7.1}
+
+
+def test_a_processor_with_other_image_tokens_is_refused(shape):
+    other = mini_llava()
+    other.config.image_token_id = 63
+    with pytest.raises(ValueError, match="prompt has no image tokens that vtc knows"):
+        shape.inputs(other, Prompt())
+
+
+def test_text_alone_is_timed_beside_a_method_that_ran(model, shape):
+    stock, failed = run_of(shape, model, None), run_of(shape, model, "fastv")
+    failed.error = "out of memory"
+    assert shortest(model, [stock, failed], 1, 8) is None
+    assert shortest(model.model.vision_tower, [stock], 1, 8) is None
+
+
 @pytest.mark.parametrize("options", [{"shapes": ("nine",)}, {"methods": ("fastvv",)}])
 def test_unknown_names_are_refused_at_once(options):
     with pytest.raises(ValueError, match=r"shapes are vit-large|fastv"):
@@ -455,6 +490,8 @@ def test_words_say_where_it_does_not_pay(result):
     head, rows = shown.grid(made)
     assert head[1] == "model, batch 1, 200 text"
     assert rows[0] == ["fastv", "0.90x / 1.40x ✗", "0.90x / 1.40x ✗"]
+    bare = [r for r in part["rows"] if not r["method"].startswith("fastv")]
+    assert shown.grid({**result, "parts": [part, {**part, "rows": bare}]})[1][0][2] == "-"
     assert rows[1][0] == "visionzip" and "✗" not in rows[1][1]
     first, second, *_ = shown.verdicts(made)
     assert first.startswith("fastv pays in 0 of 2 cases; not at model, batch 1, 200 text")

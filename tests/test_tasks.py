@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from vtc.benchmarks.metrics import METRICS, RECALL
-from vtc.benchmarks.tasks import files, hub
+from vtc.benchmarks.tasks import easy_vqa, files, hub
 from vtc.benchmarks.tasks.base import TASKS, BadItem, Entry, Item, Questions, Task, open_task
 from vtc.benchmarks.tasks.parquet import Table
 
@@ -90,6 +90,25 @@ def test_fingerprint_is_of_what_is_asked():
         {"seed": 1},
     ):
         assert made(**change).fingerprint != first, change
+
+
+def test_easy_vqa_has_two_splits_and_so_many_questions():
+    pytest.importorskip("easy_vqa")
+    assert len(open_task("easy-vqa", n=2, split="train")) == 2
+    assert len(easy_vqa.load_split("train")[0]) > len(easy_vqa.load_split("test")[0])
+    with pytest.raises(ValueError, match="'train' and 'test', not 'val'"):
+        easy_vqa.load_split("val")
+    assert len(easy_vqa.entries("test", None, 0)) > 9000
+    with pytest.raises(
+        ValueError, match=r"easy-VQA test has only \d{4} such questions, 9999 asked"
+    ):
+        easy_vqa.entries("test", 9999, 0)
+
+
+def test_easy_vqa_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "easy_vqa", None)
+    with pytest.raises(ImportError, match="'easy-vqa' needs: pip install easy-vqa"):
+        easy_vqa.load_split("test")
 
 
 def test_options_of_open_task():
@@ -354,6 +373,15 @@ def test_parquet_with_paths(table):
     ]
     assert [where for where, _ in task.problems] == ["mine.parquet:3", "mine.parquet:4"]
     assert "there is no image" in task.problems[0][1] and task.image_keys() == ["a.png", "b.png"]
+
+
+def test_parquet_with_text_that_is_not_utf8(table):
+    pa = pytest.importorskip("pyarrow")
+    asked = pa.array([b"Which?", b"\xff\xfe", b"How many?"], pa.binary()).view(pa.string())
+    task = open_task(table(image=["a.png"] * 3, question=asked, answers=[["x"]] * 3))
+    assert [item.question for item in task] == ["Which?", "How many?"]
+    ((where, why),) = task.problems
+    assert where == "mine.parquet:2" and why.startswith("not UTF-8: 'utf-8' codec can't decode")
 
 
 def as_bytes(data):
@@ -650,6 +678,23 @@ def test_a_row_without_an_image_is_a_bad_item(copy, monkeypatch):
         with pytest.raises(BadItem, match=why):
             task[i]
     assert len(set(task.image_keys())) == 2
+
+
+def test_a_row_of_a_copy_that_is_not_utf8_is_a_bad_row(copy):
+    folder = copy("chartqa")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (file,) = folder.rglob("*.parquet")
+    whole = pq.read_table(file).slice(0, 1)
+    broken = pa.array([b"\xff"], pa.binary()).view(pa.string())
+    column = whole.schema.get_field_index("question")
+    pq.write_table(pa.concat_tables([whole, whole.set_column(column, "question", broken)]), file)
+    task = open_task("chartqa", data_dir=folder)
+    assert len(task) == 1
+    ((where, why),) = task.problems
+    assert where == "chartqa/test:2"
+    assert why.startswith(f"not as {hub.SETS['chartqa'].repo} has it: not UTF-8: ")
 
 
 def test_where_a_copy_may_lie(copy, tmp_path, monkeypatch):

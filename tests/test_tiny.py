@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedded tiny models load with stock classes and see their images."""
 
+import re
 import shutil
 
 import pytest
@@ -69,6 +70,41 @@ def test_packed_pairs_see_the_image_and_themselves():
     ]
     assert mask.int().tolist() == expected
     assert positions.tolist() == [0, 1, 2, 3, 4, 3, 4]
+
+
+def test_assets_that_are_not_there_say_what_makes_them(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"tiny-llava is missing; see .*README\.md"):
+        load_llava(assets=tmp_path)
+
+
+def test_configurations_are_those_of_the_assets():
+    """Of what `train` makes; the assets were made by it."""
+    for made, name in (
+        (models.llava_config(), "tiny-llava"),
+        (models.llava_next_config(), "tiny-llava-next"),
+        (models.text_config(), "tiny-text"),
+    ):
+        stored = type(made).from_pretrained(ASSETS / name)
+        named = ("architectures", "dtype", "transformers_version", "_name_or_path")
+        a, b = ({k: v for k, v in c.to_dict().items() if k not in named} for c in (made, stored))
+        assert a == b, name
+
+
+@pytest.mark.slow
+def test_figures_are_printed(monkeypatch, capsys):
+    from vtc.benchmarks.tiny import evaluate
+
+    monkeypatch.setattr(evaluate, "load_retrieval", lambda device, assets: None)
+    monkeypatch.setattr(evaluate, "recall", lambda retrieval: (0.5, 0.25))
+    options = ["--n", "1", "--blank", "1", "--tasks", "scenes", "--next-tasks", "small-text"]
+    monkeypatch.setattr("sys.argv", ["evaluate", *options])
+    evaluate.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"assets: \d\d\.\d MB", lines[0])
+    assert lines[1].endswith("image->text 50.0%, text->image 25.0%")
+    assert re.match(r"scenes: \d+\.\d% of 1 questions, blank image \d+\.\d% of 1 \(", lines[2])
+    shown = [x.split(":")[0] for x in lines if x.startswith("LLaVA-NeXT")]
+    assert shown == [f"LLaVA-NeXT, small-text, {view}" for view in evaluate.VIEWS]
 
 
 @pytest.mark.slow

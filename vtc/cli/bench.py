@@ -29,6 +29,7 @@ from .common import (
     load,
     out,
     print_rows,
+    print_written,
     valid,
 )
 
@@ -193,7 +194,7 @@ def bench(
 
 
 def _say(text: str) -> None:
-    err.print(text, style="yellow", highlight=False, soft_wrap=True, markup=False)
+    err.print(text, style="yellow", highlight=False, soft_wrap=True)
 
 
 def _show(
@@ -212,8 +213,8 @@ def _show(
     if not as_json:
         print_rows(result["rows"], COLUMNS)
         for text in failures([result]):
-            out.print(text, style="yellow", highlight=False, soft_wrap=True, markup=False)
-        out.print(caption(result), style="dim", highlight=False, soft_wrap=True, markup=False)
+            out.print(text, style="yellow", highlight=False, soft_wrap=True)
+        out.print(caption(result), style="dim", highlight=False, soft_wrap=True)
     for text in notes(result):
         _say(text)
     base = stem(result["task"])
@@ -227,7 +228,8 @@ def _show(
             _say(f"cannot write the pictures: {error.strerror or error}")
     if not as_json:
         there = [str(path) for path in written if str(path) not in lost]
-        out.print(f"[dim]written: {', '.join(there)}[/dim]\n", soft_wrap=True)
+        print_written(there)
+        out.print()
     return not lost
 
 

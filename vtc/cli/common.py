@@ -7,7 +7,7 @@ import datetime
 import functools
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,8 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console()
-err = Console(stderr=True)
+# Names and paths may have brackets: no markup.
+out = Console(markup=False)
+err = Console(stderr=True, markup=False)
 
 EXTRAS = {
     "accelerate": "bench",
@@ -85,7 +86,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(*args, **kwargs)
         except (Mistake, UnsupportedError) as error:
-            err.print(f"error: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
+            err.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
             raise typer.Exit(2) from None
         except ImportError as error:
             missing = (error.name or "").split(".")[0]
@@ -96,7 +97,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 text = str(error)
             else:
                 raise
-            err.print(f"error: {text}", style="red", highlight=False, soft_wrap=True, markup=False)
+            err.print(f"error: {text}", style="red", highlight=False, soft_wrap=True)
             raise typer.Exit(2) from None
 
     return app.command()(run)
@@ -199,7 +200,12 @@ def print_rows(
         cells = [cell(row) for _, cell in columns]
         table.add_row(*cells, style="bold" if previous is None else None)
         previous = row["method"]
-    (out if out.is_terminal else Console(width=width)).print(table)
+    (out if out.is_terminal else Console(width=width, markup=False)).print(table)
+
+
+def print_written(paths: Iterable[Path | str]) -> None:
+    """Where the files of a command are."""
+    out.print(f"written: {', '.join(map(str, paths))}", style="dim", soft_wrap=True)
 
 
 class ProgressBar:
@@ -216,7 +222,7 @@ class ProgressBar:
         self.lines = not quiet and not err.is_terminal
         self.bar = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

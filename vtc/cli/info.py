@@ -96,4 +96,4 @@ def inspect(
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))
     else:
-        out.print(str(found), highlight=False, markup=False, soft_wrap=True)
+        out.print(str(found), highlight=False, soft_wrap=True)

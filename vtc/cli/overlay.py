@@ -9,7 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import AsJson, Device, Dtype, Mistake, command, device_of, load, out, read_image, valid
+from .common import (
+    AsJson,
+    Device,
+    Dtype,
+    Mistake,
+    command,
+    device_of,
+    load,
+    out,
+    print_written,
+    read_image,
+    valid,
+)
 
 EMBEDDED = {None: "load_llava", "tiny-llava-next": "load_llava_next"}
 """Loaders of the embedded models by the value of --model."""
@@ -114,10 +126,10 @@ def overlay(
     if as_json:
         print(json.dumps(result, indent=1))
         return
-    out.print(f"answer: {answer}", highlight=False, markup=False, soft_wrap=True)
+    out.print(f"answer: {answer}", highlight=False, soft_wrap=True)
     tokens = f"visual tokens: {report.visual_tokens:g} -> {report.final_tokens:g} in the last layer"
     tokens += f", {report.kv_tokens:g} in the KV cache on average; {report.method}"
-    out.print(tokens, highlight=False, markup=False, soft_wrap=True)
+    out.print(tokens, highlight=False, soft_wrap=True)
     for label, count in steps_of(report):
-        out.print(f"  {label}: {count}", highlight=False, markup=False)
-    out.print(f"written: {', '.join(result['files'])}", style="dim", markup=False, soft_wrap=True)  # type: ignore[arg-type]
+        out.print(f"  {label}: {count}", highlight=False)
+    print_written(pictures)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Mistake, command, err, out, valid
+from .common import Mistake, command, err, print_written, valid
 
 
 @command
@@ -30,5 +30,5 @@ def report(
         raise Mistake(f"cannot write {out_dir}: {error.strerror}") from None
     written, refused = valid(lambda: write(results, out_dir))
     for where, why in refused:
-        err.print(f"not read: {where}: {why}", highlight=False, markup=False, soft_wrap=True)
-    out.print(f"[dim]written: {', '.join(map(str, written))}[/dim]", soft_wrap=True)
+        err.print(f"not read: {where}: {why}", highlight=False, soft_wrap=True)
+    print_written(written)

@@ -25,6 +25,7 @@ from .common import (
     device_of,
     out,
     print_rows,
+    print_written,
     valid,
 )
 
@@ -193,13 +194,13 @@ def _show(
     else:
         print_rows(result["rows"], columns)
         for text in failures([result]):
-            out.print(text, style="yellow", highlight=False, soft_wrap=True, markup=False)
-        out.print(caption(result), style="dim", highlight=False, soft_wrap=True, markup=False)
+            out.print(text, style="yellow", highlight=False, soft_wrap=True)
+        out.print(caption(result), style="dim", highlight=False, soft_wrap=True)
     try:
         write_json(result, path)
     except OSError as error:
         raise Mistake(f"cannot write {path}: {error.strerror}") from None
     if not as_json:
-        out.print(f"[dim]written: {path}[/dim]", soft_wrap=True)
+        print_written([path])
     if not result["finished"]:
         raise typer.Exit(130)

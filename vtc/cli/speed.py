@@ -27,6 +27,7 @@ from .common import (
     err,
     load,
     out,
+    print_written,
     valid,
 )
 
@@ -143,7 +144,7 @@ def speed(
     else:
         _print_tables(result, sweep)
         if not unwritten:
-            out.print(f"[dim]written: {path}[/dim]", soft_wrap=True)
+            print_written([path])
     if unwritten:
         raise Mistake(unwritten[0])
     if not result["finished"]:
@@ -167,10 +168,10 @@ def _counts(text: str | None, option: str) -> tuple[int, ...] | None:
 def _print_tables(result: dict[str, Any], sweep: bool) -> None:
     from ..benchmarks.speed_tables import grid, notes, table, verdicts
 
-    wide = out if out.is_terminal else Console(width=150)
+    wide = out if out.is_terminal else Console(width=150, markup=False)
 
     def show(title: str, head: list[str], rows: list[list[str]]) -> None:
-        wide.print(title, style="italic", highlight=False, markup=False)
+        wide.print(title, style="italic", highlight=False)
         shown = Table(header_style="bold", box=None, padding=(0, 1, 0, 0))
         for i, name in enumerate(head):
             shown.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
@@ -181,13 +182,13 @@ def _print_tables(result: dict[str, Any], sweep: bool) -> None:
     for part in result["parts"]:
         show(part["title"], *table(part))
         for text in notes(part):
-            wide.print(text, style="dim", highlight=False, markup=False)
+            wide.print(text, style="dim", highlight=False)
         wide.print()
     if sweep:
         show("Times as fast as the stock model: first token / whole answer", *grid(result))
         wide.print(f"Without a cross, {result['rule']}.", style="dim", highlight=False)
         for text in verdicts(result):
-            wide.print(text, highlight=False, markup=False)
+            wide.print(text, highlight=False)
 
 
 @command
@@ -211,4 +212,4 @@ def kernels(
         tables = {path.stem: list(csv.DictReader(path.open())) for path in written}
         print(json.dumps(tables, indent=1))
     else:
-        out.print(f"[dim]written: {', '.join(map(str, written))}[/dim]", soft_wrap=True)
+        print_written(written)

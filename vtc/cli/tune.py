@@ -30,6 +30,7 @@ from .common import (
     err,
     load,
     out,
+    print_written,
     read_image,
     valid,
 )
@@ -138,10 +139,10 @@ def _print_matched(rows: list[dict[str, Any]]) -> None:
     if found:
         out.print(table)
     for row in found:
-        out.print(row["python"], highlight=False, markup=False, soft_wrap=True)
+        out.print(row["python"], highlight=False, soft_wrap=True)
     for row in rows:
         if row["error"] is not None:
-            err.print(f"left out: {row['error']}", highlight=False, markup=False, soft_wrap=True)
+            err.print(f"left out: {row['error']}", highlight=False, soft_wrap=True)
 
 
 @command
@@ -218,7 +219,7 @@ def calibrate(
         print(json.dumps(result, indent=1))
         return
     _print_chosen(result)
-    out.print(f"[dim]written: {', '.join(map(str, written))}[/dim]", soft_wrap=True)
+    print_written(written)
 
 
 def _print_chosen(result: dict[str, Any]) -> None:
@@ -229,7 +230,7 @@ def _print_chosen(result: dict[str, Any]) -> None:
         table.add_column(head, justify="right")
     for row in result["rows"]:
         if row["error"] is not None:
-            err.print(f"{row['method']}: {row['error']}", highlight=False, markup=False)
+            err.print(f"{row['method']}: {row['error']}", highlight=False)
             continue
         at = row["chosen"]
         held = [x for x in row["held_out"] if x["keep_ratio"] == at["keep_ratio"]]
@@ -245,4 +246,4 @@ def _print_chosen(result: dict[str, Any]) -> None:
             ),
             f"{100 * at['promised_loss']:.1f}",
         )
-    (out if out.is_terminal else Console(width=120)).print(table)
+    (out if out.is_terminal else Console(width=120, markup=False)).print(table)
