@@ -124,11 +124,16 @@ def test_json_is_all_there_is_on_stdout(toy, tmp_path):
     assert result["command"].startswith("vtc")
 
 
+@pytest.fixture(scope="module")
+def first_case():
+    return kernels.cases("cpu", torch.float32, small=True)[0]
+
+
 @pytest.fixture
-def energy(monkeypatch):
+def energy(first_case, monkeypatch):
     """All that is timed is one kernel at 577 tokens and a small merge step."""
     step = functools.partial(kernels.merge_step, sizes=(65,), batch=2, hidden_width=32, rounds=1)
-    few = kernels.cases("cpu", torch.float32, small=True)[:1]
+    few = [first_case]
     monkeypatch.setattr(kernels, "merge_step", step)
     monkeypatch.setattr(kernels, "cases", lambda *args, **kwargs: few)
     return few

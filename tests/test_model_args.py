@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from test_chat import qwen_processor
@@ -86,6 +87,14 @@ def test_refusals(given, said):
         parse({"pretrained": "x", **given})
     for words in said:
         assert words in str(error.value)
+
+
+def test_routers_are_read_from_a_file(tmp_path):
+    safetensors.torch.save_file({"3": torch.ones(8)}, tmp_path / "routers.safetensors")
+    _, method = parse(
+        {"pretrained": "x", "method": "mod", "routers": str(tmp_path / "routers.safetensors")}
+    )
+    assert str(method) == "mod(routers=<routers of layers 3>)"
 
 
 def test_a_model_is_needed():

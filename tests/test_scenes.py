@@ -92,6 +92,8 @@ def test_what_a_scene_does_not_allow_to_ask_is_not_asked():
     shapes = {f"{article} {shape}?" for article in ("a", "an") for shape in scenes.SHAPES}
     about = {a for a in filter(None, drawn) if a[0].removeprefix("is there ") in shapes}
     assert about and {answer for _, answer in about} == {"yes"}
+    twins = replace(scene, objects=(replace(full.objects[0]), replace(full.objects[0])))
+    assert {scenes._size(twins, random.Random(i)) for i in range(20)} == {None}
     middle = replace(scene.objects[0], x=scenes.SIDE / 2, y=scenes.SIDE / 2)
     alone = replace(scene, objects=(middle,))
     assert {scenes._position(alone, random.Random(i)) for i in range(20)} == {None}
