@@ -497,7 +497,7 @@ def bench_kernels(
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not has_triton():
+    if device == "cuda" and not has_triton():  # pragma: no cover (a GPU)
         raise RuntimeError("the kernels need triton on a GPU: pip install triton")
     out = Path(out)
     written = [out / f"kernels-{device}.csv", out / f"merge-step-{device}.csv"]
