@@ -423,7 +423,8 @@ class PackedEngine(Recording, Threaded):
 
     def _get_features(self, *args: Any, **kwargs: Any) -> Any:
         stock = getattr(type(self.base), self._name).__get__(self.base)
-        if self.decoder.encoding:  # Qwen3-VL: videos are encoded by the method for images
+        # Qwen3-VL encodes videos by the method for images. Its own name: of an interrupted call.
+        if self.decoder.encoding not in ("", self.modality):
             return stock(*args, **kwargs)
         call = dict(inspect.signature(stock).bind(*args, **kwargs).arguments)
         extra = call.pop("kwargs", {})
@@ -431,8 +432,8 @@ class PackedEngine(Recording, Threaded):
         call |= extra  # LLaVA of 5.5 takes image_sizes among the others
         layouts = self._layouts(call)
         self._check(layouts)
-        self.decoder.encoding = self.modality
         try:
+            self.decoder.encoding = self.modality
             with self._telling():
                 output = stock(**call, return_dict=True)
         finally:

@@ -140,7 +140,7 @@ class DecoderEngine(Recording, Threaded):
     def _forget(self) -> None:
         """Let go of the forward that has ended, or that an interrupt has ended before."""
         self.pending = self.forward = self.mask = self.filling = None
-        self.arguments.last_mask = None
+        self.arguments.last_mask, self.encoding = None, ""
         self.finite.flags.clear()
         for t in self.taps:
             t.clear()
