@@ -38,7 +38,7 @@ def left_behind(model: Any) -> list[str]:
         held += [n for n in names if getattr(session.decoder, n) is not None]
         held += ["last_mask"] * (session.decoder.arguments.last_mask is not None)
         held += ["tap" for t in session.decoder.taps if t.open or t.query is not None]
-        held += ["encoding"] * bool(session.decoder.encoding)
+        held += ["video"] * (session.decoder.video is not None)
     if session.vision is not None and session.vision.taken is not None:
         held.append("taken")
     return held
@@ -149,6 +149,32 @@ def test_a_fault_in_every_family(family: str, name: str) -> None:
     method = vtc.methods()[name](keep_ratio=0.5)
     count = survive(mini_families.build(family), method, lambda m: answers(m, inputs), lines)
     print(f"\n{family}, {name}: {count} faults survived")
+
+
+@pytest.mark.parametrize("name", ["divprune", "fastv"])
+@pytest.mark.parametrize("family", ["InternVL", "LLaVA-NeXT", "LLaVA-OneVision", "Qwen3-VL"])
+@torch.no_grad()
+def test_an_interrupt_around_the_encoder(family: str, name: str) -> None:
+    """generate() encodes before it calls the model: the next images and videos are compressed."""
+    sizes = mini_families.EVERY[family].sizes
+    prompts = [mini_families.prompt(family, [[sizes[0]]], None)]
+    if family in ("LLaVA-OneVision", "Qwen3-VL"):
+        prompts.append(mini_families.video(family))
+    model = mini_families.build(family)
+    stock = [answers(model, p) for p in prompts]
+    vtc.wrap(model, name, keep_ratio=0.5)
+    want, count = [answers(model, p) for p in prompts], 0
+    assert not any(map(equal, stock, want))
+    for p in prompts:
+        places = crossings(lambda: answers(model, p))  # noqa: B023
+        for at in lines(places):
+            if places[at].function in ("_get_features", "_part_of_video", "_telling", "taking"):
+                error = KeyboardInterrupt()
+                assert fault(lambda: answers(model, p), at, error) is error  # noqa: B023
+                for other, answer in zip(prompts, want, strict=True):
+                    assert equal(answers(model, other), answer), places[at]
+                count += 1
+    assert count > 12
 
 
 @pytest.mark.parametrize("name", ["tome", "pitome", "visionzip"])

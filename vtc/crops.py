@@ -423,21 +423,17 @@ class PackedEngine(Recording, Threaded):
 
     def _get_features(self, *args: Any, **kwargs: Any) -> Any:
         stock = getattr(type(self.base), self._name).__get__(self.base)
-        # Qwen3-VL encodes videos by the method for images. Its own name: of an interrupted call.
-        if self.decoder.encoding not in ("", self.modality):
-            return stock(*args, **kwargs)
         call = dict(inspect.signature(stock).bind(*args, **kwargs).arguments)
+        pixels = next(iter(call.values()))
+        if self._part_of_video(pixels):
+            return stock(*args, **kwargs)
         extra = call.pop("kwargs", {})
         named = extra.pop("return_dict", None) is not False
         call |= extra  # LLaVA of 5.5 takes image_sizes among the others
         layouts = self._layouts(call)
         self._check(layouts)
-        try:
-            self.decoder.encoding = self.modality
-            with self._telling():
-                output = stock(**call, return_dict=True)
-        finally:
-            self.decoder.encoding = ""
+        with self._telling(pixels):
+            output = stock(**call, return_dict=True)
         self.merged = None
         output.pooler_output = self._replaced(output.pooler_output, layouts)
         self._merge_deepstack(output)
@@ -451,9 +447,17 @@ class PackedEngine(Recording, Threaded):
     def _name(self) -> str:
         return f"get_{self.modality}_features"
 
-    def _telling(self) -> AbstractContextManager[Any]:
-        """Around the encoder's run, for what the engine of the encoder side must know."""
-        return nullcontext()
+    def _part_of_video(self, pixels: Any) -> bool:
+        """Qwen3-VL encodes videos by its method for images.
+
+        Told by the pixels, so that what an interrupt leaves behind says nothing of other images.
+        """
+        video = self.decoder.video
+        return video is not None and video() is pixels
+
+    def _telling(self, pixels: Any) -> AbstractContextManager[Any]:
+        """Around the encoder's run, for what the other engines must know."""
+        return nullcontext() if self.vision is None else self.vision.taking(None)
 
     def _check(self, layouts: list[Any]) -> None:
         """Refuse, before anything is computed, what a method cannot do with these images."""

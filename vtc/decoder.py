@@ -10,6 +10,7 @@ only on the cache layers (vtc.cache).
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -52,7 +53,8 @@ class DecoderEngine(Recording, Threaded):
     left: PerThread[int | None] = PerThread(lambda: None)
     # By modality, rows of each packed image of this forward in the order of its placeholders.
     lengths: PerThread[dict[str, list[int]]] = PerThread(dict)
-    encoding: PerThread[str] = PerThread(str)  # the modality whose features are being made
+    # The pixels of the video that is being encoded.
+    video: PerThread[weakref.ref[Tensor] | None] = PerThread(lambda: None)
     made: PerThread[set[tuple[str, int]]] = PerThread(set)  # by modality, rows of whole images
     forward: PerThread[Forward | None] = PerThread(lambda: None)
     # (B, logical length) of this forward, False on padding.
@@ -140,7 +142,7 @@ class DecoderEngine(Recording, Threaded):
     def _forget(self) -> None:
         """Let go of the forward that has ended, or that an interrupt has ended before."""
         self.pending = self.forward = self.mask = self.filling = None
-        self.arguments.last_mask, self.encoding = None, ""
+        self.arguments.last_mask = None
         self.finite.flags.clear()
         for t in self.taps:
             t.clear()

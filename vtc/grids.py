@@ -11,7 +11,9 @@ features, which the LLM engine drops, as everywhere.
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -217,8 +219,17 @@ class VideoEngine(GridEngine):
         if llm.grids is not None and layouts:
             self.record.grid = layouts[0].grids[0]
 
-    def _telling(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.vision is None else self.vision.taking(self.grids)
+    def _part_of_video(self, pixels: Any) -> bool:
+        return False
+
+    @contextmanager
+    def _telling(self, pixels: Any) -> Iterator[None]:
+        self.decoder.video = weakref.ref(pixels)
+        try:
+            with nullcontext() if self.vision is None else self.vision.taking(self.grids):
+                yield
+        finally:
+            self.decoder.video = None
 
     def _check(self, layouts: list[GridLayout]) -> None:
         """Refuse methods that take tokens away before the frames' patches are joined."""

@@ -238,8 +238,9 @@ class VisionEngine(Recording, Threaded):
         )
 
     @contextmanager
-    def taking(self, grids: GridSites) -> Iterator[None]:
-        """While the frames of a video are encoded, which the model joins as ``grids`` says."""
+    def taking(self, grids: GridSites | None) -> Iterator[None]:
+        """While the frames of a video are encoded, which the model joins as ``grids`` says; or
+        images, None."""
         self.taken = grids
         try:
             yield
