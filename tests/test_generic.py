@@ -217,7 +217,7 @@ def test_videos_are_refused() -> None:
     assert torch.equal(model(**inputs).logits, want)
 
 
-def test_prefix_tokens_that_stay_are_not_one_to_one() -> None:
+def test_prefix_tokens_that_stay_are_notONE_TO_ONE.build() -> None:
     """DeepSeek-VL with a tower that has a class token: 17 tokens, which the projector would get."""
     config = hf.DeepseekVLConfig(
         vision_config=vision("clip_vision_model"), text_config=text(), **IDS
@@ -231,8 +231,16 @@ def test_prefix_tokens_that_stay_are_not_one_to_one() -> None:
 # ---- what nobody has built yet -------------------------------------------------------------------
 
 
-def _one_to_one() -> Any:
-    return next(f for f in FAMILIES if f.one_to_one).build()
+ONE_TO_ONE = next(f for f in FAMILIES if f.one_to_one)
+
+
+def _refused(change: Callable[[Any], Any], method: str, words: str) -> Any:
+    """A model with a change, on which the method does not work."""
+    model = ONE_TO_ONE.build()
+    change(model)
+    with pytest.raises(vtc.UnsupportedError, match=words):
+        vtc.wrap(model, method)
+    return model
 
 
 def _no_projector(model: Any) -> None:
@@ -262,11 +270,7 @@ JOINED: dict[str, tuple[Callable[[Any], Any], str]] = {
 def test_patches_that_may_not_be_tokens_are_left_alone(what: str) -> None:
     """Only methods inside the LLM are offered, which know nothing of patches."""
     change, words = JOINED[what]
-    model = _one_to_one()
-    change(model)
-    with pytest.raises(vtc.UnsupportedError, match=f"are not one to one: {words}.*work here: "):
-        vtc.wrap(model, "random")
-    vtc.wrap(model, "fastv")
+    vtc.wrap(_refused(change, "random", f"are not one to one: {words}.*work here: "), "fastv")
 
 
 def _own_get_encoder(model: Any) -> None:
@@ -316,14 +320,11 @@ SEAMS: dict[str, tuple[Callable[[Any], Any], str]] = {
 @pytest.mark.parametrize("what", SEAMS)
 def test_other_seams_are_refused(what: str) -> None:
     change, words = SEAMS[what]
-    model = _one_to_one()
-    change(model)
-    with pytest.raises(vtc.UnsupportedError, match=f"{type(model).__name__}: .*{words}.*support"):
-        vtc.wrap(model, "fastv")
+    _refused(change, "fastv", f"{ONE_TO_ONE.name}: .*{words}.*support")
 
 
 def test_rotary_tables_for_three_axes_alone() -> None:
-    model = _one_to_one()
+    model = ONE_TO_ONE.build()
     _rotary("axes")(model)
     assert locate(model).family == type(model).__name__
 

@@ -197,20 +197,21 @@ def test_a_failed_wrap_leaves_no_hook(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- methods without their one function ----------------------------------------------------------
 
 
+@pytest.mark.parametrize("base", [Scorer, Depths])
 @torch.no_grad()
-def test_what_a_method_must_define_is_said() -> None:
-    inputs = mini_llava.prompt(1, batch=1)
-
+def test_a_method_that_ranks_must_score(base: Any) -> None:
     @dataclass(frozen=True, kw_only=True)
-    class Nothing(Scorer):
-        name: ClassVar[str] = "test-nothing"
+    class Scoreless(base):
+        name: ClassVar[str] = "test-scoreless"
 
     with (
-        vtc.compressing(mini_llava.build(), Nothing(keep_ratio=0.5)) as session,
-        pytest.raises(NotImplementedError, match=r"Nothing must define score\(view\)"),
+        vtc.compressing(mini_llava.build(), Scoreless(keep_ratio=0.5)) as session,
+        pytest.raises(NotImplementedError, match=r"Scoreless must define score\(view\)"),
     ):
-        session.model(**inputs)
+        session.model(**mini_llava.prompt(1, batch=1))
 
+
+def test_what_else_a_method_must_define_is_said() -> None:
     @dataclass(frozen=True, kw_only=True)
     class Nowhere(Scorer):
         name: ClassVar[str] = "test-nowhere"
@@ -218,16 +219,6 @@ def test_what_a_method_must_define_is_said() -> None:
 
     with pytest.raises(NotImplementedError, match="Nowhere must define after_layer"):
         vtc.wrap(mini_llava.build(), Nowhere(keep_ratio=0.5))
-
-    @dataclass(frozen=True, kw_only=True)
-    class Scoreless(Depths):
-        name: ClassVar[str] = "test-scoreless"
-
-    with (
-        vtc.compressing(mini_llava.build(), Scoreless(keep_ratio=0.5)) as session,
-        pytest.raises(NotImplementedError, match=r"Scoreless must define score\(view\)"),
-    ):
-        session.model(**inputs)
 
     @dataclass(frozen=True, kw_only=True)
     class Nameless(vtc.Method):
