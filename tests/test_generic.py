@@ -217,7 +217,7 @@ def test_videos_are_refused() -> None:
     assert torch.equal(model(**inputs).logits, want)
 
 
-def test_prefix_tokens_that_stay_are_notONE_TO_ONE.build() -> None:
+def test_prefix_tokens_that_stay_are_not_one_to_one() -> None:
     """DeepSeek-VL with a tower that has a class token: 17 tokens, which the projector would get."""
     config = hf.DeepseekVLConfig(
         vision_config=vision("clip_vision_model"), text_config=text(), **IDS
