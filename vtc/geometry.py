@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from .transformers_contract import required
+
 if TYPE_CHECKING:
     from .crops import CropLayout
     from .report import Report
@@ -74,9 +76,11 @@ def grid_boxes(box: Box, rows: int, columns: int) -> np.ndarray:
 
 def _runner(processor: Any) -> tuple[Callable[[Image.Image], Any], Any]:
     """What turns an image into pixel values as for a prompt, and the image processor or None."""
-    from transformers import ProcessorMixin
-    from transformers.image_processing_base import ImageProcessingMixin
-
+    ours = "vtc/geometry.py"
+    ProcessorMixin = required("transformers", "ProcessorMixin", ours)
+    ImageProcessingMixin = required(
+        "transformers.image_processing_base", "ImageProcessingMixin", ours
+    )
     inside = processor.func if isinstance(processor, functools.partial) else processor
     if isinstance(inside, ProcessorMixin):
         # The whole processor, as it has settings for its image processor.

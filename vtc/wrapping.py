@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from . import transformers_contract
 from .adapters.base import Sites
 from .adapters.locate import locate
 from .errors import UnsupportedError
@@ -75,6 +76,7 @@ class Session(Recording):
 
     def _check(self) -> None:
         """Refuse what cannot work, before anything is computed."""
+        transformers_contract.check(self.model, self.sites)
         available = {"pixels", "vision", "features"}
         if self.sites.decoder is not None:
             available |= {"decoder", "bypass", "cache"}
