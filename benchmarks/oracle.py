@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vtc.decoder import DecoderEngine
 
-from ..transformers_contract import CACHE, cache_left
+from ..transformers_contract import CACHE, MASK, cache_left
 
 
 class Alive(dict[int, Tensor]):
@@ -122,7 +122,7 @@ def masked(
                 return (hidden, *args[1:]), kwargs
             dead[:, first : first + there.shape[1]] = ~there
             dead = dead[:, None, None, :]
-            mask = kwargs.get("attention_mask")
+            mask = MASK.of(kwargs)
             if mask is None:
                 mask = torch.ones(q_len, past + q_len, dtype=torch.bool).tril(past)
                 mask = mask.expand(batch, 1, -1, -1)
@@ -130,7 +130,7 @@ def masked(
                 mask = mask & ~dead
             else:
                 mask = mask.masked_fill(dead, torch.finfo(mask.dtype).min)
-            kwargs["attention_mask"] = mask
+            MASK.put(kwargs, mask)
             return (hidden, *args[1:]), kwargs
 
         return mask_dead

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from .transformers_contract import required
+from .transformers_contract import PIXELS, required
 
 if TYPE_CHECKING:
     from .crops import CropLayout
@@ -101,7 +101,7 @@ def _runner(processor: Any) -> tuple[Callable[[Image.Image], Any], Any]:
 
 def _pictures(output: Any, tool: Any) -> list[np.ndarray]:
     """The tiles (3, H, W) in what a processor made of one image."""
-    pixels = output["pixel_values"] if hasattr(output, "keys") else output
+    pixels = PIXELS.of(output) if hasattr(output, "keys") else output
     if hasattr(output, "keys") and "image_grid_thw" in output:  # Qwen: patches, group by group
         _, rows, columns = output["image_grid_thw"][0].tolist()
         fold, patch = tool.merge_size, tool.patch_size

@@ -314,7 +314,11 @@ def check(model: Any, sites: Any) -> None:
         UnsupportedError: the installed transformers moved one; the message says what and where.
     """
     for seam in SEAMS:
-        for there in PLACES[seam.place](model, sites):
+        try:
+            places = PLACES[seam.place](model, sites)
+        except (AttributeError, TypeError) as error:  # a cache that is made otherwise
+            raise moved(f"the {seam.place}", f"another form ({error})", seam.reader) from error
+        for there in places:
             seam.check(there)
     if sites.decoder is not None:
         _check_masks()

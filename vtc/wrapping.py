@@ -21,6 +21,7 @@ from .parts import check_parts, check_shared, edges
 from .records import Recording, Records
 from .report import Report, build_report
 from .threads import Threaded
+from .transformers_contract import PIXELS
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -133,7 +134,8 @@ class Session(Recording):
                 "weights of the original; use one process for each device "
                 '(DistributedDataParallel), or spread the layers (device_map="auto")'
             )
-        pixels: Any = args[0] if args else kwargs.get("pixel_values", kwargs.get("x"))
+        pixels: Any = args[0] if args else PIXELS.of(kwargs)
+        pixels = kwargs.get("x") if pixels is None else pixels
         sites, patch = self.sites, self.sites.vision.patch
         if sites.decoder is None or sites.decoder.grids is None:
             known = patch and pixels is not None and pixels.dim() > 3
