@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import UnsupportedError
 from ..method import known_methods, resolve
+from ..transformers_contract import SEAMS
 from ..wrapping import compressing
 from . import mini_families, styles
 
@@ -52,6 +53,15 @@ def method_table() -> str:
     """The method table in Markdown."""
     lines = ["| method | acts | what it does |", "|---|---|---|"]
     lines += [f"| `{r['name']}` | {r['acts']} | {r['summary']} |" for r in method_rows()]
+    return "\n".join(lines)
+
+
+def seam_table() -> str:
+    """What vtc reads of transformers, and what a release that moves one is told, in Markdown."""
+    lines = ["| where | what is said when it is not there |", "|---|---|"]
+    for seam in SEAMS:
+        said = f"has {seam.name.absent(seam.kind)}, read by {seam.reader}"
+        lines.append(f"| {seam.place} | {said} |")
     return "\n".join(lines)
 
 
@@ -328,3 +338,4 @@ if __name__ == "__main__":
     fill_block(readme, "methods", method_table())
     fill_block(readme, "support", support_matrix())
     fill_block(readme, "styles", style_matrix())
+    fill_block(readme.parent / "docs" / "releases.md", "seams", seam_table())

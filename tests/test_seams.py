@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import make_dataclass
 from functools import wraps
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import mini_llava as mini
@@ -31,6 +31,7 @@ from vtc import transformers_contract as contract
 from vtc.adapters.locate import locate, locate_vision
 from vtc.attention import Around
 from vtc.benchmarks import mini_families as families
+from vtc.benchmarks.catalogue import read_block, seam_table
 from vtc.tap import Ahead
 from vtc.transformers_contract import CACHE, PLACES, SEAMS, Seam, cache_left
 
@@ -194,6 +195,8 @@ def move(seam: Seam, model: Any, monkeypatch: Any) -> None:
             other = make_dataclass(there.__name__, sorted(fields | {ELSEWHERE}))
             known = next(n for n, x in vars(contract).items() if x is there)
             monkeypatch.setattr(contract, known, other)
+        elif isinstance(there, ModuleType):
+            monkeypatch.delattr(there, seam.name.names[0])
         elif isinstance(there, nn.Module) and seam.name.names[0] in there._modules:
             there._modules[ELSEWHERE] = there._modules.pop(seam.name.names[0])
         else:
@@ -219,6 +222,8 @@ def holds(seam: Seam, model: Any) -> bool:
 @pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.title)
 def test_a_moved_seam_is_refused(seam: Seam, monkeypatch: pytest.MonkeyPatch) -> None:
     model = families.build(QWEN3 if "DeepStack" in seam.place else FIRST)
+    if "file" in seam.place:
+        model = mini.build(attention="eager")
     assert holds(seam, model)
     move(seam, model, monkeypatch)
     text = refused(model)
@@ -381,6 +386,12 @@ def test_only_the_contract_names_them() -> None:
     assert not found
     text = "\n".join(p.read_text() for p in (ROOT / "vtc").glob("*.py") if "contract" not in p.name)
     assert "past_key_values" not in text and "mm_encoder_outputs=" not in text
+
+
+def test_the_page_of_releases_lists_every_seam() -> None:
+    page = ROOT / "docs" / "releases.md"
+    assert read_block(page, "seams") == seam_table()
+    assert contract.RELEASES in page.read_text()
 
 
 def test_the_tested_range_is_the_one_that_is_installed() -> None:

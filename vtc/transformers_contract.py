@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -54,7 +55,7 @@ def moved(where: str, missing: str, reader: str, there: str = "") -> Unsupported
     """
     there = f"; it has {there}" if there else ""
     return UnsupportedError(
-        f"{where} has {missing}, which {reader} reads{there}. "
+        f"{where} has {missing}, read by {reader}{there}. "
         f"This release of transformers moved it; {way_out()}"
     )
 
@@ -135,6 +136,7 @@ RESET = Name(("reset",), "what empties it")
 GROWS = Name(("layer_class_to_replicate",), "the layers that it makes as it grows")
 WINDOW = Name(("sliding_window",), "the tokens in its window")
 EVER_SEEN = Name(("cumulative_length",), "tokens seen, with those that left the window")
+EAGER = Name(("eager_attention_forward",), "attention without a kernel")
 REGISTER = Name(("register",), "what adds an implementation of attention")
 
 
@@ -231,12 +233,13 @@ SEAMS: tuple[Seam, ...] = (
     *_at("encoded images", "field", "vtc/crops.py, vtc/inputs.py", FEATURES),
     *_at("encoder", "argument", "vtc/wrapping.py", PIXELS),
     *_at("encoder attention", "argument", "adapters/*.py", HIDDEN),
-    *_at("language model", "argument", "vtc/decoder.py", EMBEDS, MASK, CACHE),
+    *_at("language model", "argument", "vtc/decoder.py", EMBEDS, MASK, POSITIONS, CACHE),
     *_at("language model", "attribute", "vtc/decoder.py, vtc/arguments.py", LAYERS, CONFIG),
     *_at("language model with DeepStack", "argument", "vtc/decoder.py", DEEPSTACK, DEEPSTACK_MASK),
     *_at("decoder layer", "argument", "vtc/decoder.py", HIDDEN, CACHE),
-    *_at("decoder layer", "argument", "vtc/arguments.py", MASK, POSITIONS, TABLES),
+    *_at("decoder layer", "argument", "vtc/arguments.py", MASK, TABLES),
     *_at("decoder layer", "attribute", "vtc/tap.py, vtc/decoder.py", ATTENTION),
+    *_at("file of the attention", "attribute", "vtc/attention.py", EAGER),
     *_at("output of the language model", "field", "vtc/decoder.py", LAST, CACHE),
     *_at("KV cache", "attribute", "vtc/cache.py", LAYERS, SEEN, GROWS),
     *_at("layer of a KV cache", "attribute", "vtc/cache.py", KEYS, VALUES, HOLDS, SEEN, UPDATE),
@@ -275,6 +278,13 @@ def _layers(model: Any, sites: Any) -> list[Any]:
     return list({getattr(x.forward, "__func__", x.forward): x for x in layers}.values())
 
 
+def _files(model: Any, sites: Any) -> list[Any]:
+    """Where the attention of the LLM is defined, which "eager" takes its function from."""
+    layers = [] if sites.decoder is None else sites.decoder.decoder.layers
+    eager = [x.self_attn for x in layers if x.self_attn.config._attn_implementation == "eager"]
+    return [sys.modules[name] for name in {type(x).__module__ for x in eager}]
+
+
 def _image_features(model: Any, sites: Any) -> list[Any]:
     inside = sites.decoder is None or "features" in sites.missing
     return [] if inside else [sites.decoder.base.get_image_features]
@@ -295,6 +305,7 @@ PLACES: dict[str, Callable[[Any, Any], list[Any]]] = {
     "language model": _language_model,
     "language model with DeepStack": _deepstack,
     "decoder layer": _layers,
+    "file of the attention": _files,
     "output of the language model": _always(lambda: LanguageModelOutput),
     "KV cache": _always(lambda: DynamicCache()),
     "layer of a KV cache": _always(lambda: DynamicLayer()),
