@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from .transformers_contract import PIXELS, required
-
 if TYPE_CHECKING:
     from .crops import CropLayout
     from .report import Report
@@ -76,6 +74,8 @@ def grid_boxes(box: Box, rows: int, columns: int) -> np.ndarray:
 
 def _runner(processor: Any) -> tuple[Callable[[Image.Image], Any], Any]:
     """What turns an image into pixel values as for a prompt, and the image processor or None."""
+    from .transformers_contract import required  # imports transformers
+
     ours = "vtc/geometry.py"
     ProcessorMixin = required("transformers", "ProcessorMixin", ours)
     ImageProcessingMixin = required(
@@ -101,6 +101,8 @@ def _runner(processor: Any) -> tuple[Callable[[Image.Image], Any], Any]:
 
 def _pictures(output: Any, tool: Any) -> list[np.ndarray]:
     """The tiles (3, H, W) in what a processor made of one image."""
+    from .transformers_contract import PIXELS
+
     pixels = PIXELS.of(output) if hasattr(output, "keys") else output
     if hasattr(output, "keys") and "image_grid_thw" in output:  # Qwen: patches, group by group
         _, rows, columns = output["image_grid_thw"][0].tolist()
