@@ -149,6 +149,26 @@ def test_the_drawings_are_those_of_the_code():
     assert used and set(used) <= set(make.names())
 
 
+def test_the_page_of_the_package_stands_alone():
+    """A package index has neither our pictures nor our files: nothing points at them."""
+    spec = importlib.util.spec_from_file_location("setup_of_vtc", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    page = setup.page()
+    assert "![" not in page and "<!--" not in page
+    links = re.findall(r"\]\(([^)]+)\)", page)
+    assert links and all(link.startswith(("https://arxiv.org/", "#")) for link in links)
+    assert python_of("README.md")[0] in page
+    assert "docs/limits.md" not in page
+
+
+def test_the_citation_is_of_this_version():
+    yaml = pytest.importorskip("yaml")
+    cff = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert cff["version"] == vtc.__version__
+    assert f"version = {{{vtc.__version__}}}" in (ROOT / "README.md").read_text("utf-8")
+
+
 # ---- extending -----------------------------------------------------------------------------------
 
 

@@ -166,7 +166,10 @@ FLOORS: tuple[tuple[tuple[str, str, str], ...], ...] = (
     (("methods/", "one file for each method", AMBER),),
     (("registry, method", "Method, Scorer, Chain and their hooks", AMBER),),
     (("views/", "what a hook may see", AMBER),),
-    (("adapters/", "where things are in a model", GREEN), ("cache/", "pruned, packed layers", GREEN)),
+    (
+        ("adapters/", "where things are in a model", GREEN),
+        ("cache/", "pruned, packed layers", GREEN),
+    ),
     (("hooks/", "threads, attention rows and patches", GREEN),),
     (
         ("layouts, budgets, hyperparameters", "crops and grids, schedules, checks", GREY),
@@ -265,6 +268,7 @@ def pareto(path: Path) -> None:
     """Accuracy against FLOPs, from the rows of a result file."""
     import matplotlib
     from matplotlib.figure import Figure
+
     from vtc.benchmarks.plots import draw_front, names_of
 
     result = json.loads((ROOT / "benchmarks/results/scenes.json").read_text("utf-8"))
