@@ -116,7 +116,7 @@ def qwen(folder: Path, words: str) -> Path:
 def test_the_example_of_the_readme_runs(where, tmp_path, capsys):
     """As it stands on the embedded model, and in the same words on a Qwen2.5-VL."""
     example, *_ = python_of("README.md")
-    assert len(example.splitlines()) <= 17
+    assert 8 <= sum(map(bool, example.splitlines())) <= 16
     if where != "embedded":
         folder = qwen(tmp_path, "which digit does the cross show?")
         example, count = re.subn(r"(?m)^path = .*$", f"path = {str(folder)!r}", example)
@@ -129,7 +129,7 @@ def test_the_example_of_the_readme_runs(where, tmp_path, capsys):
     assert kept is not None, said
     if where == "embedded":
         assert kept.groups() == ("576", "144")
-        assert said.startswith("which digit does the cross show? 8\n")
+        assert "which digit does the cross show ? assistant : 8\n" in said
     else:
         assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
         assert 0 < int(kept[2]) == int(kept[1]) // 4

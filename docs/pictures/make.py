@@ -277,7 +277,7 @@ def pareto(path: Path) -> None:
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(9.6, 4.4), layout="constrained")
         axis = figure.subplots()
-        names = dict.fromkeys([*names_of(rows, ["flops_share"]), "fastv", "visionzip"])
+        names = dict.fromkeys([*names_of(rows, ["flops_share"]), "fastv"])
         draw_front(axis, rows, "flops_share", list(names))
         axis.set_ylim(45, 98)
         axis.set_xlim(0, 1.03)
