@@ -35,6 +35,18 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+WIDE = ("results.md", "speed.md", "models.md", "calling-styles.md")
+"""Pages whose tables take the room of the table of contents."""
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Hide the table of contents of wide pages; as front matter it would show where they are read
+    as files."""
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["toc"]
+    return markdown
+
+
 def index_page() -> str:
     """The table of methods, each name a link to its page."""
     lines = ["# Methods", "", "| method | acts | needs | what it does |", "|---|---|---|---|"]

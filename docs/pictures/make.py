@@ -24,11 +24,11 @@ BLUE, AMBER, GREEN, GREY = "#dbe7fb", "#fdeccb", "#d9f0dd", "#eef0f3"
 # ---- SVG ---------------------------------------------------------------------------------------
 
 
-def text(x: float, y: float, words: str, size: int = 14, **how: str) -> str:
+def text(x: float, y: float, words: str, size: float = 14, **how: str) -> str:
     """A line of text; `how` are attributes, with _ for -."""
     given = {"fill": INK, "text_anchor": "middle", **how}
     attributes = " ".join(f'{k.replace("_", "-")}="{v}"' for k, v in given.items())
-    return f'<text x="{x:g}" y="{y:g}" font-size="{size}" {attributes}>{escape(words)}</text>'
+    return f'<text x="{x:g}" y="{y:g}" font-size="{size:g}" {attributes}>{escape(words)}</text>'
 
 
 def box(x: float, y: float, w: float, h: float, fill: str = "white", **how: str) -> str:
@@ -46,7 +46,7 @@ def line(x1: float, y1: float, x2: float, y2: float, arrow: bool = True, **how: 
     return f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" {attributes}{end}/>'
 
 
-def mono(x: float, y: float, words: str, size: int = 13, **how: str) -> str:
+def mono(x: float, y: float, words: str, size: float = 13, **how: str) -> str:
     """A line of text in a font of fixed width."""
     return text(x, y, words, size, font_family="ui-monospace, Menlo, Consolas, monospace", **how)
 
@@ -84,63 +84,53 @@ def stages() -> str:
 
     parts = []
     # The model, from the left to the right.
-    parts += [box(34, 96, 96, 96, GREY)]
+    parts += [box(20, 96, 84, 84, GREY)]
+    for i in (1, 2, 3):
+        at = 21 * i
+        thin = {"stroke": LINE, "stroke_width": "1"}
+        parts += [line(20 + at, 96, 20 + at, 180, False, **thin)]
+        parts += [line(20, 96 + at, 104, 96 + at, False, **thin)]
+    parts += [text(66, 84, "image, in patches", 13, fill=SOFT)]
+    parts += [box(158, 96, 176, 84, BLUE), text(246, 84, "vision encoder", 13, fill=SOFT)]
+    parts += [box(167 + 41 * i, 108, 34, 60) for i in range(4)]
+    parts += [text(184 + 41 * i, 143, w, 12) for i, w in enumerate(("1", "2", "...", "n"))]
+    parts += [box(364, 108, 76, 60, BLUE), text(402, 143, "projector", 13)]
+    parts += [box(506, 96, 298, 84, AMBER), text(560, 84, "LLM, prefill", 13, fill=SOFT)]
+    parts += [box(517 + 58 * i, 108, 44, 60) for i in range(5)]
+    parts += [text(539 + 58 * i, 143, w, 12) for i, w in enumerate(("1", "2", "3", "...", "n"))]
+    parts += [box(506, 192, 298, 36, GREEN), text(735, 215, "KV cache", 13)]
+    parts += [line(104, 138, 156, 138), line(334, 138, 362, 138), line(440, 138, 504, 138)]
+    parts += [line(804, 138, 830, 138), text(856, 143, "answer", 13)]
+    # Tokens that go around a layer.
     parts += [
-        line(34 + 24 * i, 96, 34 + 24 * i, 192, False, stroke=LINE, stroke_width="1")
-        for i in (1, 2, 3)
-    ]
-    parts += [
-        line(34, 96 + 24 * i, 130, 96 + 24 * i, False, stroke=LINE, stroke_width="1")
-        for i in (1, 2, 3)
-    ]
-    parts += [text(82, 84, "image, in patches", 13, fill=SOFT)]
-    parts += [box(212, 96, 238, 96, BLUE), text(331, 84, "vision encoder", 13, fill=SOFT)]
-    parts += [box(226 + 54 * i, 110, 42, 68) for i in range(4)]
-    parts += [text(247 + 54 * i, 149, w, 12) for i, w in enumerate(("1", "2", "...", "n"))]
-    parts += [box(496, 110, 84, 68, BLUE), text(538, 149, "projector", 13)]
-    parts += [box(690, 96, 400, 96, AMBER), text(760, 84, "LLM, prefill", 13, fill=SOFT)]
-    parts += [box(706 + 76 * i, 110, 60, 68) for i in range(5)]
-    parts += [text(736 + 76 * i, 149, w, 12) for i, w in enumerate(("1", "2", "3", "...", "n"))]
-    parts += [box(690, 206, 400, 40, GREEN), text(1000, 231, "KV cache of each layer", 13)]
-    parts += [line(130, 144, 210, 144), line(450, 144, 494, 144), line(580, 144, 688, 144)]
-    parts += [line(1090, 144, 1128, 144), text(1160, 149, "answer", 13)]
-    # Tokens that jump over a layer.
-    parts += [
-        f'<path d="M850 108 C 852 64, 924 64, 926 108" fill="none" stroke="{SOFT}" '
+        f'<path d="M626 106 C 628 66, 682 66, 684 106" fill="none" stroke="{SOFT}" '
         'stroke-width="1.5" marker-end="url(#arrow)"/>'
     ]
-    # The hooks, each below what it acts on; x of the label, and (x, y) of that place.
+    # The hooks, each below what it acts on: x of the label, and (x, y) of that place.
     spots = {
-        "pixels": (104, 170, 150),
-        "vision": (300, 328, 178),
-        "features": (500, 634, 150),
-        "decoder": (712, 774, 150),
-        "cache": (914, 890, 240),
-        "bypass": (1104, 888, 72),
+        "pixels": (84, 130, 144),
+        "vision": (233, 246, 168),
+        "features": (382, 472, 144),
+        "decoder": (531, 568, 144),
+        "cache": (680, 655, 222),
+        "bypass": (829, 655, 76),
     }
-    found = by_stage()
+    found, top = by_stage(), 288
     for stage, (x, px, py) in spots.items():
-        top = 306
+        way = f"M{px} {py} L{px} 260 L{x} 260 L{x} {top}"
         if stage == "bypass":
-            parts += [
-                f'<path d="M{px} {py} L{px} 40 L1196 40 L1196 286 L{x} 286 L{x} {top}" '
-                f'fill="none" stroke="{AMBER_LINE}" stroke-width="1.5"/>'
-            ]
-        else:
-            parts += [
-                f'<path d="M{px} {py} L{px} 278 L{x} 278 L{x} {top}" fill="none" '
-                f'stroke="{AMBER_LINE}" stroke-width="1.5"/>'
-            ]
+            way = f"M{px} {py} L{px} 44 L896 44 L896 268 L{x} 268 L{x} {top}"
+        parts += [f'<path d="{way}" fill="none" stroke="{AMBER_LINE}" stroke-width="1.5"/>']
         parts += [f'<circle cx="{px}" cy="{py}" r="4.5" fill="{AMBER_LINE}"/>']
         hook = STAGE_HOOKS[stage]  # type: ignore[index]
-        parts += [box(x - 82, top, 164, 30, "#fff7e6", stroke=AMBER_LINE)]
+        parts += [box(x - 70, top, 140, 30, "#fff7e6", stroke=AMBER_LINE)]
         parts += [mono(x, top + 20, hook, font_weight="600")]
-        parts += [text(x, top + 52, PLACES[stage], 13)]
+        parts += [text(x, top + 52, PLACES[stage], 14)]
         names = found[stage]
         shown, more = names[:3], len(names) - 3
         rows = [*shown, *([f"and {more} more"] if more > 0 else [])]
-        parts += [mono(x, top + 74 + 17 * i, n, 12, fill=SOFT) for i, n in enumerate(rows)]
-    return drawing(1220, 452, "Where the hooks of a method run", parts)
+        parts += [mono(x, top + 74 + 17 * i, n, 12.5, fill=SOFT) for i, n in enumerate(rows)]
+    return drawing(910, 430, "Where the hooks of a method run", parts)
 
 
 AMBER_LINE = "#b7791f"
@@ -171,9 +161,10 @@ FLOORS: tuple[tuple[tuple[str, str, str], ...], ...] = (
         ("cache/", "pruned, packed layers", GREEN),
     ),
     (("hooks/", "threads, attention rows and patches", GREEN),),
+    (("layouts, budgets, hyperparameters", "crops and grids, schedules, checks", GREY),),
     (
-        ("layouts, budgets, hyperparameters", "crops and grids, schedules, checks", GREY),
-        ("reduction, errors", "which tokens survive", GREY),
+        ("reduction", "which tokens survive", GREY),
+        ("errors", "what vtc raises", GREY),
         ("kernels/", "fused operators", GREY),
     ),
 )
@@ -186,8 +177,8 @@ STEPS = {"session": "1", "adapters/": "1", "engine/vision/": "2 3", "engine/": "
 
 def architecture() -> str:
     """The rooms of vtc, and the way of one image through them."""
-    width, left, tall, gap, parts = 1080, 60, 44, 10, []
-    inner = width - left - 30
+    width, left, tall, gap, parts = 780, 52, 40, 8, []
+    inner = width - left - 20
     for i, floor in enumerate(FLOORS):
         y = 24 + i * (tall + gap)
         wide = (inner - gap * (len(floor) - 1)) / len(floor)
@@ -196,15 +187,15 @@ def architecture() -> str:
             numbers = STEPS.get(name, "").split()
             parts += [box(x, y, wide, tall, fill)]
             if len(floor) > 1:
-                parts += [mono(x + 14, y + 19, name, 13, text_anchor="start", font_weight="600")]
-                parts += [text(x + 14, y + 35, what, 12, text_anchor="start", fill=SOFT)]
+                parts += [mono(x + 14, y + 17, name, 13, text_anchor="start", font_weight="600")]
+                parts += [text(x + 14, y + 33, what, 12, text_anchor="start", fill=SOFT)]
             else:
-                parts += [mono(x + 14, y + 27, name, 13, text_anchor="start", font_weight="600")]
-                parts += [text(x + 190, y + 27, what, 13, text_anchor="start", fill=SOFT)]
+                parts += [mono(x + 14, y + 25, name, 13, text_anchor="start", font_weight="600")]
+                parts += [text(x + 290, y + 25, what, 13, text_anchor="start", fill=SOFT)]
             for k, number in enumerate(reversed(numbers)):
                 cx = x + wide - 22 - 28 * k
-                parts += [f'<circle cx="{cx:g}" cy="{y + 22:g}" r="11" fill="{INK}"/>']
-                parts += [text(cx, y + 26.5, number, 13, fill="white", font_weight="600")]
+                parts += [f'<circle cx="{cx:g}" cy="{y + 20:g}" r="11" fill="{INK}"/>']
+                parts += [text(cx, y + 24.5, number, 13, fill="white", font_weight="600")]
     bottom = 24 + len(FLOORS) * (tall + gap) - gap
     parts += [line(32, 30, 32, bottom)]
     parts += [
