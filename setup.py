@@ -14,7 +14,14 @@ def page() -> str:
     text = Path(__file__).with_name("README.md").read_text("utf-8")
     text = re.sub(r"<!-- picture -->.*?<!-- /picture -->\n*", "", text, flags=re.DOTALL)
     text = re.sub(r"<!-- .*? -->\n", "", text)
-    return re.sub(r"\[([^\]]+)\]\((?!https?:|#)[^)]+\)", r"\1", text)
+    text = re.sub(r"\[([^\]]+)\]\((?!https?:|#)([^)]+)\)", _named, text)
+    return f"{text}\nPictures, and the files that are named here, lie in the repository of this package.\n"
+
+
+def _named(link: re.Match[str]) -> str:
+    """A link into the repository as text: its words and, if they are not its name, the file."""
+    words, file = link[1], link[2].split("#")[0]
+    return words if file.endswith(words) else f"{words} (`{file}`)"
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def test_the_page_of_the_package_stands_alone():
     links = re.findall(r"\]\(([^)]+)\)", page)
     assert links and all(link.startswith(("https://arxiv.org/", "#")) for link in links)
     assert python_of("README.md")[0] in page
-    assert "docs/limits.md" not in page
+    assert "limits (`docs/limits.md`)" in page
 
 
 def test_the_citation_is_of_this_version():
