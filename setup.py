@@ -15,7 +15,7 @@ def page() -> str:
     text = re.sub(r"<!-- picture -->.*?<!-- /picture -->\n*", "", text, flags=re.DOTALL)
     text = re.sub(r"<!-- .*? -->\n", "", text)
     text = re.sub(r"\[([^\]]+)\]\((?!https?:|#)([^)]+)\)", _named, text)
-    return f"{text}\nPictures, and the files that are named here, lie in the repository of this package.\n"
+    return text + "\nPictures, and the files named here, lie in the repository of this package.\n"
 
 
 def _named(link: re.Match[str]) -> str:
