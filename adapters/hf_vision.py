@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
+from ..transformers_contract import way_out
 from .base import BlockSites, Call, VisionSites, is_a, mlp_width
 
 BLOCKS = {
@@ -122,8 +123,8 @@ def _block(block: Any) -> BlockSites:
     mlp = _first(block, "mlp", "intermediate")
     if any(part is None for part in (attn, query, key, norm2, mlp)):
         raise UnsupportedError(
-            f"{type(block).__name__} of this transformers release has other parts than expected; "
-            "supported are 5.5 to 5.23"
+            f"{type(block).__name__} has other parts than in the releases of transformers that vtc "
+            f"knows; {way_out()}"
         )
     heads = _first(attn, "num_heads", "num_attention_heads")
     return BlockSites(

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedError
+from ..transformers_contract import reading
 from .base import Sites, VisionSites
 
 LANGUAGE_MODELS = (
@@ -76,7 +77,9 @@ SUPPORTED = (
 
 def _try(names: tuple[str, ...], model: nn.Module) -> Any:
     for name in names:
-        sites = importlib.import_module(f"{__package__}.{name}").locate(model)
+        adapter = importlib.import_module(f"{__package__}.{name}")
+        with reading(model, f"adapters/{name}.py"):
+            sites = adapter.locate(model)
         if sites is not None:
             return sites
     return None

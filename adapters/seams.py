@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError
+from ..transformers_contract import CACHE
 
 LAYER_ARGUMENTS = {
-    *("hidden_states", "attention_mask", "position_ids", "past_key_values", "use_cache"),
+    *("hidden_states", "attention_mask", "position_ids", *CACHE.names, "use_cache"),
     *("position_embeddings", "output_attentions", "output_router_logits", "kwargs"),
 }
 DECODER_ARGUMENTS = {
-    *("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds"),
+    *("input_ids", "attention_mask", "position_ids", *CACHE.names, "inputs_embeds"),
     *("use_cache", "output_attentions", "output_hidden_states", "output_router_logits"),
     *("return_dict", "kwargs"),
 }

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import UnsupportedError
 from ..method import Method, known_methods, resolve
+from ..transformers_contract import SEAMS
 from ..wrapping import compressing
 from . import mini_families, styles
 
@@ -64,6 +65,15 @@ def method_table() -> str:
     """The method table in Markdown; a method without a paper is a control."""
     lines = ["| method | acts | paper |", "|---|---|---|"]
     lines += [f"| `{r['name']}` | {r['acts']} | {r['paper'] or 'control'} |" for r in method_rows()]
+    return "\n".join(lines)
+
+
+def seam_table() -> str:
+    """What vtc reads of transformers, and what a release that moves one is told, in Markdown."""
+    lines = ["| where | what is said when it is not there |", "|---|---|"]
+    for seam in SEAMS:
+        said = f"has {seam.name.absent(seam.kind)}, read by {seam.reader}"
+        lines.append(f"| {seam.place} | {said} |")
     return "\n".join(lines)
 
 
@@ -339,3 +349,4 @@ if __name__ == "__main__":
     fill_block(Path("README.md"), "methods", method_table())
     fill_block(Path("docs/models.md"), "support", support_matrix())
     fill_block(Path("docs/calling-styles.md"), "styles", style_matrix())
+    fill_block(Path("docs/releases.md"), "seams", seam_table())

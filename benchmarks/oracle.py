@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from vtc.decoder import DecoderEngine
 
+from ..transformers_contract import CACHE, MASK, cache_left
+
 
 class Alive(dict[int, Tensor]):
     """(B, L) logical tokens that are alive in each layer of the first prefill.
@@ -104,7 +106,7 @@ def masked(
                 where, value = (t.repeat_interleave(len(hidden) // len(t), 0) for t in merged[i])
                 hidden = value.where(where[..., None], hidden)
             batch, q_len = hidden.shape[:2]
-            cache = kwargs.get("past_key_values")
+            cache = CACHE.of(kwargs)
             past = cache.layers[i].get_seq_length() if cache and i < len(cache.layers) else 0
             dead = torch.zeros(batch, past + q_len, dtype=torch.bool)
             there, first = alive[i], start
@@ -120,7 +122,7 @@ def masked(
                 return (hidden, *args[1:]), kwargs
             dead[:, first : first + there.shape[1]] = ~there
             dead = dead[:, None, None, :]
-            mask = kwargs.get("attention_mask")
+            mask = MASK.of(kwargs)
             if mask is None:
                 mask = torch.ones(q_len, past + q_len, dtype=torch.bool).tril(past)
                 mask = mask.expand(batch, 1, -1, -1)
@@ -128,7 +130,7 @@ def masked(
                 mask = mask & ~dead
             else:
                 mask = mask.masked_fill(dead, torch.finfo(mask.dtype).min)
-            kwargs["attention_mask"] = mask
+            MASK.put(kwargs, mask)
             return (hidden, *args[1:]), kwargs
 
         return mask_dead
@@ -210,7 +212,7 @@ def logits_and_steps(
 ) -> tuple[Tensor, Tensor | None, list[int]]:
     """Prefill logits, greedy step logits (left or no padding only), KV length of each layer."""
     prefill = model(**inputs, use_cache=True)
-    lengths = [layer.keys.shape[2] for layer in prefill.past_key_values.layers]
+    lengths = [layer.keys.shape[2] for layer in cache_left(prefill).layers]
     if not bool(inputs["attention_mask"][:, -1].all()):
         return prefill.logits, None, lengths
     how = {"max_new_tokens": steps, "do_sample": False}

@@ -17,6 +17,7 @@ from ..adapters.locate import locate
 from ..cost import decoder_flops
 from ..method import Method
 from ..report import Report
+from ..transformers_contract import cache_left
 from ..wrapping import compressing, observe
 from .speed_memory import Allocations, attention_of, watched, weights_bytes
 from .speed_shapes import Inputs, text_prompt, visual_tokens
@@ -154,7 +155,7 @@ def take(model: Any, run: Run, decode: int) -> dict[str, float]:
             sample |= parts(session.report())
         if decode:
             token, batch = run.inputs["input_ids"][:, -1:], len(run.inputs["input_ids"])
-            ms = timed_decode(model, token, out.past_key_values, decode)
+            ms = timed_decode(model, token, cache_left(out), decode)
             sample["decode_ms"] = ms / decode
             sample["answer_ms"] = sample["ttft_ms"] + ms
             sample["tokens_per_second"] = 1e3 * batch * decode / ms
@@ -191,7 +192,7 @@ def look(model: Any, run: Run, decode: int) -> None:
             _, out = forward(model, run.inputs)
             if session is not None:
                 report = session.report()
-            cache = getattr(out, "past_key_values", None)
+            cache = cache_left(out)
             if cache is not None:
                 kv = cache_bytes(cache)
             if decode:

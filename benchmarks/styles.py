@@ -32,6 +32,7 @@ from ..methods.fastv import FastV
 from ..methods.mod import HeuristicMoD
 from ..methods.pitome import PiToMe
 from ..methods.prefixkv import PrefixKV
+from ..transformers_contract import cache_left, giving
 from ..wrapping import compressing
 from . import mini_families as mini
 from .oracle import compare
@@ -96,7 +97,7 @@ class Cell:
     def cache(self) -> dict[str, Any]:
         """A cache of all tokens, where the model's own would cut what the oracle must mask."""
         text = self.model.config.get_text_config()
-        return {} if sliding_window(text) is None else {"past_key_values": DynamicCache()}
+        return {} if sliding_window(text) is None else giving(self.model, DynamicCache())
 
     def generate(self, model: Any, inputs: dict[str, Any], **how: Any) -> tuple[Tensor, Tensor]:
         """Tokens and the logits of each step (B, S, V); greedy unless told."""
@@ -209,7 +210,7 @@ def second_turn(cell: Cell) -> None:
             if name in inputs:
                 room = ids.shape[1] - inputs[name].shape[1]
                 given[name] = torch.nn.functional.pad(inputs[name], (0, room))
-        two = model.generate(**given, past_key_values=one.past_key_values, **how)
+        two = model.generate(**given, **giving(model, cache_left(one)), **how)
         return two.sequences, torch.stack(one.logits + two.logits, 1)
 
     against_oracle(cell, run)
@@ -236,7 +237,7 @@ def assisted(cell: Cell) -> None:
     how = {"assistant_model": assistant, "max_new_tokens": 5}
     against_oracle(
         cell,
-        lambda model: cell.generate(model, inputs, **how, past_key_values=DynamicCache()),
+        lambda model: cell.generate(model, inputs, **how, **giving(model, DynamicCache())),
     )
 
 
@@ -250,7 +251,7 @@ def prompt_lookup(cell: Cell) -> None:
     how = {"prompt_lookup_num_tokens": 2, "max_new_tokens": 5}
     against_oracle(
         cell,
-        lambda model: cell.generate(model, inputs, **how, past_key_values=DynamicCache()),
+        lambda model: cell.generate(model, inputs, **how, **giving(model, DynamicCache())),
     )
 
 
@@ -302,7 +303,7 @@ def quantized_cache(cell: Cell) -> None:
         return measured(self, tensor, torch.tensor(0.05))
 
     def run(model: Any) -> Any:
-        return cell.generate(model, inputs, past_key_values=QuantizedCache("fp8", text))
+        return cell.generate(model, inputs, **giving(model, QuantizedCache("fp8", text)))
 
     with patch.object(layer, "_quantize", fixed):
         logits = stock(cell, lambda: run(cell.model))[1]

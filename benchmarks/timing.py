@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..method import Chain, Method
+from ..transformers_contract import cache_left, giving
 from ..wrapping import compressing, observe
 
 Progress = Callable[[str, int, int], None]
@@ -49,7 +50,7 @@ def forward(model: Any, inputs: dict[str, Any]) -> tuple[float, Any]:
 def timed_prefill(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[float, int]:
     """Milliseconds from pixels to the first logits, and bytes of the cache left behind."""
     ms, out = forward(model, {**inputs, "use_cache": True, "logits_to_keep": 1})
-    return ms, cache_bytes(out.past_key_values)
+    return ms, cache_bytes(cache_left(out))
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ def timed_decode(model: Any, token: torch.Tensor, cache: Any, steps: int) -> flo
     synchronize(model.device)
     start = time.perf_counter()
     for _ in range(steps):
-        model(input_ids=token, past_key_values=cache, use_cache=True)
+        model(input_ids=token, **giving(model, cache), use_cache=True)
         # generate() waits for every token too, to see whether it ends the answer.
         synchronize(model.device)
     return 1e3 * (time.perf_counter() - start)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vtc.benchmarks.oracle import Alive, compare
+from vtc.transformers_contract import cache_left, giving
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -49,9 +50,9 @@ def dropped_is_masked(
 
 def greedy_loop(model: Any, inputs: dict, steps: int = 5, cache: Any = None) -> tuple:
     """A manual decoding loop without position ids, as people write it for unpadded batches."""
-    out = model(**inputs, use_cache=True, past_key_values=cache)
-    logits, cache = [out.logits[:, -1]], out.past_key_values
+    out = model(**inputs, use_cache=True, **giving(model, cache))
+    logits, cache = [out.logits[:, -1]], cache_left(out)
     for _ in range(steps):
-        out = model(input_ids=logits[-1].argmax(-1)[:, None], past_key_values=cache)
+        out = model(input_ids=logits[-1].argmax(-1)[:, None], **giving(model, cache))
         logits.append(out.logits[:, -1])
     return torch.stack(logits, 1), cache

@@ -15,6 +15,7 @@ from mini_bench import MODEL, PROCESSOR, SETTINGS, Toy, bench, make_items
 
 import vtc
 from vtc.benchmarks import answers, prompts
+from vtc.transformers_contract import cache_left, giving
 
 EOS = 2
 
@@ -39,7 +40,7 @@ def by_hand(model, inputs, steps: int) -> tuple[list[int], list[torch.Tensor]]:
         tokens.append(int(found[-1].argmax()))
         if len(tokens) == steps or tokens[-1] == EOS:
             return tokens, found
-        out = model(torch.tensor([tokens[-1:]]), past_key_values=out.past_key_values)
+        out = model(torch.tensor([tokens[-1:]]), **giving(model, cache_left(out)))
 
 
 def expected(stock, other) -> tuple[float, int]:

@@ -27,6 +27,7 @@ from vtc.methods.mod import MoD
 from vtc.methods.vidkv import VidKV
 from vtc.reduction import Reduction
 from vtc.text import TextQuery
+from vtc.transformers_contract import cache_left, giving
 
 SIZES = {
     "square": SQUARE,
@@ -111,7 +112,7 @@ def inputs_for(name: str, method: str, family: str) -> tuple[list, dict[str, tor
 def logits_and_steps(model, inputs) -> tuple[torch.Tensor, torch.Tensor | None, list[int]]:
     """Prefill logits, greedy step logits (left or no padding only), KV length of each layer."""
     prefill = model(**inputs, use_cache=True)
-    lengths = [layer.keys.shape[2] for layer in prefill.past_key_values.layers]
+    lengths = [layer.keys.shape[2] for layer in cache_left(prefill).layers]
     steps = None
     if bool(inputs["attention_mask"][:, -1].all()):
         how = {"max_new_tokens": STEPS, "do_sample": False}
@@ -332,12 +333,12 @@ def test_packed_bits_of_crops(family: str) -> None:
     plain = model(**inputs, use_cache=True)
     with vtc.compressing(model, method) as session:
         out = model(**inputs, use_cache=True)
-        report, cache = session.report(), out.past_key_values
+        report, cache = session.report(), cache_left(out)
         torch.testing.assert_close(out.logits, plain.logits, atol=1e-5, rtol=1e-5)
         assert report.kv_bytes < 0.6 * report.kv_bytes_full
         assert report.final_tokens == report.visual_tokens
         columns, worst = torch.device("cpu"), 0.0
-        for layer, stock in zip(cache.layers, plain.past_key_values.layers, strict=True):
+        for layer, stock in zip(cache.layers, cache_left(plain).layers, strict=True):
             assert (layer.counts >= 8).all()
             where = layer.columns(columns)
             there = ~layer.padded("filler", columns)
@@ -349,8 +350,8 @@ def test_packed_bits_of_crops(family: str) -> None:
                     )
                     full[r][:, where[r, there[r]]] = got[r][:, there[r]]
         assert worst > 1e-2, "nothing was packed: no teeth"
-        got = model(**step, past_key_values=cache).logits
-    want = model(**step, past_key_values=plain.past_key_values).logits
+        got = model(**step, **giving(model, cache)).logits
+    want = model(**step, **giving(model, cache_left(plain))).logits
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
@@ -830,16 +831,16 @@ def test_second_turns(family: str) -> None:
     vtc.wrap(model, "divprune", keep_tokens=TOKENS)
 
     def turns() -> torch.Tensor:
-        cache = model(**first, use_cache=True).past_key_values
-        return model(input_ids=torch.tensor([[9, 8, 7]]), past_key_values=cache).logits
+        cache = cache_left(model(**first, use_cache=True))
+        return model(input_ids=torch.tensor([[9, 8, 7]]), **giving(model, cache)).logits
 
     got, want, _ = compare(model, turns)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
-    cache = model(**first, use_cache=True).past_key_values
+    cache = cache_left(model(**first, use_cache=True))
     second = mini.prompt([[TALL, TINY]], family, seed=1)
     del second["attention_mask"]
-    model(**second, past_key_values=cache)
+    model(**second, **giving(model, cache))
     assert model.vtc.report().final_tokens == 2 * TOKENS
     lengths = [layer.keys.shape[2] for layer in cache.layers]
     newlines = sum(mini.shape_of(s, family)[0] for s in (WIDE, TALL, TINY))

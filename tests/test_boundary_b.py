@@ -24,6 +24,7 @@ from vtc.methods.todre import ToDRE, max_sum_order
 from vtc.methods.tops import TOPS, greedy_set
 from vtc.methods.uniform import Uniform
 from vtc.methods.vscan import VScan, best_of_windows, windows
+from vtc.transformers_contract import cache_left
 from vtc.views import FeaturesView, Projections
 
 ANGLES = torch.tensor([0.0, 10, 25, 90, 100, 180, 205, 300]).deg2rad()
@@ -275,7 +276,7 @@ CASES: dict[str, tuple[str | None, tuple[int, ...]]] = {
 
 def prefill_and_steps(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, list]:
     out = model(**inputs, use_cache=True)
-    lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    lengths = [layer.keys.shape[2] for layer in cache_left(out).layers]
     steps = None
     if bool(inputs["attention_mask"][:, -1].all()):
         made = model.generate(

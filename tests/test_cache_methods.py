@@ -35,6 +35,7 @@ from vtc.quantized import (
     unpack_bits,
     unpack_trits,
 )
+from vtc.transformers_contract import cache_left, giving
 
 ROWS = [1, 2, 1]
 CLOSE: dict[str, float] = dict(atol=1e-5, rtol=1e-5)
@@ -70,7 +71,7 @@ def decode(model: Any, inputs: dict, cache: Any, tokens: Tensor) -> Tensor:
             input_ids=tokens[:, i : i + 1],
             attention_mask=mask,
             position_ids=mask.cumsum(1)[:, -1:] - 1,
-            past_key_values=cache,
+            **giving(model, cache),
         )
         out.append(step.logits[:, -1])
     return torch.stack(out, 1)
@@ -163,14 +164,14 @@ def against_hand(method: vtc.Method, choose: Choose, pad: str | None, attention:
     plain = stock(**inputs, use_cache=True)
     model = vtc.wrap(mini.build(attention=attention), method)
     out = model(**inputs, use_cache=True)
-    layers = out.past_key_values.layers
+    layers = cache_left(out).layers
     # A short row takes its padding along to fill up.
     longest = [max(w[2][i] for w in want) for i in range(5)]
     padding = [max(w[2][i] + int((~m.bool()).sum()) for w, m in zip(
         want, inputs["attention_mask"], strict=True)) for i in range(5)]  # fmt: skip
     for i, layer in enumerate(layers):
         assert longest[i] <= layer.keys.shape[2] <= padding[i]
-    steps = decode(model, inputs, out.past_key_values, tokens)
+    steps = decode(model, inputs, cache_left(out), tokens)
     for r, (prefill, step, _) in enumerate(want):
         real = inputs["attention_mask"][r].bool()
         torch.testing.assert_close(out.logits[r, real], prefill, atol=1e-4, rtol=1e-4)
@@ -198,10 +199,10 @@ def test_the_last_tokens_of_a_compressed_prompt_can_be_taken_back(rows: int) -> 
     inputs = mini.prompt([1] * rows)
     with vtc.compressing(model, "fastv", keep_tokens=4):
         out = model(**inputs, use_cache=True)
-        cache, length = out.past_key_values, inputs["input_ids"].shape[1]
+        cache, length = cache_left(out), inputs["input_ids"].shape[1]
         cache.crop(-2)
         assert cache.get_seq_length() == length - 2
-        again = model(input_ids=inputs["input_ids"][:, -2:], past_key_values=cache)
+        again = model(input_ids=inputs["input_ids"][:, -2:], **giving(model, cache))
     torch.testing.assert_close(again.logits, out.logits[:, -2:], atol=1e-5, rtol=1e-5)
 
 
@@ -443,7 +444,7 @@ def test_prefixkv_keeps_the_prefix(pad: str | None, attention: str) -> None:
     images = ROWS if pad else [1, 1, 1]
     inputs = mini.prompt(images, batch=3, pad=pad)
     model = vtc.wrap(mini.build(attention=attention, gain=9), PrefixKV(keep_tokens=5))
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = cache_left(model(**inputs, use_cache=True))
     stock = mini.build(attention="eager", gain=9)
     uneven = False
     for r, row in enumerate(rows_alone(inputs, images)):
@@ -480,10 +481,10 @@ def test_prefixkv_second_turn(scope: Any) -> None:
     length = first["input_ids"].shape[1]
     both = torch.ones(2, 2 * length, dtype=torch.long)
     model = vtc.wrap(mini.build(), method)
-    cache = model(**first, use_cache=True).past_key_values
+    cache = cache_left(model(**first, use_cache=True))
     alive = hide(cache, length)
     again = {**second, "attention_mask": both}
-    got = model(**again, past_key_values=cache, use_cache=True).logits
+    got = model(**again, **giving(model, cache), use_cache=True).logits
     assert cache.get_seq_length() == 2 * length
     after = hide(cache, 2 * length)
     for r in range(2):
@@ -496,9 +497,9 @@ def test_prefixkv_second_turn(scope: Any) -> None:
     held = decode(model, {"input_ids": both}, cache, tokens[:, :1])
     vtc.unwrap(model)
     layers = model.model.language_model.layers
-    full = model(**first, use_cache=True).past_key_values
+    full = cache_left(model(**first, use_cache=True))
     with masked(layers, alive):
-        want = model(**again, past_key_values=full, use_cache=True).logits
+        want = model(**again, **giving(model, full), use_cache=True).logits
     torch.testing.assert_close(got, want, **CLOSE)
     with masked(layers, after):
         want = decode(model, {"input_ids": both}, full, tokens[:, :1])
@@ -511,7 +512,7 @@ def test_prefixkv_pays_while_decoding() -> None:
     images, share, steps = [2, 3, 2], 0.6, 12
     inputs, tokens = positioned(mini.prompt(images, pad="left")), some_tokens(3, 12)
     model = vtc.wrap(mini.build(), PrefixKV(keep_ratio=share, scope="all"))
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = cache_left(model(**inputs, use_cache=True))
     length = inputs["input_ids"].shape[1]
     starts = [int(m.long().argmax()) for m in inputs["attention_mask"]]
     lists = [kept_columns(cache, r, starts[r]) for r in range(3)]
@@ -523,7 +524,7 @@ def test_prefixkv_pays_while_decoding() -> None:
     )
     assert len({k for row in kept for k in row}) > 2
     wants, gots, stock = [], [], mini.build()
-    full = stock(**inputs, use_cache=True).past_key_values
+    full = cache_left(stock(**inputs, use_cache=True))
     mask, paid = inputs["attention_mask"], 0
     for s in range(steps):
         alive = {}
@@ -560,13 +561,13 @@ def test_prefixkv_calibration() -> None:
     found = []
     for sample in samples:
         with vtc.compressing(model, PrefixKV(keep_ratio=0.5)):
-            cache = model(**sample, use_cache=True).past_key_values
+            cache = cache_left(model(**sample, use_cache=True))
         found.append([(24 - len(c)) / mini.PATCHES for c in kept_columns(cache, 0, 0)])
     method = PrefixKV.calibrate(model, samples, keep_ratio=0.5)
     assert method.ratios == pytest.approx([sum(f) / 3 for f in zip(*found, strict=True)])
     assert not method.has_budget
     vtc.wrap(model, method)
-    cache = model(**samples[0], use_cache=True).past_key_values
+    cache = cache_left(model(**samples[0], use_cache=True))
     forgot = [24 - len(c) for c in kept_columns(cache, 0, 0)]
     assert forgot == [round(16 * r) for r in method.ratios]
     vtc.unwrap(model)
@@ -910,13 +911,13 @@ def packed_by_hand(
     important: Callable[[int], tuple[set[int], list[float]]],
 ) -> tuple[Tensor, list[Row]]:  # fmt: skip
     """Step logits (S, V) of one row on a stock cache whose old tokens are replaced by their codes."""
-    cache = stock(**row, use_cache=True).past_key_values
+    cache = cache_left(stock(**row, use_cache=True))
     layers, out = [], []
     for i, layer in enumerate(cache.layers):
         layers.append(Row(layer.keys[0], layer.values[0], ask.group, ask))
         layers[-1].pack(ask.group, *important(i))
     for token in tokens:
-        out.append(stock(input_ids=token.view(1, 1), past_key_values=cache).logits[0, -1])
+        out.append(stock(input_ids=token.view(1, 1), **giving(stock, cache)).logits[0, -1])
         for i, (by_hand_, layer) in enumerate(zip(layers, cache.layers, strict=True)):
             by_hand_.keys, by_hand_.values = layer.keys[0], layer.values[0]
             by_hand_.pack(due, *important(i))
@@ -932,9 +933,9 @@ def test_vidkv_by_hand(pad: str | None, attention: str) -> None:
     images = ROWS if pad else [1, 1, 1]
     inputs, tokens = positioned(mini.prompt(images, batch=3, pad=pad)), some_tokens(3, 20)
     stock = mini.build(attention=attention)
-    plain = decode(stock, inputs, stock(**inputs, use_cache=True).past_key_values, tokens)
+    plain = decode(stock, inputs, cache_left(stock(**inputs, use_cache=True)), tokens)
     model = vtc.wrap(mini.build(attention=attention), VIDKV)
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = cache_left(model(**inputs, use_cache=True))
     report = model.vtc.report()
     held = [
         layer.keys.nbytes + layer.values.nbytes + layer.packed_bytes() for layer in cache.layers
@@ -967,7 +968,7 @@ def test_zipvl_mixed_by_hand() -> None:
     inputs, tokens = positioned(mini.prompt(ROWS, pad="left")), some_tokens(3, 4)
     tau = 0.6
     model = vtc.wrap(mini.build(), ZipVL(kv="mixed", tau=tau, group=8))
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = cache_left(model(**inputs, use_cache=True))
     assert model.vtc.report().kv_bytes < 0.45 * model.vtc.report().kv_bytes_full
     got = decode(model, inputs, cache, tokens)
     stock = mini.build(attention="eager")
@@ -995,7 +996,7 @@ def test_zipvl_mixed_by_hand() -> None:
     long = model.generate(
         **inputs, max_new_tokens=120, do_sample=False, return_dict_in_generate=True
     )
-    counts = long.past_key_values.layers[2].counts
+    counts = cache_left(long).layers[2].counts
     assert (counts > torch.tensor([layer.shape[0] for layer in inputs["attention_mask"]])).all()
 
 
@@ -1005,12 +1006,12 @@ def test_vidkv_after_pruning() -> None:
     inputs, tokens = mini.prompt(2, batch=1), some_tokens(1, 2)
     fastv, vidkv = vtc.methods()["fastv"](keep_tokens=8), VidKV(window=8, group=8, protect=0)
     model = vtc.wrap(mini.build(), vtc.chain(fastv, vidkv))
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = cache_left(model(**inputs, use_cache=True))
     got = decode(model, inputs, cache, tokens)
     assert [layer.counts.item() for layer in cache.layers] == [32, 32, 16, 16, 16]
     vtc.unwrap(model)
     vtc.wrap(model, fastv)
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = cache_left(model(**inputs, use_cache=True))
     ask = Packing(keys=MixedKeys(), values=Ternary(), window=8, group=8)
     for layer in cache.layers:
         Row(layer.keys[0], layer.values[0], 8, ask).pack(8)
@@ -1025,7 +1026,7 @@ def test_vidkv_protects_what_is_left_first() -> None:
     model, teeth = vtc.wrap(mini.build(), chain), 0
     for seed in range(6):
         inputs = mini.prompt(ROWS, pad="left", seed=seed)
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = cache_left(model(**inputs, use_cache=True))
         visual, last = inputs["input_ids"] == mini.IMAGE, cache.layers[-1]
         there = ~last.padded("filler", visual.device)
         left = torch.zeros_like(visual).scatter(1, last.columns(visual.device), there) & visual
@@ -1057,12 +1058,12 @@ def test_every_way_of_calling(method: vtc.Method) -> None:
     vtc.unwrap(model)
     vtc.wrap(model, method)
     one, two = mini.prompt(1, batch=2, seed=1), mini.prompt(1, batch=2, seed=2)
-    cache = model(**one, use_cache=True).past_key_values
+    cache = cache_left(model(**one, use_cache=True))
     seen = one["input_ids"].shape[1]
     for more in (two, {"input_ids": some_tokens(2, 4)}, {"input_ids": some_tokens(2, 1)}):
         seen += more["input_ids"].shape[1]
         more = {**more, "attention_mask": torch.ones(2, seen, dtype=torch.long)}
-        out = model(**more, past_key_values=cache, use_cache=True)
+        out = model(**more, **giving(model, cache), use_cache=True)
         assert torch.isfinite(out.logits).all()
         assert cache.get_seq_length() == seen
 
@@ -1074,15 +1075,15 @@ def test_second_turn_reads_the_codes() -> None:
     one, two = mini.prompt(1, batch=1, seed=1), mini.prompt(1, batch=1, seed=2)
     two["attention_mask"] = torch.ones(1, 48, dtype=torch.long)
     model = vtc.wrap(mini.build(), method)
-    cache = model(**one, use_cache=True).past_key_values
-    got = model(**two, past_key_values=cache, use_cache=True).logits
+    cache = cache_left(model(**one, use_cache=True))
+    got = model(**two, **giving(model, cache), use_cache=True).logits
     assert cache.layers[0].counts.item() == 40
     vtc.unwrap(model)
-    cache = model(**one, use_cache=True).past_key_values
+    cache = cache_left(model(**one, use_cache=True))
     ask = Packing(keys=MixedKeys(), values=Ternary(), window=8, group=8)
     for layer in cache.layers:
         Row(layer.keys[0], layer.values[0], 8, ask).pack(8)
-    want = model(**two, past_key_values=cache, use_cache=True).logits
+    want = model(**two, **giving(model, cache), use_cache=True).logits
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 

@@ -37,6 +37,7 @@ from vtc.methods.fastv import FastV
 from vtc.methods.random import Random
 from vtc.methods.tome import ToMe
 from vtc.methods.uniform import Uniform
+from vtc.transformers_contract import cache_left, giving
 from vtc.views import DecoderView
 
 LOOSE = 1.999
@@ -91,7 +92,7 @@ def written_by_hand(model: Any, row: dict[str, Any], method: Any, steps: int) ->
         found = [out.logits[:, -1]]
         for t in range(steps - 1):
             token = found[-1].argmax(-1) if answer is None else answer[:, t]
-            out = model(input_ids=token[:, None], past_key_values=out.past_key_values)
+            out = model(input_ids=token[:, None], **giving(model, cache_left(out)))
             found.append(out.logits[:, -1])
         return torch.stack(found, 1)
 

@@ -16,6 +16,7 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 import vtc
 from vtc.benchmarks.oracle import compare, masked, recording
 from vtc.reduction import Reduction
+from vtc.transformers_contract import cache_left, giving
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +134,7 @@ def test_reordering_the_cache_takes_the_map_along() -> None:
     inputs = mini.prompt([1, 1], pad="left")
 
     def decode(swap: list[int]) -> torch.Tensor:
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = cache_left(model(**inputs, use_cache=True))
         order = torch.tensor(swap)
         cache.reorder_cache(order)
         mask = inputs["attention_mask"][order]
@@ -141,7 +142,7 @@ def test_reordering_the_cache_takes_the_map_along() -> None:
         ids = torch.tensor([[5], [6]])[order]
         positions = mask.cumsum(1)[:, -1:] - 1
         out = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache
+            input_ids=ids, attention_mask=mask, position_ids=positions, **giving(model, cache)
         )
         assert all(torch.equal(layer.kept, kept[i][order]) for i, layer in pruned(cache))
         return out.logits[:, -1]
@@ -149,7 +150,7 @@ def test_reordering_the_cache_takes_the_map_along() -> None:
     def pruned(cache: Any) -> list:
         return [(i, layer) for i, layer in enumerate(cache.layers) if hasattr(layer, "kept")]
 
-    kept = {i: layer.kept for i, layer in pruned(model(**inputs, use_cache=True).past_key_values)}
+    kept = {i: layer.kept for i, layer in pruned(cache_left(model(**inputs, use_cache=True)))}
     assert not torch.equal(kept[3][0], kept[3][1])
     torch.testing.assert_close(decode([1, 0]), decode([0, 1]).flip(0), atol=1e-5, rtol=1e-5)
 
@@ -164,7 +165,7 @@ def test_two_generations_interleave() -> None:
     for _ in range(5):
         for s, seen in zip(states, logits, strict=True):
             token = seen[-1].argmax(-1)[:, None]
-            seen.append(model(input_ids=token, past_key_values=s.past_key_values).logits[:, -1])
+            seen.append(model(input_ids=token, **giving(model, cache_left(s))).logits[:, -1])
     torch.testing.assert_close(torch.stack(logits[0], 1), want_a, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(torch.stack(logits[1], 1), want_b, atol=1e-5, rtol=1e-5)
 
@@ -239,7 +240,7 @@ def test_crop_only_what_was_never_compressed() -> None:
     cache.crop(-2)
     again = [logits[:, 2]]
     for _ in range(2):
-        out = model(input_ids=again[-1].argmax(-1)[:, None], past_key_values=cache)
+        out = model(input_ids=again[-1].argmax(-1)[:, None], **giving(model, cache))
         again.append(out.logits[:, -1])
     torch.testing.assert_close(torch.stack(again, 1), logits[:, 2:], atol=1e-5, rtol=1e-5)
     with pytest.raises(vtc.UnsupportedError, match="cannot crop"):
@@ -252,7 +253,7 @@ def test_refused_before_compute() -> None:
     inputs = mini.prompt(1, batch=1)
     config = model.config.get_text_config()
     with pytest.raises(vtc.UnsupportedError, match="DynamicCache"):
-        model(**inputs, past_key_values=StaticCache(config=config, max_cache_len=64))
+        model(**inputs, **giving(model, StaticCache(config=config, max_cache_len=64)))
     with pytest.raises(vtc.UnsupportedError, match="chunked"):
         model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=8)
     vtc.unwrap(model)
@@ -300,7 +301,7 @@ def test_kv_eviction(attention: str, pad: str | None) -> None:
     inputs = mini.prompt(1, batch=2, pad=pad)
     vtc.wrap(model, Evict(keep_tokens=6))
     prefill = model(**inputs, use_cache=True)
-    cache, mask = prefill.past_key_values, inputs["attention_mask"]
+    cache, mask = cache_left(prefill), inputs["attention_mask"]
     length = inputs["input_ids"].shape[1]
     assert [layer.keys.shape[2] for layer in cache.layers] == [length - mini.PATCHES + 6] * 5
     kept = [layer.columns(torch.device("cpu")) for layer in cache.layers]
@@ -314,7 +315,7 @@ def test_kv_eviction(attention: str, pad: str | None) -> None:
             m = torch.cat([m, m.new_ones(2, 1)], 1)
             positions = m.cumsum(1)[:, -1:] - 1
             step = model(
-                input_ids=token, attention_mask=m, position_ids=positions, past_key_values=cache
+                input_ids=token, attention_mask=m, position_ids=positions, **giving(model, cache)
             )
             out.append(step.logits[:, -1])
             token = out[-1].argmax(-1)[:, None]
@@ -330,7 +331,7 @@ def test_kv_eviction(attention: str, pad: str | None) -> None:
     }
     full = model(**inputs, use_cache=True)
     with masked(model.model.language_model.layers, alive):
-        want = decode(full.past_key_values)
+        want = decode(cache_left(full))
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 

@@ -22,6 +22,7 @@ from vtc.methods.fastv import FastV
 from vtc.methods.prefixkv import PrefixKV
 from vtc.methods.tome import ToMe
 from vtc.methods.visionzip import VisionZip
+from vtc.transformers_contract import cache_left, giving
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 METHODS = [None, VisionZip(keep_tokens=4), FastV(keep_tokens=4, k=1), PrefixKV(keep_tokens=4)]
@@ -238,7 +239,7 @@ def slow_loss(model: ChatModel, chat, text: str) -> tuple[float, bool]:
         log_p = out.logits[0, -1].log_softmax(-1)
         losses.append(-log_p[token].item())
         greedy &= log_p.argmax().item() == token
-        out = model.model(input_ids=torch.tensor([[token]]), past_key_values=out.past_key_values)
+        out = model.model(input_ids=torch.tensor([[token]]), **giving(model.model, cache_left(out)))
     return sum(losses) / len(losses), greedy
 
 

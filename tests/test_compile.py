@@ -27,6 +27,7 @@ from vtc.methods.pitome import PiToMe
 from vtc.methods.prumerge import PruMerge
 from vtc.methods.visionzip import VisionZip
 from vtc.methods.zipvl import ZipVL
+from vtc.transformers_contract import cache_left, giving
 
 CLOSE: dict[str, float] = dict(atol=1e-6, rtol=1e-6)
 
@@ -68,7 +69,7 @@ def step(model: Any, out: Any, inputs: dict[str, Tensor], token: int) -> Any:
         input_ids=torch.full((len(mask), 1), token),
         attention_mask=mask,
         position_ids=mask.cumsum(1)[:, -1:] - 1,
-        past_key_values=out.past_key_values,
+        **giving(model, cache_left(out)),
     )
 
 
@@ -87,7 +88,7 @@ def test_one_graph(method: Any) -> None:
         report = model.vtc.report()
         got = compiled(**inputs, use_cache=True)
         torch.testing.assert_close(got.logits, eager.logits, **CLOSE)
-        for a, b in zip(got.past_key_values.layers, eager.past_key_values.layers, strict=True):
+        for a, b in zip(cache_left(got).layers, cache_left(eager).layers, strict=True):
             assert a.keys.shape == b.keys.shape and a.get_seq_length() == b.get_seq_length()
         assert model.vtc.report().tokens_per_layer == report.tokens_per_layer
         assert set(model.vtc.report().stages(1)) == {

@@ -24,6 +24,7 @@ from vtc.benchmarks.budgets import seeded
 from vtc.benchmarks.mini_families import FAMILIES
 from vtc.grids import GridEngine, groups
 from vtc.layout import split_lengths
+from vtc.transformers_contract import cache_left, giving
 
 TOKENS, STEPS = 6, 4
 CHOOSING = {"pixels", "vision", "features", "decoder"}
@@ -91,10 +92,10 @@ def logits_and_steps(model: Any, inputs: dict, wide: bool = True) -> tuple[Any, 
     """Prefill logits, greedy step logits, KV length of each layer; no sliding cache if wide."""
 
     def cache() -> dict[str, Any]:
-        return {"past_key_values": DynamicCache()} if wide else {}
+        return giving(model, DynamicCache()) if wide else {}
 
     prefill = model(**inputs, use_cache=True, **cache())
-    lengths = [layer.keys.shape[2] for layer in prefill.past_key_values.layers]
+    lengths = [layer.keys.shape[2] for layer in cache_left(prefill).layers]
     how = {"max_new_tokens": STEPS, "do_sample": False, **cache()}
     out = model.generate(**inputs, **how, output_logits=True, return_dict_in_generate=True)
     steps = torch.stack(out.logits, 1)
@@ -425,7 +426,7 @@ def test_sliding_windows_count_positions(method: str) -> None:
     model = build("Gemma 3")
     inputs = mini.prompt("Gemma 3", rows_of("Gemma 3"), pad="left")
     assert inputs["input_ids"].shape[1] > 2 * 20
-    stock = model(**inputs, use_cache=True).past_key_values
+    stock = cache_left(model(**inputs, use_cache=True))
     assert [layer.is_sliding for layer in stock.layers] == [True, True, False, True, True]
     with vtc.compressing(model, made(method, "Gemma 3")) as session:
         own = logits_and_steps(model, inputs, wide=False)
@@ -441,12 +442,12 @@ def test_sliding_windows_count_positions(method: str) -> None:
 def test_windows_that_tokens_have_left_are_refused() -> None:
     model = build("Gemma 3")
     inputs = mini.prompt("Gemma 3", [[1]])
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = cache_left(model(**inputs, use_cache=True))
     with (
         vtc.compressing(model, "divprune"),
         pytest.raises(vtc.UnsupportedError, match="start the conversation with the wrapped"),
     ):
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **giving(model, cache))
 
 
 @torch.no_grad()
@@ -460,13 +461,14 @@ def test_a_window_that_was_begun_without_vtc() -> None:
         with contextlib.ExitStack() as stack:
             if early:
                 stack.enter_context(vtc.compressing(model, made("divprune", "Gemma 3")))
-            cache = model(**text, use_cache=True).past_key_values
+            cache = cache_left(model(**text, use_cache=True))
             if not early:
                 stack.enter_context(vtc.compressing(model, made("divprune", "Gemma 3")))
             stock = cache.layers[0]
-            model(**{**inputs, "attention_mask": mask}, past_key_values=cache)
-            got.append(model(input_ids=torch.tensor([[7]]), past_key_values=cache).logits)
-            assert (cache.layers[0].dtype, cache.layers[0].device) == (stock.dtype, stock.device)
+            model(**{**inputs, "attention_mask": mask}, **giving(model, cache))
+            got.append(model(input_ids=torch.tensor([[7]]), **giving(model, cache)).logits)
+            now = cache.layers[0]
+        assert (now.keys.dtype, now.keys.device) == (stock.keys.dtype, stock.keys.device)
     torch.testing.assert_close(got[0], got[1])
 
 
@@ -475,12 +477,12 @@ def test_cropping_does_not_slide_a_window_back() -> None:
     model = build("Gemma 3")
     inputs = mini.prompt("Gemma 3", [[2]])
     with vtc.compressing(model, made("divprune", "Gemma 3")):
-        cache = model(**inputs, use_cache=True).past_key_values
-        out = model(input_ids=torch.tensor([[7, 8]]), past_key_values=cache)
+        cache = cache_left(model(**inputs, use_cache=True))
+        out = model(input_ids=torch.tensor([[7, 8]]), **giving(model, cache))
         first = out.logits[:, 0]
         for layer in cache.layers:
             layer.crop(-2)
-        again = model(input_ids=torch.tensor([[7]]), past_key_values=cache).logits[:, 0]
+        again = model(input_ids=torch.tensor([[7]]), **giving(model, cache)).logits[:, 0]
         close(again, first)
         with pytest.raises(vtc.UnsupportedError, match="window of this layer would reach back"):
             cache.layers[0].crop(-2)
@@ -496,8 +498,8 @@ def test_second_prompts_behind_a_window() -> None:
     with vtc.compressing(model, made("fastv", "Gemma 3")):
         got = []
         for cache in (None, DynamicCache()):
-            cache = model(**inputs, use_cache=True, past_key_values=cache).past_key_values
-            got.append(model(**more, past_key_values=cache).logits)
+            cache = cache_left(model(**inputs, use_cache=True, **giving(model, cache)))
+            got.append(model(**more, **giving(model, cache)).logits)
     close(*got)
 
 

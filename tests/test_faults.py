@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 import vtc
 from vtc.benchmarks import mini_families
 from vtc.benchmarks.budgets import seeded
+from vtc.transformers_contract import cache_left, giving
 
 __all__ = ["counting"]  # a fixture
 
@@ -227,7 +228,7 @@ def test_a_failed_forward_holds_no_tensors() -> None:
 
 def turn(model: Any, cache: Any, ids: Tensor, **more: Any) -> Tensor:
     """Logits of a turn of a conversation without padding."""
-    return model(input_ids=ids, past_key_values=cache, use_cache=True, **more).logits
+    return model(input_ids=ids, **giving(model, cache), use_cache=True, **more).logits
 
 
 def unless_refused(run: Callable[[], Tensor]) -> Tensor | None:
@@ -331,7 +332,7 @@ def test_a_conversation_goes_on_after_an_interrupt(name: str) -> None:
     want, _ = generated(model, inputs, max_new_tokens=6)
     for at in (1, 3):
         cache = DynamicCache()
-        how = {"past_key_values": cache, "streamer": Nervous(at + 1, Fault())}
+        how = {**giving(model, cache), "streamer": Nervous(at + 1, Fault())}
         with pytest.raises(Fault):
             model.generate(**inputs, max_new_tokens=6, do_sample=False, **how)
         past = cache.get_seq_length()
@@ -355,7 +356,7 @@ def test_abandoned_loops() -> None:
         while True:
             token = out.logits[:, -1:].argmax(-1)
             yield token
-            out = model(input_ids=token, past_key_values=out.past_key_values)
+            out = model(input_ids=token, **giving(model, cache_left(out)))
 
     held = None
     for n in range(4):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import vtc
 from vtc.methods.pitome import PiToMe
 from vtc.methods.zipvl import ZipVL
+from vtc.transformers_contract import cache_left, giving
 
 __all__ = ["name"]  # the fixture: every method of test_styles.py
 
@@ -45,7 +46,7 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
                 input_ids=token,
                 attention_mask=mask,
                 position_ids=mask.cumsum(1)[:, -1:] - 1,
-                past_key_values=out.past_key_values,
+                **giving(model, cache_left(out)),
             )
             logits.append(out.logits[:, -1])
         return torch.stack(logits, 1)

@@ -25,6 +25,7 @@ import mini_llava as mini
 from test_golden import cases, load
 
 from vtc.benchmarks.oracle import compare
+from vtc.transformers_contract import cache_left
 
 OFF = dict(merge_threshold=None)
 ALIKE = {"clip": 0.25, "siglip": 0.15, "dinov2": 0.05, "vit": 0.05}
@@ -320,7 +321,7 @@ def test_evicted_is_masked_with_ragged_images(how: dict, pad: str | None, decode
             output_logits=True,
             return_dict_in_generate=True,
         )
-        return torch.stack(out.logits, 1), out.past_key_values
+        return torch.stack(out.logits, 1), cache_left(out)
 
     (got, cache), (want, full), _ = compare(model, run)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
@@ -487,7 +488,7 @@ def test_slots_left_in_each_layer() -> None:
         model = mini.build()
         m = MustDrop(keep_tokens=5, layers=layers, output_aware=aware, **OFF)
         vtc.wrap(model, m)
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = cache_left(model(**inputs, use_cache=True))
         assert [layer.keys.shape[2] - text for layer in cache.layers] == slots
         report = model.vtc.report()
         assert report.kv_bytes == sum(2 * layer.keys.nbytes for layer in cache.layers)

@@ -32,6 +32,7 @@ from vtc.layout import split_lengths
 from vtc.methods.mod import MoD
 from vtc.methods.vidkv import VidKV
 from vtc.reduction import Reduction
+from vtc.transformers_contract import cache_left, giving
 
 TOKENS, STEPS = 5, 4
 ROWS = [[WIDE, TINY], [TALL]]
@@ -284,14 +285,14 @@ def test_packed_bits(family: str) -> None:
         report = session.report()
         torch.testing.assert_close(out.logits, plain.logits, atol=1e-5, rtol=1e-5)
         assert report.kv_bytes < 0.7 * report.kv_bytes_full
-        full = plain.past_key_values.layers
-        for layer, stock in zip(out.past_key_values.layers, full, strict=True):
+        full = cache_left(plain).layers
+        for layer, stock in zip(cache_left(out).layers, full, strict=True):
             where = layer.columns(torch.device("cpu"))[:, None, :, None]
             for got, values in zip(layer.unpacked(), (stock.keys, stock.values), strict=True):
                 assert (values.gather(2, where.expand_as(got)) - got).abs().max() > 1e-2
                 values.scatter_(2, where.expand_as(got), got)
-        got = model(**step, past_key_values=out.past_key_values).logits
-    want = model(**step, past_key_values=plain.past_key_values).logits
+        got = model(**step, **giving(model, cache_left(out))).logits
+    want = model(**step, **giving(model, cache_left(plain))).logits
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
@@ -504,7 +505,7 @@ def test_refused_before_compute(family: str) -> None:
     vtc.wrap(model, Prune())
     config = model.config.get_text_config()
     with pytest.raises(vtc.UnsupportedError, match="DynamicCache"):
-        model(**inputs, past_key_values=StaticCache(config=config, max_cache_len=64))
+        model(**inputs, **giving(model, StaticCache(config=config, max_cache_len=64)))
     if ENCODED_BEFORE:  # else Hugging Face does not get that far
         with pytest.raises(vtc.UnsupportedError, match="chunked"):
             model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=8)

@@ -37,6 +37,7 @@ import vtc
 from vtc.benchmarks.mini_families import IMAGE
 from vtc.benchmarks.oracle import compare
 from vtc.compatible import sliding_window
+from vtc.transformers_contract import cache_left, giving
 
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 CHOOSING = {"pixels", "vision", "features", "decoder"}
@@ -81,7 +82,7 @@ def decode(model: Any, inputs: dict, style: str) -> tuple:
     def cache() -> dict[str, Any]:
         """The oracle masks what the model's own sliding cache would cut."""
         text = model.config.get_text_config()
-        return {} if sliding_window(text) is None else {"past_key_values": DynamicCache()}
+        return {} if sliding_window(text) is None else giving(model, DynamicCache())
 
     def generate(inputs: dict, **how: Any) -> Any:
         return model.generate(
@@ -95,7 +96,7 @@ def decode(model: Any, inputs: dict, style: str) -> tuple:
         )
 
     out = model(**inputs, use_cache=True, **cache())
-    lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    lengths = [layer.keys.shape[2] for layer in cache_left(out).layers]
     if style == "forward":
         return out.logits, None, lengths
     one = generate(inputs, **cache())
@@ -106,7 +107,7 @@ def decode(model: Any, inputs: dict, style: str) -> tuple:
         for name, fill in (("attention_mask", 1), ("token_type_ids", 0), ("mm_token_type_ids", 0)):
             if name in inputs:
                 more[name] = pad(inputs[name], room, value=fill)
-        logits += generate(more, past_key_values=one.past_key_values).logits
+        logits += generate(more, **giving(more, cache_left(one))).logits
     return out.logits, torch.stack(logits, 1), lengths
 
 

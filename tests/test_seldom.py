@@ -24,6 +24,7 @@ from vtc.method import Scorer
 from vtc.methods.mod import Depths
 from vtc.reading import _both
 from vtc.reduction import Reduction
+from vtc.transformers_contract import giving
 
 ENCODED_BEFORE = "mm_encoder_outputs" in signature(mini_llava.build().forward).parameters
 
@@ -430,16 +431,16 @@ def test_crop_to_a_length(method: str) -> None:
     model, inputs = mini_llava.build(), mini_llava.prompt(1, batch=1)
     stock, cache = DynamicCache(), DynamicCache()
     with vtc.compressing(model, method, **({"keep_ratio": 0.5} if method == "fastv" else {})):
-        want = model(**inputs, past_key_values=stock, use_cache=True).logits
+        want = model(**inputs, **giving(model, stock), use_cache=True).logits
         length = want.shape[1]
-        model(**inputs, past_key_values=cache, use_cache=True)
+        model(**inputs, **giving(model, cache), use_cache=True)
         word = {"input_ids": torch.tensor([[7]])}
-        first = model(**word, past_key_values=cache).logits
+        first = model(**word, **giving(model, cache)).logits
         for layer in cache.layers:  # stock ones of this release refuse it
             layer.crop(length if isinstance(layer, kv.PrunedMixin) else -1)
         assert any(isinstance(layer, kv.PrunedMixin) for layer in cache.layers)
         assert cache.get_seq_length() == length
-        assert torch.equal(model(**word, past_key_values=cache).logits, first)
+        assert torch.equal(model(**word, **giving(model, cache)).logits, first)
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ import vtc
 from vtc.benchmarks import mini_families as mini
 from vtc.benchmarks.budgets import seeded
 from vtc.benchmarks.styles import UNSAID
+from vtc.transformers_contract import cache_left, giving
 
 FAMILIES = ("LLaVA, CLIP", "LLaVA, SigLIP", "LLaVA-NeXT", "Qwen2-VL", "InternVL")
 STEPS = 3
@@ -88,7 +89,7 @@ def second_turn(model: Any, request: Request) -> list[Tensor]:
     given = {"input_ids": ids, "attention_mask": mask}
     if "mm_token_type_ids" in request.inputs:
         given["mm_token_type_ids"] = (ids == mini.IMAGE).long()
-    two = model.generate(**given, past_key_values=one.past_key_values, **GREEDY)
+    two = model.generate(**given, **giving(model, cache_left(one)), **GREEDY)
     return [two.sequences, *one.logits, *two.logits]
 
 

@@ -28,6 +28,7 @@ from vtc.benchmarks.mini import mini_llava, mini_processor
 from vtc.benchmarks.speed_rounds import STOCK, Run, look, play, row_of, shortest, take
 from vtc.benchmarks.speed_settings import EIGHT, Settings
 from vtc.benchmarks.speed_shapes import Prompt, Shape, own
+from vtc.transformers_contract import CACHE, DynamicCache, LanguageModelOutput
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 METHODS = ("fastv", "visionzip", "prefixkv", "vidkv", "mod")
@@ -139,13 +140,14 @@ class Ticking(torch.nn.Module):
         super().__init__()
         self.now, self.prompts = 0.0, 0
 
-    def forward(self, input_ids, past_key_values=None, use_cache=True):
-        if past_key_values is None:
+    def forward(self, input_ids, cache=None, use_cache=True):
+        if cache is None:
             self.prompts += 1
             self.now += 0.1 if self.prompts <= 2 else 0.01
         else:
             self.now += 0.002
-        return type("Out", (), {"past_key_values": ()})
+        field = CACHE.among(LanguageModelOutput.__dataclass_fields__)
+        return LanguageModelOutput(**{field: DynamicCache()})
 
 
 def test_a_fake_clock_is_read_right_and_warm_up_left_out(monkeypatch):

@@ -25,6 +25,7 @@ from vtc.methods.pitome import PiToMe
 from vtc.methods.prefixkv import PrefixKV
 from vtc.methods.vidkv import VidKV
 from vtc.methods.visionzip import VisionZip
+from vtc.transformers_contract import cache_left, giving
 
 CLOSE: dict[str, float] = dict(atol=1e-5, rtol=1e-5)
 METHODS: dict[str, Any] = {
@@ -92,10 +93,10 @@ def compare_codes(model: Any, run: Callable[[], Any]) -> tuple[Any, Any]:
     seen: list[list[list[Tensor]]] = []
 
     def note(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
-        seen.append([logical(layer) for layer in output.past_key_values.layers])
+        seen.append([logical(layer) for layer in cache_left(output).layers])
 
     def swap(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
-        for layer, (keys, values) in zip(output.past_key_values.layers, next(replay), strict=True):
+        for layer, (keys, values) in zip(cache_left(output).layers, next(replay), strict=True):
             layer.keys, layer.values = keys.clone(), values.clone()
 
     handle = decoder.register_forward_hook(note, with_kwargs=True)
@@ -254,7 +255,7 @@ def test_three_turns(name: str) -> None:
         given: dict[str, Any] = {} if pixels is None else {"pixel_values": pixels}
         if out is not None:
             ids = torch.cat([out.sequences, ids], 1)
-            given["past_key_values"] = out.past_key_values
+            given |= giving(model, cache_left(out))
         mask = torch.ones_like(ids)
         mask[:, : padding.shape[1]] = padding
         how = dict(max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
@@ -281,7 +282,7 @@ def test_three_turns(name: str) -> None:
         engine = model.vtc.decoder
         with recording(engine) as alive_first:
             two, head = opening()
-        start = two.past_key_values.get_seq_length()  # what is said last is not in it yet
+        start = cache_left(two).get_seq_length()  # what is said last is not in it yet
         with recording(engine) as alive_second:
             tail = closing(two)
         got, layers = torch.stack(head + tail, 1), engine.sites.decoder.layers
@@ -340,7 +341,7 @@ def test_quantized_cache(name: str, backend: str) -> None:
 
     def run(given: dict[str, Any]) -> tuple[Tensor, Any]:
         cache = quantized(model, backend)
-        return generated(model, given, past_key_values=cache)[1], cache
+        return generated(model, given, **giving(model, cache))[1], cache
 
     if name in ("prefixkv", "vidkv", "chain"):
         with pytest.raises(vtc.UnsupportedError, match=r"dequantize.*DynamicCache"):

@@ -26,6 +26,7 @@ from vtc.methods.pitome import PiToMe
 from vtc.methods.prefixkv import PrefixKV
 from vtc.methods.visionzip import VisionZip
 from vtc.reduction import Reduction
+from vtc.transformers_contract import cache_left, giving
 
 UNEVEN = dict(images_per_row=[1, 2, 1], pad="left")
 SCORERS = [m for m in METHODS if issubclass(vtc.methods()[m], Scorer)]
@@ -301,9 +302,9 @@ def test_a_second_turn_is_counted_from_its_own_prompt() -> None:
     model, method = mini_llava.build(), vtc.chain(FastV(keep_tokens=8), PrefixKV(keep_tokens=4))
     first, second = (mini_llava.prompt(1, batch=2, seed=s) for s in (0, 1))
     with torch.no_grad(), vtc.compressing(model, method) as session:
-        cache = model(**first, use_cache=True).past_key_values
+        cache = cache_left(model(**first, use_cache=True))
         mask = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
-        model(**{**second, "attention_mask": mask}, past_key_values=cache, use_cache=True)
+        model(**{**second, "attention_mask": mask}, **giving(model, cache), use_cache=True)
         report = session.report()
     for i in range(2):
         assert report.stages(i)[0] == ("LLM layer 2", 8)

@@ -25,6 +25,7 @@ from vtc.cost import decoder_flops
 from vtc.layout import in_prompt_order, split_lengths
 from vtc.methods.evs import EVS, change
 from vtc.methods.vidcom2 import VidCom2, frame_ratios
+from vtc.transformers_contract import cache_left, giving
 from vtc.views import FeaturesView
 
 HALF, STEPS = Fraction(1, 2), 3
@@ -201,9 +202,9 @@ def test_second_turn_with_a_video(family: str) -> None:
     length = first["input_ids"].shape[1]
 
     def turn(inputs: dict[str, Tensor], cache: Any = None) -> tuple[Tensor, Any]:
-        out = model(**inputs, use_cache=True, past_key_values=cache)
-        step = model(input_ids=torch.tensor([[9], [8]]), past_key_values=out.past_key_values)
-        return torch.cat([out.logits[:, -3:], step.logits], 1), out.past_key_values
+        out = model(**inputs, use_cache=True, **giving(model, cache))
+        step = model(input_ids=torch.tensor([[9], [8]]), **giving(model, cache_left(out)))
+        return torch.cat([out.logits[:, -3:], step.logits], 1), cache_left(out)
 
     engine = model.vtc.decoder
     with recording(engine) as alive_first:

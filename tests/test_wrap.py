@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import vtc
 from vtc.benchmarks.budgets import seeded
 from vtc.cost import decoder_flops, encoder_flops, llm_flops
+from vtc.transformers_contract import cache_left
 
 
 def test_unknown_method_names_the_nearest() -> None:
@@ -151,7 +152,7 @@ def test_report_counts_cost_and_bytes() -> None:
     assert (
         full.kv_bytes
         == full.kv_bytes_full
-        == sum(2 * layer.keys.nbytes for layer in stock.past_key_values.layers)
+        == sum(2 * layer.keys.nbytes for layer in cache_left(stock).layers)
     )
     vtc.wrap(model, "fastv", keep_tokens=4)
     out = model(**inputs, use_cache=True)
@@ -163,7 +164,7 @@ def test_report_counts_cost_and_bytes() -> None:
     saved = sum(decoder_flops([n + text], 48, 64, 4, 2, 12) for n in [16] * 3)
     saved -= sum(decoder_flops([n + text], 48, 64, 4, 2, 12) for n in [4] * 3)
     assert report.flops_all_full - report.flops_all == pytest.approx(saved)
-    assert report.kv_bytes == sum(2 * layer.keys.nbytes for layer in out.past_key_values.layers)
+    assert report.kv_bytes == sum(2 * layer.keys.nbytes for layer in cache_left(out).layers)
     assert report.kv_bytes_full == full.kv_bytes
     assert report.prefill_ms > 0
     assert report.method_ms > 0

@@ -14,6 +14,7 @@ from . import cache as kv
 from .errors import UnsupportedError
 from .forward import Forward, arange
 from .threads import PerThread, Threaded
+from .transformers_contract import MASK, POSITIONS, TABLES
 
 
 class Arguments(Threaded):
@@ -52,22 +53,23 @@ class Arguments(Threaded):
             _take_rows(st, st.local.to(hidden.device), kwargs)
         shift = self._shift(st, layer, hidden.device, commit)
         if shift is not None:
-            kwargs["position_ids"] = positions = kwargs["position_ids"] - shift
+            positions = POSITIONS.of(kwargs) - shift
+            POSITIONS.put(kwargs, positions)
             rotary, kind = self.decoder.rotary_emb, {}
             if "layer_type" in inspect.signature(rotary.forward).parameters:  # Gemma 3
                 kind = {"layer_type": self.decoder.config.layer_types[i]}
-            kwargs["position_embeddings"] = rotary(hidden, positions, **kind)
+            TABLES.put(kwargs, rotary(hidden, positions, **kind))
         flash = "flash" in self.decoder.config._attn_implementation
         if flash:  # gaps would be read as packed sequences
-            kwargs["position_ids"] = None
-        mask = kwargs.get("attention_mask")
+            POSITIONS.put(kwargs, None)
+        mask = MASK.of(kwargs)
         gathered = partial(_mask, mask, st, hidden, layer, flash)
         if st is None:
-            kwargs["attention_mask"] = self._as_before(mask, layer, hidden, gathered)
+            MASK.put(kwargs, self._as_before(mask, layer, hidden, gathered))
         elif layer is None or not layer.physical_length():
-            kwargs["attention_mask"] = st.once("mask", mask, hidden.device, gathered)
+            MASK.put(kwargs, st.once("mask", mask, hidden.device, gathered))
         else:
-            kwargs["attention_mask"] = gathered()
+            MASK.put(kwargs, gathered())
         return kwargs
 
     def _as_before(self, mask: Any, layer: Any, hidden: Tensor, compute: Any) -> Tensor | None:
@@ -109,14 +111,16 @@ class Arguments(Threaded):
 
 def _take_rows(st: Forward, local: Tensor, kwargs: dict[str, Any]) -> None:
     """Rotary tables and positions of the tokens at local (B, T)."""
-    tables, positions = kwargs["position_embeddings"], kwargs.get("position_ids")
-    kwargs["position_embeddings"] = st.once(
+    tables, positions = TABLES.of(kwargs), POSITIONS.of(kwargs)
+    taken = st.once(
         "tables", tables, local.device, lambda: tuple(kv.take_rows(t, local) for t in tables)
     )
+    TABLES.put(kwargs, taken)
     if positions is not None:
-        kwargs["position_ids"] = st.once(
+        taken = st.once(
             "positions", positions, local.device, lambda: _take_positions(positions, local)
         )
+        POSITIONS.put(kwargs, taken)
 
 
 def _mask(mask: Any, st: Forward | None, hidden: Tensor, layer: Any, flash: bool) -> Tensor | None:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
-from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .transformers_contract import ATTENTION_FUNCTIONS, AttentionInterface
 
 
 class _Config:
@@ -44,7 +44,7 @@ def _registered(prefix: str, stock: str, around: Callable[..., Any]) -> str:
             if stock == "eager":  # has no entry: every model file brings its own
                 inner = sys.modules[type(module).__module__].eager_attention_forward
             else:
-                inner = ALL_ATTENTION_FUNCTIONS[stock]
+                inner = ATTENTION_FUNCTIONS[stock]
             return around(inner, module, *args, **kwargs)
 
         AttentionInterface.register(name, attention)

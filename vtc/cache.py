@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .errors import UnsupportedError
 from .reduction import Reduction, gather_tokens
+from .transformers_contract import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 
 class PrunedMixin:

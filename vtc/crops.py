@@ -31,6 +31,7 @@ from .method import Method, split_answer
 from .records import Recording, Records
 from .reduction import Reduction
 from .threads import PerThread, Threaded
+from .transformers_contract import FEATURES, features_of
 from .views import FeaturesView, How, fold
 from .vision import apply_method
 
@@ -435,7 +436,8 @@ class PackedEngine(Recording, Threaded):
         with self._telling(pixels):
             output = stock(**call, return_dict=True)
         self.merged = None
-        output.pooler_output = self._replaced(output.pooler_output, layouts)
+        features = features_of(output, self.base)
+        output[FEATURES.among(output)] = self._replaced(features, layouts)
         self._merge_deepstack(output)
         return output if named else output.to_tuple()
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
 from . import cache as kv
 from . import tap
@@ -37,6 +36,24 @@ from .records import Recording, Records
 from .reduction import Reduction, gather_tokens
 from .stages import Choice
 from .threads import PerThread, Threaded
+from .transformers_contract import (
+    CACHE,
+    DEEPSTACK,
+    DEEPSTACK_MASK,
+    EMBEDS,
+    HIDDEN,
+    IDS,
+    LAST,
+    MASK,
+    TABLES,
+    VIDEOS,
+    ModelOutput,
+    cache_given,
+    cache_left,
+    check_filled,
+    encoded_images,
+    features_of,
+)
 from .views import DecoderView
 
 _Pending = tuple[dict[str, Tensor], Tensor | None, Layout | None]
@@ -162,12 +179,12 @@ class DecoderEngine(Recording, Threaded):
     def _base_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._refuse_graph()
         self._forget()
-        ids = args[0] if args else kwargs.get("input_ids")
-        encoded = kwargs.get("mm_encoder_outputs") or {}
+        ids = args[0] if args else IDS.of(kwargs)
+        encoded = encoded_images(module, kwargs)
         if (
             self.sites.video
             and self.sites.videos is None
-            and (encoded.get("video") is not None or kwargs.get("pixel_values_videos") is not None)
+            and (encoded.get("video") is not None or VIDEOS.of(kwargs) is not None)
         ):
             raise UnsupportedError(
                 f"{type(module).__name__}: videos of this model are not supported, only images; "
@@ -179,7 +196,7 @@ class DecoderEngine(Recording, Threaded):
         if self.by_length:
             # None until the features are made, within this forward.
             self.lengths = {
-                kind: [prod(f.shape[:-1]) for f in output.pooler_output]
+                kind: [prod(f.shape[:-1]) for f in features_of(output, module)]
                 for kind, output in encoded.items()
                 if kind in visual and output is not None
             }
@@ -190,12 +207,12 @@ class DecoderEngine(Recording, Threaded):
                     "whole images: part of an image in one forward (chunked prefill) cannot be "
                     "compressed; prefill in one piece, or use vtc.compress_inputs"
                 )
-        mask = kwargs.get("attention_mask")
+        mask = MASK.of(kwargs)
         self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self.encoded, layout = None, None
         if torch.compiler.is_compiling():
-            given = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-            self.encoded = None if given is None else len(given.pooler_output)
+            given = encoded.get("image")
+            self.encoded = None if given is None else len(features_of(given, module))
         elif not self.by_length and len(visual) == 1 and _has_images(visual["image"]):
             layout = self._layout(visual["image"])
         self.pending = (visual, self.mask, layout)
@@ -209,7 +226,7 @@ class DecoderEngine(Recording, Threaded):
             for token in tokens:
                 visual |= ids == token
             return visual
-        embeds = kwargs["inputs_embeds"]
+        embeds = EMBEDS.of(kwargs)
         table = self.sites.base.get_input_embeddings()
         visual = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         for token in tokens:
@@ -265,8 +282,8 @@ class DecoderEngine(Recording, Threaded):
 
     def _lm_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._refuse_graph()
-        embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
-        masks, mask, layout = self.pending or ({}, kwargs.get("attention_mask"), None)
+        embeds, cache = EMBEDS.of(kwargs), cache_given(module, args, kwargs)
+        masks, mask, layout = self.pending or ({}, MASK.of(kwargs), None)
         self.pending = self.forward = self.arguments.last_mask = None
         self.record.clock.started.clear()  # of a forward that failed
         if self.by_length:  # not placeholders without features
@@ -319,14 +336,13 @@ class DecoderEngine(Recording, Threaded):
             )
             self.record.begin(self.forward.tokens, real, images, kinds, separator, base)
             self.record.clock.start("prefill")
-            if self.methods and kwargs.get("deepstack_visual_embeds") is not None:
+            if self.methods and DEEPSTACK.of(kwargs) is not None:
                 # The model would add them by a mask at full size; `_layer_pre` does it instead.
-                self.forward.deepstack = (
-                    kwargs["visual_pos_masks"],
-                    kwargs["deepstack_visual_embeds"],
-                )
-                taken = {"visual_pos_masks": None, "deepstack_visual_embeds": None}
-                return args, {**kwargs, **taken}
+                self.forward.deepstack = DEEPSTACK_MASK.of(kwargs), DEEPSTACK.of(kwargs)
+                kwargs = dict(kwargs)
+                DEEPSTACK_MASK.put(kwargs, None)
+                DEEPSTACK.put(kwargs, None)
+                return args, kwargs
         elif embeds.shape[1] == 1:
             self.record.clock.start("decode")
         return None
@@ -352,7 +368,9 @@ class DecoderEngine(Recording, Threaded):
     ) -> Any:
         st = self.forward
         named = isinstance(output, ModelOutput)
-        cache = output.get("past_key_values") if named else kwargs.get("past_key_values")
+        cache = cache_left(output) if named else CACHE.of(kwargs)
+        if self.methods and not torch.compiler.is_compiling():
+            check_filled(module, cache, self.filling)
         if cache is not None and self.cache_stage.acts(st):
             with self.record.clock.measure("method"):
                 self.cache_stage.run(st, cache, self.mask)
@@ -383,7 +401,7 @@ class DecoderEngine(Recording, Threaded):
         full = full.scatter(1, index, short)
         full[:, -1] = last
         if named:
-            output.last_hidden_state = full
+            output[LAST.among(output)] = full
             return output
         return (full, *output[1:])
 
@@ -393,7 +411,7 @@ class DecoderEngine(Recording, Threaded):
         self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         self._refuse_graph()
-        st, cache = self.forward, kwargs.get("past_key_values")
+        st, cache = self.forward, cache_given(module, args, kwargs)
         if self.taps:
             self.taps[i].open = True
         if i == 0 and not torch.compiler.is_compiling():
@@ -405,9 +423,9 @@ class DecoderEngine(Recording, Threaded):
         if st is None and layer is None:
             return None
         plain = st is None and layer.filler is None and layer.shift is None
-        if plain and kwargs.get("attention_mask") is None:  # decoding: every key is seen
+        if plain and MASK.of(kwargs) is None:  # decoding: every key is seen
             return None
-        hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        hidden, rest = (args[0], args[1:]) if args else (HIDDEN.take(kwargs), ())
         active = st
         if st is not None:
             hidden = self._deepstack(i, st, hidden)
@@ -487,8 +505,9 @@ class DecoderEngine(Recording, Threaded):
             return None
         if args:
             return (gather_tokens(args[0], st.aside.index), *args[1:]), kwargs
-        hidden = gather_tokens(kwargs["hidden_states"], st.aside.index)
-        return args, {**kwargs, "hidden_states": hidden}
+        kwargs = dict(kwargs)
+        HIDDEN.put(kwargs, gather_tokens(HIDDEN.of(kwargs), st.aside.index))
+        return args, kwargs
 
     def _attn_post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The others get nothing from it: the residual carries them to the MLP."""
@@ -556,7 +575,7 @@ class DecoderEngine(Recording, Threaded):
             kwargs = self.arguments.gathered(i, st, hidden, stored, kwargs, commit=False)
         if cache is not None and i < len(cache.layers) and cache.layers[i].get_seq_length():
             past = cache.layers[i].keys if stored is None else stored.unpacked()[0]
-        tables, mask = kwargs["position_embeddings"], kwargs.get("attention_mask")
+        tables, mask = TABLES.of(kwargs), MASK.of(kwargs)
         return tap.Ahead(layer.self_attn, layer.input_layernorm(hidden), tables, mask, past)
 
     def _view(
@@ -597,7 +616,7 @@ class DecoderEngine(Recording, Threaded):
     def _layer_post(
         self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        st, cache = self.forward, kwargs.get("past_key_values")
+        st, cache = self.forward, CACHE.of(kwargs)
         if cache is not None and self.cache_stage.acts(st):
             with self.record.clock.measure("method"):
                 t = self.taps[i] if self.taps else None
@@ -617,7 +636,7 @@ class DecoderEngine(Recording, Threaded):
         kwargs: dict[str, Any],
         output: Any,
     ) -> None:
-        given = args[0] if args else kwargs["hidden_states"]
+        given = args[0] if args else HIDDEN.of(kwargs)
         t.sublayers[name] = (given, output[0] if isinstance(output, tuple) else output)
 
 

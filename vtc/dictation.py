@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+
+from .transformers_contract import required
+
+LogitsProcessor: Any = required("transformers", "LogitsProcessor", "vtc/dictation.py")
+LogitsProcessorList: Any = required("transformers", "LogitsProcessorList", "vtc/dictation.py")
 
 
 @dataclass(frozen=True)

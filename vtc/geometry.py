@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from .transformers_contract import PIXELS, required
+
 if TYPE_CHECKING:
     from .crops import CropLayout
     from .report import Report
@@ -74,9 +76,11 @@ def grid_boxes(box: Box, rows: int, columns: int) -> np.ndarray:
 
 def _runner(processor: Any) -> tuple[Callable[[Image.Image], Any], Any]:
     """What turns an image into pixel values as for a prompt, and the image processor or None."""
-    from transformers import ProcessorMixin
-    from transformers.image_processing_base import ImageProcessingMixin
-
+    ours = "vtc/geometry.py"
+    ProcessorMixin = required("transformers", "ProcessorMixin", ours)
+    ImageProcessingMixin = required(
+        "transformers.image_processing_base", "ImageProcessingMixin", ours
+    )
     inside = processor.func if isinstance(processor, functools.partial) else processor
     if isinstance(inside, ProcessorMixin):
         # The whole processor, as it has settings for its image processor.
@@ -97,7 +101,7 @@ def _runner(processor: Any) -> tuple[Callable[[Image.Image], Any], Any]:
 
 def _pictures(output: Any, tool: Any) -> list[np.ndarray]:
     """The tiles (3, H, W) in what a processor made of one image."""
-    pixels = output["pixel_values"] if hasattr(output, "keys") else output
+    pixels = PIXELS.of(output) if hasattr(output, "keys") else output
     if hasattr(output, "keys") and "image_grid_thw" in output:  # Qwen: patches, group by group
         _, rows, columns = output["image_grid_thw"][0].tolist()
         fold, patch = tool.merge_size, tool.patch_size

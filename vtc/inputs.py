@@ -7,11 +7,11 @@ import inspect
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .compatible import sliding_window
 from .errors import UnsupportedError
 from .method import Chain, Method, resolve
+from .transformers_contract import ENCODED, IDS, PIXELS, VIDEOS, EncodedImages, features_of
 from .wrapping import compressing
 
 
@@ -42,7 +42,7 @@ def compress_inputs(
         ValueError: inputs without ids or images.
     """
     methods = resolve(method, **parameters)
-    if inputs.get("pixel_values_videos") is not None:
+    if VIDEOS.of(inputs) is not None:
         raise UnsupportedError(
             "compress_inputs takes images only; use vtc.wrap, which compresses videos as well"
         )
@@ -53,17 +53,18 @@ def compress_inputs(
                 f"{m.name} chooses tokens inside the language model; use vtc.wrap for it, or a "
                 "method that acts on the encoder or its features"
             )
-    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+    taken = ENCODED.among(inspect.signature(model.forward).parameters)
+    if taken is None:
         raise UnsupportedError(
             f"{type(model).__name__} of this transformers cannot take encoded images "
             "(mm_encoder_outputs, 5.18 and newer); use vtc.wrap"
         )
-    if "input_ids" not in inputs or inputs.get("pixel_values") is None:
+    if IDS.of(inputs) is None or PIXELS.of(inputs) is None:
         raise ValueError(
             "compress_inputs needs input_ids and pixel_values, as the processor gives them"
         )
     out = dict(inputs)
-    ids = out.pop("input_ids")
+    ids = IDS.take(out)
     # The outer model may hand some arguments through without naming them.
     owners = (model, getattr(model, "model", model))
     names = {n for m in owners for n in inspect.signature(m.get_image_features).parameters}
@@ -81,7 +82,7 @@ def compress_inputs(
         llm: Any = session.sites.decoder
         token_ids = llm.token_ids
         encoded = model.get_image_features(**images)
-    features = encoded.pooler_output
+    features = features_of(encoded, model)
     alive_features = [~f[:, 0].isnan() for f in features]
 
     visual = torch.isin(ids, torch.tensor(token_ids, device=ids.device))
@@ -123,14 +124,14 @@ def compress_inputs(
                 "or vtc.wrap"
             )
         left = torch.stack(left)
-    image: Any = BaseModelOutputWithPooling(pooler_output=left)
+    image: Any = EncodedImages(pooler_output=left)
     if getattr(encoded, "deepstack_features", None) is not None:
         image = type(encoded)(pooler_output=left)
         image.deepstack_features = [
             [f[a] for f, a in zip(rows, alive_features, strict=True)]
             for rows in encoded.deepstack_features
         ]
-    out["mm_encoder_outputs"] = {"image": image}
+    out[taken] = {"image": image}
     return out
 
 

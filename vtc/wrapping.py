@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from . import transformers_contract
 from .adapters.base import Sites
 from .adapters.locate import locate
 from .errors import UnsupportedError
@@ -20,6 +21,7 @@ from .parts import check_parts, check_shared, edges
 from .records import Recording, Records
 from .report import Report, build_report
 from .threads import Threaded
+from .transformers_contract import PIXELS
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -75,6 +77,7 @@ class Session(Recording):
 
     def _check(self) -> None:
         """Refuse what cannot work, before anything is computed."""
+        transformers_contract.check(self.model, self.sites)
         available = {"pixels", "vision", "features"}
         if self.sites.decoder is not None:
             available |= {"decoder", "bypass", "cache"}
@@ -131,7 +134,8 @@ class Session(Recording):
                 "weights of the original; use one process for each device "
                 '(DistributedDataParallel), or spread the layers (device_map="auto")'
             )
-        pixels: Any = args[0] if args else kwargs.get("pixel_values", kwargs.get("x"))
+        pixels: Any = args[0] if args else PIXELS.of(kwargs)
+        pixels = kwargs.get("x") if pixels is None else pixels
         sites, patch = self.sites, self.sites.vision.patch
         if sites.decoder is None or sites.decoder.grids is None:
             known = patch and pixels is not None and pixels.dim() > 3

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m vtc.cli``."""
 
-import sys
+from . import main
 
-from . import app
-
-sys.exit(app())
+main()

@@ -24,6 +24,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from .ending import print_traceback
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -33,6 +35,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def options(
+    traceback: Annotated[
+        bool,
+        typer.Option("--traceback", help="Show tracebacks, as VTC_TRACEBACK=1 does."),
+    ] = False,
+) -> None:
+    """Accept what stands before the command; ending.py reads it, as this may fail to import."""
+
+
 # Names and paths may have brackets: no markup.
 out = Console(markup=False)
 err = Console(stderr=True, markup=False)
@@ -86,17 +100,20 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(*args, **kwargs)
         except (Mistake, UnsupportedError) as error:
+            if isinstance(error, UnsupportedError):
+                print_traceback()
             err.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
             raise typer.Exit(2) from None
         except ImportError as error:
             missing = (error.name or "").split(".")[0]
-            if missing in EXTRAS:
+            if missing in EXTRAS and isinstance(error, ModuleNotFoundError):
                 extra = f'"visual-token-compression[{EXTRAS[missing]}]"'
                 text = f"{missing} is missing; pip install {extra}"
-            elif error.name is None:  # one of ours, which says what to install
-                text = str(error)
+            elif type(error) is ImportError and error.name is None:
+                text = str(error)  # one of ours, which says what to install
             else:
                 raise
+            print_traceback()
             err.print(f"error: {text}", style="red", highlight=False, soft_wrap=True)
             raise typer.Exit(2) from None
 

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import importlib.util
 import json
+import platform
 from typing import Annotated
 
 import typer
@@ -12,19 +16,33 @@ from rich.table import Table
 from .. import __version__
 from .common import AsJson, Mistake, command, out
 
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "torchvision",
+    "accelerate",
+    "timm",
+    "open-clip-torch",
+    "gradio",
+)
+
 
 @command
 def version() -> None:
-    """Versions of vtc, torch and transformers.
+    """Versions of vtc and its libraries; fails where one of the large ones cannot be imported.
 
     Example: vtc version
     """
-    import torch
-    import transformers
-
-    out.print(
-        f"vtc {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
-    )
+    for name in ("torch", "torchvision", "transformers"):
+        if name != "torchvision" or importlib.util.find_spec(name):
+            importlib.import_module(name)
+    found = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    python = platform.python_version()
+    versions = [f"{name} {release}" for name, release in found.items()]
+    out.print(", ".join([f"vtc {__version__}", *versions, f"Python {python}"]), soft_wrap=True)
 
 
 @command

@@ -40,6 +40,7 @@ from torch import Tensor
 from ..checks import check_choice, check_count, check_no_budget, check_shares
 from ..method import Method, register
 from ..reduction import Reduction
+from ..transformers_contract import cache_left
 from ..views import CacheView
 
 DISTANCE = 25
@@ -209,7 +210,7 @@ class PrefixKV(Method):
         search, found = cls(**parameters), []
         with torch.no_grad(), compressing(model, search):
             for sample in samples:
-                cache = model(**{**sample, "use_cache": True}).past_key_values
+                cache = cache_left(model(**{**sample, "use_cache": True}))
                 forgot = [layer.scratch[0]["forget"].amax(1).cpu() for layer in cache.layers]
                 found.append(torch.stack(forgot, 1))
         if not found:
