@@ -84,7 +84,8 @@ def test_transformers_imports_beside_the_pypi_package_kernels(tmp_path, accepted
 def copy_of_the_repository(to: Path) -> Path:
     skip = shutil.ignore_patterns(
         ".git",
-        ".venv",
+        ".venv*",
+        ".overlay-*",
         ".tiny",
         "results",
         "build",
