@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The method table and both support matrices, generated from the registry and from runs.
 
-python -m vtc.benchmarks.catalogue README.md    writes them between their markers
+python -m vtc.benchmarks.catalogue    writes them between their markers, in README.md and docs/
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UnsupportedError
-from ..method import known_methods, resolve
+from ..method import Method, known_methods, resolve
 from ..transformers_contract import SEAMS
 from ..wrapping import compressing
 from . import mini_families, styles
@@ -31,8 +31,19 @@ PLACES = {
 }
 
 
+def paper_of(cls: type[Method]) -> str:
+    """The paper of a method, as its summary names it, linked if its file names it on arXiv."""
+    found = re.search(r"\(([^()]* after )?([^()]*)\)$", cls.summary)
+    if found is None:
+        return ""
+    name = re.sub(r",? (arXiv )?\d{4}\.\d{5}$", "", found[2])
+    number = re.search(r"arXiv (\d{4}\.\d{5})", sys.modules[cls.__module__].__doc__ or "")
+    link = f"[{name}](https://arxiv.org/abs/{number[1]})" if number else name
+    return (found[1] or "") + link
+
+
 def method_rows() -> list[dict[str, str]]:
-    """Name, place, needs, default budget and summary of every registered method."""
+    """Name, place, needs, default budget, paper and summary of every registered method."""
     rows = []
     for name, cls in known_methods().items():
         stages = cls().stages
@@ -43,6 +54,7 @@ def method_rows() -> list[dict[str, str]]:
                 "kind": "merges" if cls.merges else "keeps",
                 "needs": ", ".join(sorted(cls.needs)),
                 "default": f"{100 * cls.default_ratio:g} %",
+                "paper": paper_of(cls),
                 "summary": cls.summary,
             }
         )
@@ -50,9 +62,9 @@ def method_rows() -> list[dict[str, str]]:
 
 
 def method_table() -> str:
-    """The method table in Markdown."""
-    lines = ["| method | acts | what it does |", "|---|---|---|"]
-    lines += [f"| `{r['name']}` | {r['acts']} | {r['summary']} |" for r in method_rows()]
+    """The method table in Markdown; a method without a paper is a control."""
+    lines = ["| method | acts | paper |", "|---|---|---|"]
+    lines += [f"| `{r['name']}` | {r['acts']} | {r['paper'] or 'control'} |" for r in method_rows()]
     return "\n".join(lines)
 
 
@@ -334,8 +346,7 @@ if __name__ == "__main__":
     import transformers
 
     transformers.logging.set_verbosity_error()
-    readme = Path(sys.argv[1] if len(sys.argv) > 1 else "README.md")
-    fill_block(readme, "methods", method_table())
-    fill_block(readme, "support", support_matrix())
-    fill_block(readme, "styles", style_matrix())
-    fill_block(readme.parent / "docs" / "releases.md", "seams", seam_table())
+    fill_block(Path("README.md"), "methods", method_table())
+    fill_block(Path("docs/models.md"), "support", support_matrix())
+    fill_block(Path("docs/calling-styles.md"), "styles", style_matrix())
+    fill_block(Path("docs/releases.md"), "seams", seam_table())

@@ -2,7 +2,7 @@
 """Mini random models of every family with a language model, and prompts for them.
 
 A family is one entry of `FAMILIES`. The tests run the invariants on all of these, and the support
-matrix of the README has a column for each (tests/test_families.py, benchmarks/styles.py).
+matrix of docs/models.md has a column for each (tests/test_families.py, benchmarks/styles.py).
 """
 
 from __future__ import annotations

@@ -190,7 +190,7 @@ def heading(part: Part) -> str:
     return f"{part['shape']}, batch {part['batch']},{text}"
 
 
-# ---- for the README ------------------------------------------------------------------------------
+# ---- for docs/speed.md ---------------------------------------------------------------------------
 
 OVERVIEW = (
     ("tokens at the end", _number("final_tokens", ".0f")),
@@ -207,7 +207,7 @@ OVERVIEW = (
 
 
 def overview(result: dict[str, Any]) -> str:
-    """A Markdown table for the README: of a sweep where it pays, else the last part that is no
+    """A Markdown table for docs/speed.md: of a sweep where it pays, else the last part that is no
     compiled one."""
     if result["settings"].get("sweep"):
         return _sweep_overview(result)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calling styles: each is run for a method of every stage on every family, against an oracle.
 
-`outcome` runs one cell of the README's table. tests/test_matrix.py calls it for all cells, and
-benchmarks/catalogue.py writes down what it answers, so that no cell says more than its test.
+`outcome` runs one cell of the table in docs/calling-styles.md. tests/test_matrix.py calls it for
+all cells, and benchmarks/catalogue.py writes down what it answers, so that no cell says more than
+its test.
 The oracle is the masked one (benchmarks/oracle.py) wherever the style leaves a stock model to mask;
 else it is the same method called plainly. Whatever agrees must also differ from the stock model.
 """

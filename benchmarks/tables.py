@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results as tables: for the terminal and for Markdown.
 
-python -m vtc.benchmarks.tables README.md results results/*.json    writes them into that block
+python -m vtc.benchmarks.tables docs/results.md results results/*.json    writes them to that block
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def merged(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def overview(results: list[dict[str, Any]]) -> str:
-    """A table for the README: methods down, tasks and budgets across, accuracy in the cells.
+    """A table for docs/results.md: methods down, tasks and budgets across, accuracy in the cells.
 
     A mark stands where random tokens do better. Results of `vtc bench --flops` have one column a
     task, with the tokens at the end beside it.
@@ -217,9 +217,9 @@ __all__ = [
 
 
 if __name__ == "__main__":
-    readme, block, *files = sys.argv[1:]
+    page, block, *files = sys.argv[1:]
     read = [json.loads(Path(f).read_text()) for f in files]
     text = (
         speed_overview(read[0]) if read[0].get("benchmark") == "speed" else overview(merged(read))
     )
-    fill_block(Path(readme), block, text)
+    fill_block(Path(page), block, text)

@@ -35,6 +35,18 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+WIDE = ("results.md", "speed.md", "models.md", "calling-styles.md")
+"""Pages whose tables take the room of the table of contents."""
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Hide the table of contents of wide pages; as front matter it would show where they are read
+    as files."""
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["toc"]
+    return markdown
+
+
 def index_page() -> str:
     """The table of methods, each name a link to its page."""
     lines = ["# Methods", "", "| method | acts | needs | what it does |", "|---|---|---|---|"]
@@ -63,6 +75,8 @@ def method_page(row: dict[str, str]) -> str:
     title, _, body = inspect.cleandoc(module.__doc__ or "").partition("\n")
     lines = [f"# {name}", "", title.strip(), ""]
     lines += [f"Acts {row['acts']}; default budget {row['default']} of the visual tokens.", ""]
+    if "](" in row["paper"]:
+        lines += [f"Paper: {row['paper']}.", ""]
     lines += ["```python", *usage(name, cls), "```", "", markdown(body), ""]
     lines += ["## Parameters", "", "| parameter | default | meaning |", "|---|---|---|"]
     meaning: dict[str, str] = {}
@@ -121,18 +135,19 @@ def escaped(line: str) -> str:
 
 
 def measured(name: str) -> list[str]:
-    """The method's row of the README's result table."""
-    table = [x for x in read_block(ROOT / "README.md", "results").splitlines() if x[:1] == "|"]
+    """The method's row of the result table."""
+    text = read_block(ROOT / "docs/results.md", "results")
+    table = [line for line in text.splitlines() if line.startswith("|")]
     row = [x for x in table if re.match(rf"\| {re.escape(name)}[ (]", x)]
     if not row:
-        return ["Not in the README's tables yet."]
+        return ["Not in the tables yet."]
     head = ["Accuracy on the embedded models, in %; see [Results](../results.md).", ""]
     return [*head, *table[:3], *row]
 
 
 def models(name: str) -> list[str]:
-    """The method's cells of the README's support matrix, and the reasons they name."""
-    lines = read_block(ROOT / "README.md", "support").splitlines()
+    """The method's cells of the support matrix, and the reasons they name."""
+    lines = read_block(ROOT / "docs/models.md", "support").splitlines()
     out: list[str] = []
     used: set[str] = set()
     for i, line in enumerate(lines):

@@ -82,6 +82,11 @@ def test_every_public_name_has_a_docstring():
             assert inspect.getdoc(thing), name
 
 
+def test_tab_completion_shows_the_public_api():
+    assert dir(vtc) == sorted(vtc.__all__)
+    assert all(hasattr(vtc, name) for name in dir(vtc))
+
+
 if __name__ == "__main__":
     SNAPSHOT.write_text(snapshot(), "utf-8")
     sys.stdout.write(f"{SNAPSHOT}\n")

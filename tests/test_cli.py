@@ -268,14 +268,15 @@ def test_full_runs_every_method(toy, tmp_path, monkeypatch):
     assert set(settings.methods) == set(vtc.methods())
 
 
-def test_readme_block_is_filled(toy, tmp_path, monkeypatch):
+def test_block_of_the_results_page_is_filled(toy, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
-    Path("README.md").write_text("a\n<!-- results:begin -->\n<!-- results:end -->\nb\n")
+    Path("docs").mkdir()
+    Path("docs/results.md").write_text("a\n<!-- results:begin -->\n<!-- results:end -->\nb\n")
     args = ("bench", "scenes", "--methods", "random", "--keep", "4", "--samples", "2")
     done = invoke(*args, "--repeats", "1", "--readme")
     assert done.exit_code == 0, done.output
-    text = Path("README.md").read_text()
+    text = Path("docs/results.md").read_text()
     assert "| random |" in text
     assert text.startswith("a\n")
     assert text.endswith("b\n")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calling styles x methods x families: every cell of the README's table is run and compared."""
+"""Calling styles x methods x families: every cell of the table in docs/calling-styles.md is run and compared."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FIRST = next(iter(styles.STYLES))
 @pytest.mark.parametrize("family", mini_families.COLUMNS)
 @pytest.mark.parametrize("style", ROWS)
 def test_cells(style: str, family: str) -> None:
-    """A cell agrees with its oracle or is refused, and the README says so.
+    """A cell agrees with its oracle or is refused, and the table says so.
 
     A method that cannot be wrapped is refused in every style.
     """
@@ -34,7 +34,10 @@ def test_cells(style: str, family: str) -> None:
         pytest.importorskip("accelerate", reason="accelerate is a dev dependency")
     if "PEFT" in style:
         pytest.importorskip("peft", reason="peft is a dev dependency")
-    model, table = mini_families.build(family), read_block(ROOT / "README.md", "styles")
+    model, table = (
+        mini_families.build(family),
+        read_block(ROOT / "docs/calling-styles.md", "styles"),
+    )
     for method in styles.METHODS:
         if styles.outcome(FIRST, method, family) is not None and style != FIRST:
             with pytest.raises(vtc.UnsupportedError):
@@ -46,7 +49,9 @@ def test_cells(style: str, family: str) -> None:
 
 
 def test_the_table_in_the_readme_has_all_rows_and_columns() -> None:
-    head, _, *rows = read_block(ROOT / "README.md", "styles").split("\n\n")[0].splitlines()
+    head, _, *rows = (
+        read_block(ROOT / "docs/calling-styles.md", "styles").split("\n\n")[0].splitlines()
+    )
     assert [row.split(" | ")[0].strip("| ") for row in rows] == list(styles.STYLES), REFRESH
     names = [cell.strip(" `") for cell in head.strip("|").split("|")]
     assert names[1:-1] == list(styles.METHODS), REFRESH

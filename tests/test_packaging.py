@@ -139,6 +139,17 @@ def test_sdist_and_wheel_carry_everything(built):
 
 
 @pytest.mark.slow
+def test_the_page_of_the_package_points_at_nothing_that_is_not_there(built):
+    _, _, wheel = built
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        head, _, page = archive.read(name).decode().partition("\n\n")
+    assert "Description-Content-Type: text/markdown" in head
+    assert page.startswith("# vtc") and "vtc.wrap(model" in page
+    assert not re.findall(r"!\[|\]\((?!https?:|#)", page)
+
+
+@pytest.mark.slow
 def test_the_wheel_answers_a_question_in_a_clean_environment(built, tmp_path):
     """A new environment with the wheel, and of this one nothing but the dependencies."""
     source, _, wheel = built

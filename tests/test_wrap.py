@@ -171,6 +171,7 @@ def test_report_counts_cost_and_bytes() -> None:
     assert report.grid == (mini.GRID, mini.GRID)
     assert [len(k) for k in report.kept] == [4, 4]
     assert "16 -> 4" in str(report)
+    assert repr(report) == str(report)  # in a notebook, too: no tensors
     model.generate(**inputs, max_new_tokens=3)
     assert model.vtc.report().decode_ms > 0
 

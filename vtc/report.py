@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .records import Record
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """The last forward of a compressed model; counts are means over the rows that hold an image.
 
@@ -161,8 +161,13 @@ class Report:
             "decode": self.decode_ms,
         }
         shown = [f"{name} {ms:.1f} ms" for name, ms in times.items() if ms is not None]
-        lines.append(f"  time           {', '.join(shown)}")
+        if shown:
+            lines.append(f"  time           {', '.join(shown)}")
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        """What `print` shows: tensors are left to their fields."""
+        return str(self)
 
 
 def build_report(method: str, methods: tuple[Method, ...], sites: Sites, record: Record) -> Report:

@@ -101,7 +101,7 @@ def bench(
         bool, typer.Option("--fresh", help="Start over; do not go on with an unfinished run.")
     ] = False,
     readme: Annotated[
-        bool, typer.Option("--readme", help="Write the result tables into README.md.")
+        bool, typer.Option("--readme", help="Write the result tables into docs/results.md.")
     ] = False,
 ) -> None:
     """Accuracy, tokens, FLOPs, milliseconds and KV bytes of each method at each budget.
@@ -183,7 +183,7 @@ def bench(
         from ..benchmarks.catalogue import fill_block
 
         block = "results" if flops is None else "equal-flops"
-        valid(lambda: fill_block(Path("README.md"), block, tables.overview(results)))
+        valid(lambda: fill_block(Path("docs/results.md"), block, tables.overview(results)))
     if as_json:
         print(json.dumps(results, indent=1))
     if world.stopped:
