@@ -5,7 +5,7 @@
 # make check-newest   a minute of it with the newest transformers alone; the result is one line
 # make soak   property tests with thousands of cases, and tests that take minutes to hours
 # make coverage   the test suite, and which lines it does not reach
-# make lint   ruff and mypy
+# make lint   ruff, mypy, and who may import whom
 # make audit   known vulnerabilities of everything installed
 # make docs   the documentation, in site/
 # make lock   renew constraints.txt: the releases that all of these install, the last two tests apart
@@ -93,6 +93,12 @@ lint: $(VENV)/.dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@# import-linter follows no links and skips folders without an __init__.py: it gets a copy.
+	@rm -rf build/contract && mkdir -p build/contract
+	@tar -ch --exclude=assets --exclude=__pycache__ vtc | tar -x -C build/contract
+	@find build/contract -type d -exec touch {}/__init__.py \;
+	@cp pyproject.toml build/contract
+	@cd build/contract && ../../$(BIN)/lint-imports --no-cache
 
 audit: $(VENV)/.dev
 	@$(BIN)/python -m pip_audit --local --skip-editable

@@ -122,7 +122,8 @@ class GridSites:
     Every LLM token of an image stands for ``fold`` x ``fold`` neighbouring patches of the encoder,
     which the model concatenates, pools or merges somewhere between encoder and LLM. One module
     there, ``source``, takes one row for each LLM token: that is where the features stage runs.
-    Attention to the patches of a group is summed, their keys are averaged (`vtc.grids`).
+    Attention to the patches of a group is summed, their keys are averaged
+    (`vtc.engine.vision.grids`).
 
     An image is what has one budget: what the processor calls an image where the model is told, else
     what the encoder sees as one (a tile). It consists of one or more grids (tiles, frames), which

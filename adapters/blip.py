@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import Around
-from ..threads import PerThread, Threaded
+from ..hooks.attention_patch import Around
+from ..hooks.per_thread import PerThread, Threaded
 from .base import BlockSites, Call, VisionSites, is_a, mlp_width
 
 TOWERS = ("BlipVisionModel", "Blip2VisionModel", "InstructBlipVisionModel")

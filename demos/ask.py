@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..benchmarks.catalogue import PLACES
+from ..method import PLACES
 from . import pages
 from .choices import snippet
 from .engine import MAX_LENGTH, MAX_ROUNDS, Engine, draw

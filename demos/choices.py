@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from ..benchmarks.budgets import seeded
-from ..benchmarks.catalogue import PLACES
-from ..benchmarks.prompts import prompt_of
+from ..benchmarks.shared.budgets import seeded
+from ..benchmarks.shared.prompts import prompt_of
 from ..errors import UnsupportedError
-from ..method import Chain, Method, known_methods
-from ..wrapping import compressing
+from ..method import PLACES, Chain, Method
+from ..registry import known_methods
+from ..session import compressing
 from .uploads import MAX_EDGE
 
 ENCODER_STAGES = frozenset({"pixels", "vision", "features"})

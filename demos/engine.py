@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..benchmarks.speed_memory import Allocations, watched
-from ..pictures import overlay
-from ..report import Report
-from ..wrapping import compressing, observe
+from ..benchmarks.measure.allocations import Allocations, watched
+from ..report.overlay import overlay
+from ..report.report import Report
+from ..session import compressing, observe
 from .choices import Model, make, usable
 from .gallery import Gallery
 from .measuring import Open, Times, Watch, generate, race

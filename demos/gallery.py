@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..benchmarks.tasks import scenes
 from ..method import Chain
-from ..wrapping import compressing, observe
+from ..session import compressing, observe
 from .choices import ENCODER_STAGES, make, usable
 from .results import BASELINE, COMPRESSED
 from .worker import Say, Worker
@@ -63,7 +63,7 @@ class Gallery:
     @cached_property
     def tower(self) -> Any:
         """The embedded retrieval model."""
-        from ..benchmarks import towers
+        from ..benchmarks.encoders import towers
 
         return towers.load()
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from ..benchmarks.catalogue import PLACES
-from ..method import known_methods
+from ..method import PLACES
+from ..registry import known_methods
 from .gallery import Ranking
 from .results import BASELINE, COMPRESSED, Answer, Row, Side
 from .uploads import FORMATS, MAX_BYTES, MAX_PIXELS

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from ..report import Report
+from ..report.report import Report
 
 BASELINE, COMPRESSED = "uncompressed", "compressed"
 
@@ -20,8 +20,8 @@ class Side:
         tokens: image tokens that the last layer of the LLM processed; average: over its layers.
         new_tokens: of the answer.
         first_ms, total_ms: from pixels on the device to the first and to the last token.
-        peak_bytes: of tensors, see `benchmarks.speed_memory`; kv_bytes: of the KV cache after the
-            prompt.
+        peak_bytes: of tensors, see `benchmarks.measure.allocations`; kv_bytes: of the KV cache
+            after the prompt.
         flops: of the LLM for image tokens.
     """
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..images import upright_rgb
+from ..report.images import upright_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 MAX_BYTES = 20 * 2**20

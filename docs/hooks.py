@@ -14,8 +14,10 @@ import griffe
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from vtc.benchmarks.catalogue import method_rows, read_block
-from vtc.method import Method, known_methods
+from vtc.benchmarks.shared.markdown import read_block
+from vtc.benchmarks.shared.method_table import method_rows
+from vtc.method import Method
+from vtc.registry import known_methods
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = {f.name for f in fields(Method)}

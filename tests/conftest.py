@@ -15,7 +15,7 @@ import transformers
 from hypothesis import HealthCheck, settings
 from PIL import ImageFile
 
-sys.path.insert(0, str(Path(__file__).parent))  # the mini models and the oracle
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 # The mini models are so small that handing work to threads costs more than the work.
 torch.set_num_threads(1)

@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "wrap": "wrapping",
-    "unwrap": "wrapping",
-    "observe": "wrapping",
-    "compress_inputs": "inputs",
-    "compressing": "wrapping",
-    "inspect": "inspecting",
-    "match": "matching",
-    "calibrate": "calibrating",
-    "Calibration": "calibrating",
-    "overlay": "pictures",
-    "chain": "method",
-    "register": "method",
+    "wrap": "session",
+    "unwrap": "session",
+    "observe": "session",
+    "compress_inputs": "precompute",
+    "compressing": "session",
+    "inspect": "inspection",
+    "match": "tuning.match",
+    "calibrate": "tuning.calibrate",
+    "Calibration": "tuning.calibrate",
+    "overlay": "report.overlay",
+    "chain": "registry",
+    "register": "registry",
     "Method": "method",
     "Scorer": "method",
     "Reduction": "reduction",
-    "Report": "report",
+    "Report": "report.report",
     "UnsupportedError": "errors",
     "NotFiniteError": "errors",
 }
@@ -32,25 +32,25 @@ _EXPORTS = {
 __all__ = [*_EXPORTS, "methods", "__version__"]
 
 if TYPE_CHECKING:
-    from .calibrating import Calibration as Calibration
-    from .calibrating import calibrate as calibrate
     from .errors import NotFiniteError as NotFiniteError
     from .errors import UnsupportedError as UnsupportedError
-    from .inputs import compress_inputs as compress_inputs
-    from .inspecting import inspect as inspect
-    from .matching import match as match
+    from .inspection import inspect as inspect
     from .method import Method as Method
     from .method import Scorer as Scorer
-    from .method import chain as chain
-    from .method import known_methods as methods
-    from .method import register as register
-    from .pictures import overlay as overlay
+    from .precompute import compress_inputs as compress_inputs
     from .reduction import Reduction as Reduction
-    from .report import Report as Report
-    from .wrapping import compressing as compressing
-    from .wrapping import observe as observe
-    from .wrapping import unwrap as unwrap
-    from .wrapping import wrap as wrap
+    from .registry import chain as chain
+    from .registry import known_methods as methods
+    from .registry import register as register
+    from .report.overlay import overlay as overlay
+    from .report.report import Report as Report
+    from .session import compressing as compressing
+    from .session import observe as observe
+    from .session import unwrap as unwrap
+    from .session import wrap as wrap
+    from .tuning.calibrate import Calibration as Calibration
+    from .tuning.calibrate import calibrate as calibrate
+    from .tuning.match import match as match
 
 
 def __getattr__(name: str) -> Any:

@@ -3,24 +3,24 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from .checks import check_choice, check_count, check_range
 from .errors import UnsupportedError
+from .hyperparameters import check_choice, check_count, check_range
 from .reduction import Reduction
 
 if TYPE_CHECKING:
     from .adapters.base import Sites
-    from .quantized import Packing
-    from .views import CacheView, DecoderView, FeaturesView, VisionView
+    from .cache.codecs import Packing
+    from .views.cache import CacheView
+    from .views.decoder import DecoderView
+    from .views.features import FeaturesView
+    from .views.vision import VisionView
+
 
 Stage = Literal["pixels", "vision", "features", "decoder", "bypass", "cache"]
 
@@ -138,7 +138,7 @@ class Method:
     def on_cache(self, v: CacheView) -> Reduction | Packing | None:
         """On each layer of the KV cache in turn, once a prefill is complete (`while_decoding`).
 
-        The slots that stay, or how to pack them (`vtc.quantized.Packing`), which drops none.
+        The slots that stay, or how to pack them (`vtc.cache.codecs.Packing`), which drops none.
         """
         return None
 
@@ -285,119 +285,16 @@ class Chain:
         return " + ".join(map(str, self.methods))
 
 
-def chain(*methods: str | Method) -> Chain:
-    """Combine methods of different stages: ``vtc.chain(PiToMe(keep_ratio=0.5), FastV())``."""
-    if not methods:
-        raise ValueError("chain needs at least one method")
-    return Chain(tuple(resolve(m)[0] for m in methods))
-
-
-# ---- registry ----------------------------------------------------------------------------------
-
-_REGISTRY: dict[str, Callable[..., Method]] = {}
-M = TypeVar("M", bound=type[Method])
-
-
-def register(cls: M) -> M:
-    """Class decorator: make a method available under its ``name``."""
-    if not cls.name:
-        raise ValueError(f"{cls.__name__} needs a name")
-    if cls.name in _REGISTRY:
-        raise ValueError(f'a method called "{cls.name}" is already registered')
-    _REGISTRY[cls.name] = cls
-    return cls
-
-
-def known_methods() -> dict[str, type[Method]]:
-    """All registered methods by name."""
-    package = importlib.import_module(f"{__package__}.methods")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-    return dict(sorted(_REGISTRY.items()))  # type: ignore[arg-type]
-
-
-def resolve(method: str | Method | Chain, **kwargs: Any) -> tuple[Method, ...]:
-    """A name, a method or a chain as a tuple of methods.
-
-    Raises:
-        ValueError: unknown name (the message gives the nearest ones), or hyper-parameters beside a
-            method that already has them.
-    """
-    if isinstance(method, str):
-        known = known_methods()
-        if method not in known:
-            near = difflib.get_close_matches(
-                method.lower().replace("_", "-"), known, n=3, cutoff=0.4
-            )
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
-            raise ValueError(f'unknown method "{method}"; {hint}')
-        try:
-            return (known[method](**kwargs),)
-        except TypeError as error:
-            names = ", ".join(f.name for f in fields(known[method]))
-            raise ValueError(f"{method}: {error}; its parameters are {names}") from None
-    if kwargs:
-        raise ValueError(f"{method} already has its parameters; give {', '.join(kwargs)} to it")
-    if isinstance(method, Chain):
-        return method.methods
-    if isinstance(method, Method):
-        return (method,)
-    raise ValueError(f"expected a method name, a Method or vtc.chain(...), got {method!r}")
-
-
-def refuse_graph(methods: Iterable[Method]) -> None:
-    """Under `torch.compile`, leave the graph or, with ``fullgraph=True``, fail with the reason.
-
-    Raises:
-        UnsupportedError: a method is adaptive.
-    """
-    if not torch.compiler.is_compiling():
-        return
-    for m in methods:  # pragma: no cover (traced)
-        if not m.compiles:
-            raise UnsupportedError(
-                f"{m.name} lets the data decide how many tokens stay, so torch.compile has no one "
-                "graph for it; compile without fullgraph=True, which runs it outside the graph, or "
-                "use a method with a fixed budget, such as visionzip, divprune or fastv"
-            )
-
-
 def split_answer(answer: Answer) -> tuple[Reduction | None, Tensor | None]:
     """What a hook returned as (reduction, survivors made by the method); None for what is not."""
     return answer if isinstance(answer, tuple) else (answer, None)
 
 
-def relative_layers(layers: Iterable[int], of: int, depth: int) -> tuple[int, ...]:
-    """The 0-based layers of a decoder of ``depth`` that stand where ``layers`` do in one of ``of``.
-
-    Behind layer 6 of 32 seven layers have run, as behind layer 1 two of 8. Ascending and distinct;
-    the last layer is never among them, as long as there is room.
-    """
-    out: list[int] = []
-    chosen = list(layers)
-    for i, layer in enumerate(chosen):
-        wanted = int((layer + 1) * depth / of + 0.5) - 1
-        last = depth - 2 - (len(chosen) - 1 - i)
-        out.append(max(min(wanted, last), out[-1] + 1 if out else 0))
-    return tuple(out)
-
-
-def geometric_counts(n: int, k: int, steps: int, floor: float = 0.5) -> list[int]:
-    """Token counts after each of ``steps`` layers, from n to exactly k by a near-constant ratio.
-
-    Args:
-        floor: the smallest fraction of its input that one step may keep.
-
-    Raises:
-        ValueError: k cannot be reached without a step below the floor.
-    """
-    counts, current = [], n
-    for step in range(steps):
-        left = steps - step
-        target = k if left == 1 else round(current * (k / current) ** (1 / left))
-        least = -int(-current * floor // 1)  # ceiling: what one step can leave
-        if left == 1 and target < least:
-            raise ValueError(f"{n} -> {k} tokens needs a layer that keeps less than {floor:.0%}")
-        current = max(target, least, k)
-        counts.append(current)
-    return counts
+PLACES = {
+    "pixels": "before the encoder",
+    "vision": "in the encoder",
+    "features": "before the LLM",
+    "decoder": "in the LLM",
+    "bypass": "around LLM layers",
+    "cache": "in the KV cache",
+}

@@ -156,22 +156,24 @@ def required(module: str, name: str, reader: str) -> Any:
     raise moved(module, f"no {name}", reader)
 
 
-Cache: Any = required("transformers.cache_utils", "Cache", "vtc/cache.py")
-DynamicCache: Any = required("transformers.cache_utils", "DynamicCache", "vtc/cache.py")
-DynamicLayer: Any = required("transformers.cache_utils", "DynamicLayer", "vtc/cache.py")
+Cache: Any = required("transformers.cache_utils", "Cache", "vtc/cache/pruned.py")
+DynamicCache: Any = required("transformers.cache_utils", "DynamicCache", "vtc/cache/pruned.py")
+DynamicLayer: Any = required("transformers.cache_utils", "DynamicLayer", "vtc/cache/pruned.py")
 DynamicSlidingWindowLayer: Any = required(
-    "transformers.cache_utils", "DynamicSlidingWindowLayer", "vtc/cache.py"
+    "transformers.cache_utils", "DynamicSlidingWindowLayer", "vtc/cache/pruned.py"
 )
-ModelOutput: Any = required("transformers.utils", "ModelOutput", "vtc/decoder.py")
+ModelOutput: Any = required("transformers.utils", "ModelOutput", "vtc/engine/llm/engine.py")
 LanguageModelOutput: Any = required(
-    "transformers.modeling_outputs", "BaseModelOutputWithPast", "vtc/decoder.py"
+    "transformers.modeling_outputs", "BaseModelOutputWithPast", "vtc/engine/llm/engine.py"
 )
 EncodedImages: Any = required(
-    "transformers.modeling_outputs", "BaseModelOutputWithPooling", "vtc/inputs.py"
+    "transformers.modeling_outputs", "BaseModelOutputWithPooling", "vtc/precompute.py"
 )
-AttentionInterface: Any = required("transformers", "AttentionInterface", "vtc/attention.py")
+AttentionInterface: Any = required(
+    "transformers", "AttentionInterface", "vtc/hooks/attention_patch.py"
+)
 ATTENTION_FUNCTIONS: Any = required(
-    "transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS", "vtc/attention.py"
+    "transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS", "vtc/hooks/attention_patch.py"
 )
 
 
@@ -227,26 +229,55 @@ def _at(place: str, kind: str, reader: str, *names: Name) -> list[Seam]:
 
 
 SEAMS: tuple[Seam, ...] = (
-    *_at("base model", "argument", "vtc/decoder.py", IDS, EMBEDS, MASK, CACHE),
-    *_at("base model", "attribute", "vtc/decoder.py", EMBEDDINGS),
-    *_at("image features", "argument", "vtc/crops.py, vtc/inputs.py", PIXELS),
-    *_at("encoded images", "field", "vtc/crops.py, vtc/inputs.py", FEATURES),
-    *_at("encoder", "argument", "vtc/wrapping.py", PIXELS),
+    *_at("base model", "argument", "vtc/engine/llm/engine.py", IDS, EMBEDS, MASK, CACHE),
+    *_at("base model", "attribute", "vtc/engine/llm/engine.py", EMBEDDINGS),
+    *_at("image features", "argument", "vtc/engine/vision/crops.py, vtc/precompute.py", PIXELS),
+    *_at("encoded images", "field", "vtc/engine/vision/crops.py, vtc/precompute.py", FEATURES),
+    *_at("encoder", "argument", "vtc/session.py", PIXELS),
     *_at("encoder attention", "argument", "adapters/*.py", HIDDEN),
-    *_at("language model", "argument", "vtc/decoder.py", EMBEDS, MASK, POSITIONS, CACHE),
-    *_at("language model", "attribute", "vtc/decoder.py, vtc/arguments.py", LAYERS, CONFIG),
-    *_at("language model with DeepStack", "argument", "vtc/decoder.py", DEEPSTACK, DEEPSTACK_MASK),
-    *_at("decoder layer", "argument", "vtc/decoder.py", HIDDEN, CACHE),
-    *_at("decoder layer", "argument", "vtc/arguments.py", MASK, TABLES),
-    *_at("decoder layer", "attribute", "vtc/tap.py, vtc/decoder.py", ATTENTION),
-    *_at("file of the attention", "attribute", "vtc/attention.py", EAGER),
-    *_at("output of the language model", "field", "vtc/decoder.py", LAST, CACHE),
-    *_at("KV cache", "attribute", "vtc/cache.py", LAYERS, SEEN, GROWS),
-    *_at("layer of a KV cache", "attribute", "vtc/cache.py", KEYS, VALUES, HOLDS, SEEN, UPDATE),
-    *_at("layer of a KV cache", "attribute", "vtc/cache.py", MASK_SIZES, REORDER, REPEAT, SELECT),
-    *_at("layer of a KV cache", "attribute", "vtc/cache.py", CROP, RESET),
-    *_at("sliding layer of a KV cache", "attribute", "vtc/cache.py", KEYS, WINDOW, EVER_SEEN),
-    *_at("attention interface", "attribute", "vtc/attention.py", REGISTER),
+    *_at("language model", "argument", "vtc/engine/llm/engine.py", EMBEDS, MASK, POSITIONS, CACHE),
+    *_at(
+        "language model",
+        "attribute",
+        "vtc/engine/llm/engine.py, vtc/engine/llm/layer_arguments.py",
+        LAYERS,
+        CONFIG,
+    ),
+    *_at(
+        "language model with DeepStack",
+        "argument",
+        "vtc/engine/llm/engine.py",
+        DEEPSTACK,
+        DEEPSTACK_MASK,
+    ),
+    *_at("decoder layer", "argument", "vtc/engine/llm/engine.py", HIDDEN, CACHE),
+    *_at("decoder layer", "argument", "vtc/engine/llm/layer_arguments.py", MASK, TABLES),
+    *_at(
+        "decoder layer",
+        "attribute",
+        "vtc/hooks/attention_rows.py, vtc/engine/llm/engine.py",
+        ATTENTION,
+    ),
+    *_at("file of the attention", "attribute", "vtc/hooks/attention_patch.py", EAGER),
+    *_at("output of the language model", "field", "vtc/engine/llm/engine.py", LAST, CACHE),
+    *_at("KV cache", "attribute", "vtc/cache/pruned.py", LAYERS, SEEN, GROWS),
+    *_at(
+        "layer of a KV cache", "attribute", "vtc/cache/pruned.py", KEYS, VALUES, HOLDS, SEEN, UPDATE
+    ),
+    *_at(
+        "layer of a KV cache",
+        "attribute",
+        "vtc/cache/pruned.py",
+        MASK_SIZES,
+        REORDER,
+        REPEAT,
+        SELECT,
+    ),
+    *_at("layer of a KV cache", "attribute", "vtc/cache/pruned.py", CROP, RESET),
+    *_at(
+        "sliding layer of a KV cache", "attribute", "vtc/cache/pruned.py", KEYS, WINDOW, EVER_SEEN
+    ),
+    *_at("attention interface", "attribute", "vtc/hooks/attention_patch.py", REGISTER),
 )
 """All that a wrapped model is read by. What the adapters read of one family is theirs: `reading`
 turns an attribute that is missing there into the same refusal."""
@@ -345,7 +376,9 @@ def _check_masks() -> None:
     size = Longer().get_mask_sizes(1)[0]
     if size != 8:
         raise moved(
-            "DynamicLayer.get_mask_sizes", "other lengths than get_seq_length's", "vtc/cache.py"
+            "DynamicLayer.get_mask_sizes",
+            "other lengths than get_seq_length's",
+            "vtc/cache/pruned.py",
         )
 
 
@@ -384,7 +417,7 @@ def cache_given(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
                 raise moved(
                     f"{type(module).__name__}.forward",
                     f"the KV cache in its {place}, not in {' or '.join(CACHE.names)}",
-                    "vtc/decoder.py",
+                    "vtc/engine/llm/engine.py",
                 )
     return known
 
@@ -404,7 +437,7 @@ def cache_left(output: Any) -> Any:
                 raise moved(
                     type(output).__name__,
                     f"the KV cache in its field {name}, not in {' or '.join(CACHE.names)}",
-                    "vtc/decoder.py",
+                    "vtc/engine/llm/engine.py",
                 )
     return known
 
@@ -430,7 +463,7 @@ def check_filled(module: Any, left: Any, seen: Any) -> None:
     raise moved(
         type(module).__name__,
         "layers that fill a KV cache without being given it, so nothing in it was compressed",
-        "vtc/decoder.py",
+        "vtc/engine/llm/engine.py",
     )
 
 
@@ -448,7 +481,7 @@ def encoded_images(module: Any, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
             raise moved(
                 f"{type(module).__name__}.forward",
                 f"encoded images in its argument {name}, not in {' or '.join(ENCODED.names)}",
-                "vtc/decoder.py",
+                "vtc/engine/llm/engine.py",
             )
     return {}
 
@@ -466,7 +499,7 @@ def features_of(output: Any, module: Any) -> Any:
     raise moved(
         f"{type(output).__name__} of {type(module).__name__}",
         FEATURES.absent("field"),
-        "vtc/inputs.py",
+        "vtc/precompute.py",
     )
 
 

@@ -11,7 +11,7 @@ from types import ModuleType
 
 from PIL import Image
 
-from .base import Entry
+from .items import Entry
 
 SHAPES = ("circle", "rectangle", "triangle")
 QUESTIONS_PER_IMAGE = 5

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..metrics import RECALL
+from ..metrics.scores import RECALL
 from . import hub, scenes
-from .base import Entry, Questions
-from .files import FORMATS, FindImage, Row, find_file, json_lines, open_image, sample, text_of
+from .files import FORMATS
+from .images import find_file, open_image
+from .items import Entry, Questions
+from .rows import FindImage, Row, json_lines, sample, text_of
 
 SCENES = 200
 """Embedded scenes where no number is asked for."""

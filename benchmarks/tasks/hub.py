@@ -22,10 +22,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..metrics import RECALL
-from .base import Questions
-from .files import Encoded, Row, check_rows, sample, text_of
+from ..metrics.scores import RECALL
+from .images import Encoded
+from .items import Questions
 from .parquet import Table
+from .rows import Row, check_rows, sample, text_of
 
 FOLDER = "VTC_DATA"
 """Environment variable: a folder with local copies, each in a subfolder of the task's name."""
@@ -65,7 +66,7 @@ class HubSet:
 
     Attributes:
         repo, config, split: of the hub.
-        metric: its name; `metrics.RECALL` for images with captions.
+        metric: its name; `scores.RECALL` for images with captions.
         answer: column of one answer, of a list of them, or of the index of the right option.
         question: makes the question of a row; suffix: put behind it.
         ids: columns that make an id together; image_ids: columns that tell images apart, where

@@ -10,7 +10,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from .files import Encoded, Row, find_file, image_path
+from .images import Encoded, find_file, image_path
+from .rows import Row
 
 FIELDS = ("question", "answer", "answers", "id", "kind", "metric")
 HELD = 4

@@ -17,7 +17,7 @@ from math import cos, hypot, pi, sin
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .base import Entry
+from .items import Entry
 
 SIDE = 336
 GRID = 24

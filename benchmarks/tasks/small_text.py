@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from . import scenes
-from .base import Entry
+from .items import Entry
 
 SIZES = {
     (336, 224): 5,

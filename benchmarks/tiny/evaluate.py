@@ -19,10 +19,11 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from ..answers import answer_batch
-from ..prompts import make_batches, prompt_of
+from ..accuracy.answering import answer_batch
+from ..shared.prompts import make_batches, prompt_of
 from ..tasks import scenes
-from ..tasks.base import Item, Task, score
+from ..tasks.items import Item, score
+from ..tasks.registry import Task
 from .models import ASSETS, Retrieval, load_llava, load_llava_next, load_retrieval, pool
 
 

@@ -70,8 +70,8 @@ def drawing(width: int, height: int, title: str, parts: list[str]) -> str:
 
 def by_stage() -> dict[str, list[str]]:
     """Names of the methods that act in each stage."""
-    from vtc.benchmarks.catalogue import PLACES
-    from vtc.method import known_methods
+    from vtc.method import PLACES
+    from vtc.registry import known_methods
 
     made = {name: cls().stages for name, cls in known_methods().items()}
     return {stage: [n for n, stages in made.items() if stage in stages] for stage in PLACES}
@@ -79,8 +79,7 @@ def by_stage() -> dict[str, list[str]]:
 
 def stages() -> str:
     """Where in a model each hook of a method runs."""
-    from vtc.benchmarks.catalogue import PLACES
-    from vtc.method import STAGE_HOOKS
+    from vtc.method import PLACES, STAGE_HOOKS
 
     parts = []
     # The model, from the left to the right.
@@ -217,8 +216,8 @@ def kept() -> Any:
     from PIL import Image, ImageDraw, ImageFont
 
     import vtc
-    from vtc.benchmarks.show import answered
-    from vtc.benchmarks.tasks.base import Task
+    from vtc.benchmarks.accuracy.kept_sheet import answered
+    from vtc.benchmarks.tasks.registry import Task
     from vtc.benchmarks.tiny.models import load_llava
     from vtc.methods.random import Random
     from vtc.methods.vscan import VScan
@@ -260,7 +259,7 @@ def pareto(path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    from vtc.benchmarks.plots import draw_front, names_of
+    from vtc.benchmarks.pages.plots import draw_front, names_of
 
     result = json.loads((ROOT / "benchmarks/results/scenes.json").read_text("utf-8"))
     rows = [row for row in result["rows"] if row["error"] is None]

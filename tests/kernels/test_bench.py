@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from vtc.benchmarks import kernels as bench
+from vtc.benchmarks.speed import kernels as bench
 from vtc.kernels import attention_reduce, compact_tokens, merge_tokens, similarity_reduce
 
 
@@ -58,7 +58,8 @@ def test_a_wrong_kernel_is_not_timed(few, tmp_path):
 
 @pytest.mark.parametrize("kind", ["energy", "best_match", "column_sums", "merge", "compact"])
 def test_eager_formulas_are_those_of_the_kernels(kind):
-    """What a kernel is timed against computes the same, in the cases as the benchmark makes them."""
+    """What a kernel is timed against computes the same, in the cases as the benchmark makes
+    them."""
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 40, 16, generator=g), torch.randn(2, 7, 16, generator=g)
     q, k = torch.randn(2, 4, 9, 8, generator=g), torch.randn(2, 2, 9, 8, generator=g)

@@ -22,7 +22,7 @@ from vtc.kernels.attention_reduce import reference as attention
 from vtc.kernels.compact_tokens import reference as compact
 from vtc.kernels.merge_tokens import reference as merge
 from vtc.kernels.similarity_reduce import reference as similarity
-from vtc.methods import pitome, tome
+from vtc.methods import _matching, pitome
 from vtc.methods._common import unit
 from vtc.reduction import Reduction
 
@@ -334,7 +334,7 @@ def test_matching_is_that_of_the_matrix(n, prefix):
     index = torch.arange(n)
     a, b = index[0::2].expand(2, -1), index[1::2].expand(2, -1)
     expected = match_by_matrix(x, a, b, n // 5, index < prefix if prefix else None)
-    assert torch.equal(tome.match_parity(x, n // 5, prefix), expected)
+    assert torch.equal(_matching.match_parity(x, n // 5, prefix), expected)
     energy = similarity_reduce.energy(x, 0.4)
     order = energy.argsort(dim=1, descending=True, stable=True)[:, : 2 * (n // 5)]
     expected = match_by_matrix(x, order[:, 0::2], order[:, 1::2], n // 5)
@@ -345,7 +345,7 @@ def test_matching_is_that_of_the_matrix(n, prefix):
 def test_merging_and_selecting_are_those_of_the_formulas(dtype):
     x = checks.features(3, 65, 24, dtype, "cpu")
     size = torch.rand(3, 65) + 0.5
-    reduction = Reduction.from_merge(tome.match_parity(x, 20, 1))
+    reduction = Reduction.from_merge(_matching.match_parity(x, 20, 1))
     for weights in (None, size):
         merged, new_size = reduction.merge(x, weights)
         m = torch.ones(3, 65) if weights is None else weights

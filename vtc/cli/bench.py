@@ -111,12 +111,14 @@ def bench(
 
     Example: vtc bench scenes --methods fastv,random --keep 0.33,0.11
     """
-    from ..benchmarks import distributed, runner
-    from ..benchmarks.budgets import parse_keep, seeded
-    from ..benchmarks.journal import JournalError, seal
-    from ..benchmarks.metrics import metric as find_metric
-    from ..benchmarks.tasks.base import TASKS, BadItem, open_task
-    from ..method import known_methods
+    from ..benchmarks.accuracy import distributed
+    from ..benchmarks.accuracy import run as runner
+    from ..benchmarks.accuracy.journal import JournalError, seal
+    from ..benchmarks.metrics.scores import metric as find_metric
+    from ..benchmarks.shared.budgets import parse_keep, seeded
+    from ..benchmarks.tasks.items import BadItem
+    from ..benchmarks.tasks.registry import TASKS, open_task
+    from ..registry import known_methods
 
     if methods is None:
         names = tuple(known_methods()) if full else DEFAULT_METHODS
@@ -179,8 +181,8 @@ def bench(
         for name in opened:
             seal(out_dir / f"{name}.predictions.jsonl")
     if readme and not world.stopped:
-        from ..benchmarks import tables
-        from ..benchmarks.catalogue import fill_block
+        from ..benchmarks.accuracy import tables
+        from ..benchmarks.shared.markdown import fill_block
 
         block = "results" if flops is None else "equal-flops"
         valid(lambda: fill_block(Path("docs/results.md"), block, tables.overview(results)))
@@ -207,8 +209,8 @@ def _show(
     as_json: bool,
 ) -> bool:
     """Print a result and draw its pictures; whether all its files could be written."""
-    from ..benchmarks.runner import stem
-    from ..benchmarks.tables import COLUMNS, caption, failures, notes
+    from ..benchmarks.accuracy.run import stem
+    from ..benchmarks.accuracy.tables import COLUMNS, caption, failures, notes
 
     if not as_json:
         print_rows(result["rows"], COLUMNS)
@@ -237,8 +239,8 @@ def _pictures(
     net: Any, processor: Any, result: dict[str, Any], task: Any, settings: Any, base: Path
 ) -> list[Path]:
     """The Pareto plot and the kept-patch picture; without matplotlib only the latter."""
-    from ..benchmarks.plots import pareto
-    from ..benchmarks.show import example, show_kept
+    from ..benchmarks.accuracy.kept_sheet import example, show_kept
+    from ..benchmarks.pages.plots import pareto
 
     written = []
     try:

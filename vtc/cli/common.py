@@ -177,7 +177,7 @@ def read_image(path: Path) -> Image.Image:
     """An image file as the model gets it: upright, in RGB."""
     from PIL import Image
 
-    from ..images import upright_rgb
+    from ..report.images import upright_rgb
 
     try:
         with warnings.catch_warnings(record=True) as caught:

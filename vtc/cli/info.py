@@ -53,7 +53,7 @@ def methods(
 
     Example: vtc methods --json
     """
-    from ..benchmarks.catalogue import method_rows
+    from ..benchmarks.shared.method_table import method_rows
 
     rows = method_rows()
     if as_json:
@@ -99,7 +99,7 @@ def inspect(
     """
     import transformers
 
-    from ..inspecting import inspect as look
+    from ..inspection import inspect as look
 
     transformers.logging.set_verbosity_error()
     try:

@@ -81,10 +81,10 @@ def overlay(
         raise Mistake("give --layer or --all-layers, not both")
     picture = read_image(image)
 
-    from ..benchmarks.budgets import parse_keep, seeded
-    from ..benchmarks.show import answered, sheet_of_stages, steps_of
-    from ..pictures import check_choice
-    from ..pictures import overlay as draw
+    from ..benchmarks.accuracy.kept_sheet import answered, sheet_of_stages, steps_of
+    from ..benchmarks.shared.budgets import parse_keep, seeded
+    from ..report.overlay import check_choice
+    from ..report.overlay import overlay as draw
 
     for k in kinds:
         valid(lambda k=k: check_choice(k, view))  # type: ignore[misc]

@@ -22,7 +22,7 @@ def report(
 
     Example: vtc report results --out results
     """
-    from ..benchmarks.page import write
+    from ..benchmarks.pages.html import write
 
     try:
         out_dir.mkdir(parents=True, exist_ok=True)

@@ -71,9 +71,9 @@ def retrieval(
 
     Example: vtc retrieval scenes --methods pitome,random --keep 0.5,0.22
     """
-    from ..benchmarks import retrieval as bench
+    from ..benchmarks.encoders import retrieval as bench
+    from ..benchmarks.encoders.towers import TwoTower
     from ..benchmarks.tasks.galleries import open_captions
-    from ..benchmarks.towers import TwoTower
 
     settings = _settings(methods, keep, batch_size, repeats, seed)
     task = valid(lambda: open_captions(data, samples, seed))
@@ -122,9 +122,9 @@ def classify(
 
     Example: vtc classify imagenet/val --model timm:vit_small_patch16_224 --methods tome
     """
-    from ..benchmarks import classification as bench
+    from ..benchmarks.encoders import classification as bench
+    from ..benchmarks.encoders.towers import TwoTower
     from ..benchmarks.tasks.galleries import ClassFolder, class_names, class_outputs
-    from ..benchmarks.towers import TwoTower
 
     settings = _settings(methods, keep, batch_size, repeats, seed)
     task = valid(lambda: ClassFolder(folder, samples, seed))
@@ -146,8 +146,8 @@ def classify(
 
 
 def _settings(methods: str, keep: str, batch_size: int, repeats: int, seed: int) -> Any:
-    from ..benchmarks.budgets import parse_keep, seeded
-    from ..benchmarks.sweep import Settings
+    from ..benchmarks.encoders.sweep import Settings
+    from ..benchmarks.shared.budgets import parse_keep, seeded
 
     names = tuple(n.strip() for n in methods.split(",") if n.strip())
     for name in names:
@@ -160,7 +160,7 @@ def _load(model: str, device: str, dtype: str) -> Any:
     import torch
     import transformers
 
-    from ..benchmarks.towers import load
+    from ..benchmarks.encoders.towers import load
     from ..errors import UnsupportedError
 
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -184,9 +184,9 @@ def _show(
     as_json: bool,
 ) -> None:
     """Print a result as a table or as JSON, and write it."""
-    from ..benchmarks.environment import write_json
-    from ..benchmarks.sweep_tables import caption
-    from ..benchmarks.tables import failures
+    from ..benchmarks.accuracy.tables import failures
+    from ..benchmarks.encoders.tables import caption
+    from ..benchmarks.shared.files import write_json
 
     result = {"command": shlex.join(["vtc", *sys.argv[1:]]), **result}
     if as_json:

@@ -93,10 +93,10 @@ def speed(
     """
     import torch
 
-    from ..benchmarks import speed as harness
-    from ..benchmarks.budgets import parse_keep
-    from ..benchmarks.environment import write_json
-    from ..benchmarks.speed_shapes import dtype_on, own
+    from ..benchmarks.shared.budgets import parse_keep
+    from ..benchmarks.shared.files import write_json
+    from ..benchmarks.speed import run as harness
+    from ..benchmarks.speed.shapes import dtype_on, own
 
     where = device_of(device)
     kind = dtype or str(dtype_on(where)).removeprefix("torch.")
@@ -166,7 +166,7 @@ def _counts(text: str | None, option: str) -> tuple[int, ...] | None:
 
 
 def _print_tables(result: dict[str, Any], sweep: bool) -> None:
-    from ..benchmarks.speed_tables import grid, notes, table, verdicts
+    from ..benchmarks.speed.tables import grid, notes, table, verdicts
 
     wide = out if out.is_terminal else Console(width=150, markup=False)
 
@@ -201,7 +201,7 @@ def kernels(
 
     Example: vtc kernels --device cuda
     """
-    from ..benchmarks.kernels import bench_kernels
+    from ..benchmarks.speed.kernels import bench_kernels
 
     quiet = (lambda text: None) if as_json else functools.partial(out.print, highlight=False)
     try:

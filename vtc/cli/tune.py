@@ -70,8 +70,8 @@ def match(
 
     Example: vtc match fastv,visionzip --flops 0.4
     """
-    from ..benchmarks.budgets import seeded
-    from ..benchmarks.prompts import prompt_of
+    from ..benchmarks.shared.budgets import seeded
+    from ..benchmarks.shared.prompts import prompt_of
     from ..benchmarks.tasks.scenes import make_scene, render
 
     chosen = [valid(lambda name=name: seeded(name, None, 0)) for name in _names(methods)]  # type: ignore[misc]
@@ -95,7 +95,7 @@ def _matched(
     from .. import compressing
     from .. import match as tune
     from ..errors import UnsupportedError
-    from ..matching import flops_share, prefill
+    from ..tuning.match import flops_share, prefill
 
     try:
         how: dict[str, Any] = {"model": net, "inputs": inputs, "which": which}
@@ -175,11 +175,11 @@ def calibrate(
 
     Example: vtc calibrate scenes --methods fastv,random --samples 64 --held-out 300
     """
-    from ..benchmarks import calibration
-    from ..benchmarks.budgets import seeded
-    from ..benchmarks.environment import write_json
-    from ..benchmarks.plots import calibration_plot
-    from ..benchmarks.tasks.base import open_task
+    from ..benchmarks.accuracy import calibration
+    from ..benchmarks.pages.plots import calibration_plot
+    from ..benchmarks.shared.budgets import seeded
+    from ..benchmarks.shared.files import write_json
+    from ..benchmarks.tasks.registry import open_task
 
     settings = calibration.Settings(
         methods=_names(methods),

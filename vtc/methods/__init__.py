@@ -18,7 +18,7 @@ class _Methods(types.ModuleType):
     """The package is its own listing, because importing it must not hide ``vtc.methods()``."""
 
     def __call__(self) -> dict[str, type[Method]]:
-        from ..method import known_methods
+        from ..registry import known_methods
 
         return known_methods()
 

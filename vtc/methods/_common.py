@@ -9,12 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, waive
+from ..hyperparameters import check_choice, waive
 from ..kernels import merge_tokens
 from ..kernels.similarity_reduce import best_match
 from ..kernels.similarity_reduce.reference import BLOCK
 from ..reduction import gather_tokens, ranks
-from ..views import DecoderView, FeaturesView
+from ..views.decoder import DecoderView
+from ..views.features import FeaturesView
 
 Saliency = Literal["cls", "received"]
 NEIGHBOURS = 5  # whose distance is the density of `density_peaks`
@@ -170,3 +171,37 @@ def density_peaks(x: Tensor, clusters: int | Tensor, valid: Tensor | None = None
     centre = (ranks(density * delta, alive) < count[:, None]) & alive
     nearest = d2.masked_fill(~centre[:, None, :], torch.inf).argmin(2)
     return nearest.where(~centre, torch.arange(m, device=x.device))
+
+
+def greedy_order(
+    x: Tensor, k: int, start: Tensor | None = None, valid: Tensor | None = None
+) -> Tensor:
+    """The k tokens of x (B, N, C) in the order they are chosen, (B, k) int64; ties to the first.
+
+    Args:
+        start: (B, N) bool, tokens that are chosen already, at least one in each row; they are not
+            among the k, which keep away from them.
+        valid: (B, N) bool, False on entries that are no tokens.
+    """
+    x = unit(x)
+    nearest = torch.full_like(x[..., 0], torch.inf)
+    if valid is not None:
+        nearest = nearest.masked_fill(~valid, -torch.inf)
+    others = valid if start is None else start
+    most, _ = best_match(x, x, normalize=False, exclude_diag=True, b_mask=others)
+    first = torch.minimum(1 - most, nearest)
+    if start is not None:
+        nearest = first = first.masked_fill(start, -torch.inf)
+    chosen = [first.argmax(1, keepdim=True)]
+    for _ in range(k - 1):  # one row of distances at a time: all of them would be N x N
+        distance = 1 - (x @ gather_tokens(x, chosen[-1]).mT)[..., 0]
+        nearest = torch.minimum(nearest, distance).scatter(1, chosen[-1], -torch.inf)
+        chosen.append(nearest.argmax(1, keepdim=True))
+    return torch.cat(chosen, 1)
+
+
+def outliers(scores: Tensor) -> Tensor:
+    """(B, N) bool: scores above Q3 + 1.5 (Q3 - Q1) of their row."""
+    scores = scores.float()
+    q1, q3 = torch.quantile(scores, scores.new_tensor([0.25, 0.75]), dim=1, keepdim=True)
+    return scores > q3 + 1.5 * (q3 - q1)

@@ -9,10 +9,19 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..checks import check_counts, check_layers, check_no_budget, check_range, check_shares, waive
+from ..budgets import relative_layers
 from ..errors import UnsupportedError
-from ..method import Method, relative_layers
-from ..views import DecoderView, FeaturesView
+from ..hyperparameters import (
+    check_counts,
+    check_layers,
+    check_no_budget,
+    check_range,
+    check_shares,
+    waive,
+)
+from ..method import Method
+from ..views.decoder import DecoderView
+from ..views.features import FeaturesView
 
 RATIOS = (1.0, 0.9, 0.8, 0.7, 1.0)
 MIDDLE = 15  # of 32: layers 16 to 31 run on fewer

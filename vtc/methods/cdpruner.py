@@ -35,13 +35,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, waive
 from ..errors import UnsupportedError
-from ..method import Method, known_methods, register
+from ..hyperparameters import check_choice, waive
+from ..method import Method
 from ..reduction import Reduction, gather_tokens
-from ..text import TextQuery, clip_projection, embed_text
-from ..views import FeaturesView
+from ..registry import known_methods, register
+from ..views.features import FeaturesView
 from ._common import unit
+from ._text import TextQuery, clip_projection, embed_text
 
 if TYPE_CHECKING:
     from ..adapters.base import Sites

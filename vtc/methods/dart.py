@@ -26,10 +26,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import check_count
-from ..method import Method, register
+from ..hyperparameters import check_count
+from ..method import Method
 from ..reduction import Reduction, gather_tokens, ranks
-from ..views import DecoderView
+from ..registry import register
+from ..views.decoder import DecoderView
 from ._common import unit
 
 

@@ -22,11 +22,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..checks import check_count, check_range
+from ..budgets import relative_layers
 from ..errors import UnsupportedError
-from ..method import Method, register, relative_layers
+from ..hyperparameters import check_count, check_range
+from ..method import Method
 from ..reduction import Reduction, ranks
-from ..views import DecoderView
+from ..registry import register
+from ..views.decoder import DecoderView
 from ._common import attended
 
 

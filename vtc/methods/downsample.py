@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..method import Method, register
+from ..method import Method
+from ..registry import register
 
 DISTORTION = 1.34
 

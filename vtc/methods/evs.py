@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..method import Method, register
+from ..method import Method
 from ..reduction import Reduction, gather_tokens
-from ..views import FeaturesView
+from ..registry import register
+from ..views.features import FeaturesView
 from ._common import unit
 
 if TYPE_CHECKING:

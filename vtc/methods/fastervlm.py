@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..method import Scorer, register
-from ..views import FeaturesView
+from ..method import Scorer
+from ..registry import register
+from ..views.features import FeaturesView
 
 
 @register

@@ -16,9 +16,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..checks import check_count
-from ..method import Scorer, Stage, register
-from ..views import DecoderView
+from ..hyperparameters import check_count
+from ..method import Scorer, Stage
+from ..registry import register
+from ..views.decoder import DecoderView
 from ._common import attended
 
 

@@ -38,11 +38,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_choice, check_range
-from ..crops import CropLayout, apportion
-from ..method import Method, register
+from ..budgets import apportion
+from ..hyperparameters import check_choice, check_range
+from ..layouts import CropLayout
+from ..method import Method
 from ..reduction import Reduction, top_k
-from ..views import FeaturesView
+from ..registry import register
+from ..views.features import FeaturesView
 from ._common import best_of_each, check_saliency, unit, unlike
 
 LAYER = -1

@@ -28,10 +28,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_count, check_range
-from ..method import Method, register
+from ..hyperparameters import check_choice, check_count, check_range
+from ..method import Method
 from ..reduction import Reduction, ranks, top_k
-from ..views import FeaturesView
+from ..registry import register
+from ..views.features import FeaturesView
 from ._common import Saliency, best_of_each, check_saliency, row_blocks, saliency_of, unit
 
 LAYER = -2

@@ -26,13 +26,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, require
 from ..errors import UnsupportedError
-from ..method import Method, register
+from ..hyperparameters import check_choice, require
+from ..method import Method
 from ..reduction import Reduction, gather_tokens
-from ..routers import Routers
-from ..views import DecoderView
+from ..registry import register
+from ..views.decoder import DecoderView
 from ._common import attended, best_of_each
+from ._routers import Routers
 
 
 @dataclass(frozen=True, kw_only=True)

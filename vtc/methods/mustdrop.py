@@ -38,10 +38,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_count, check_layers, check_range, check_shares, waive
-from ..method import Method, Stage, geometric_counts, register, relative_layers
+from ..budgets import geometric_counts, relative_layers
+from ..hyperparameters import check_count, check_layers, check_range, check_shares, waive
+from ..method import Method, Stage
 from ..reduction import Reduction, marked, ranks, top_k
-from ..views import CacheView, DecoderView, FeaturesView, VisionView
+from ..registry import register
+from ..views.cache import CacheView
+from ..views.decoder import DecoderView
+from ..views.features import FeaturesView
+from ..views.vision import VisionView
 from ._common import check_saliency, saliency_of
 from ._windows import merge_windows
 

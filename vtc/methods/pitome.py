@@ -29,13 +29,15 @@ from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from ..checks import check_choice, check_count, check_no_budget, check_range
+from ..budgets import geometric_counts
 from ..errors import UnsupportedError
+from ..hyperparameters import check_choice, check_count, check_no_budget, check_range
 from ..kernels import similarity_reduce
-from ..method import Method, geometric_counts, register
+from ..method import Method
 from ..reduction import Reduction
-from ..views import VisionView
-from .tome import match, match_parity
+from ..registry import register
+from ..views.vision import VisionView
+from ._matching import match, match_parity
 
 Matching = Literal["pitome", "pitome_bsm", "bsm"]
 

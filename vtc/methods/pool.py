@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import UnsupportedError
-from ..method import Method, register
+from ..method import Method
 from ..reduction import Reduction
-from ..views import FeaturesView
+from ..registry import register
+from ..views.features import FeaturesView
 
 
 def parts(n: int, k: int) -> list[range]:

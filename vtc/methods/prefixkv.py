@@ -37,11 +37,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_count, check_no_budget, check_shares
-from ..method import Method, register
+from ..hyperparameters import check_choice, check_count, check_no_budget, check_shares
+from ..method import Method
 from ..reduction import Reduction
+from ..registry import register
 from ..transformers_contract import cache_left
-from ..views import CacheView
+from ..views.cache import CacheView
 
 DISTANCE = 25
 
@@ -205,7 +206,7 @@ class PrefixKV(Method):
             model: an unwrapped model; samples: keyword arguments of its forward.
             parameters: of the search, such as ``keep_ratio=0.2`` and ``scope="all"``.
         """
-        from ..wrapping import compressing
+        from ..session import compressing
 
         search, found = cls(**parameters), []
         with torch.no_grad(), compressing(model, search):

@@ -28,21 +28,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import check_count
-from ..method import Answer, Method, register
+from ..hyperparameters import check_count
+from ..method import Answer, Method
 from ..reduction import Reduction, gather_tokens, marked, top_k
-from ..views import FeaturesView
-from ._common import into_chosen, row_blocks, unit
+from ..registry import register
+from ..views.features import FeaturesView
+from ._common import into_chosen, outliers, row_blocks, unit
 
 LAYER = -1
 PER_OUTLIER = 3
-
-
-def outliers(scores: Tensor) -> Tensor:
-    """(B, N) bool: scores above Q3 + 1.5 (Q3 - Q1) of their row."""
-    scores = scores.float()
-    q1, q3 = torch.quantile(scores, scores.new_tensor([0.25, 0.75]), dim=1, keepdim=True)
-    return scores > q3 + 1.5 * (q3 - q1)
 
 
 def strided(free: Tensor, count: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..method import register
 from ..reduction import Reduction
-from ..views import DecoderView
+from ..registry import register
+from ..views.decoder import DecoderView
 from ._common import attended
 from ._stages import Staged
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_count
-from ..method import Scorer, register
-from ..views import FeaturesView
+from ..hyperparameters import check_count
+from ..method import Scorer
+from ..registry import register
+from ..views.features import FeaturesView
 from ._common import noise
 
 

@@ -34,10 +34,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import check_range
-from ..method import register
+from ..hyperparameters import check_range
 from ..reduction import Reduction, gather_tokens, ranks
-from ..views import DecoderView
+from ..registry import register
+from ..views.decoder import DecoderView
 from ._common import density_peaks
 from ._stages import Staged
 

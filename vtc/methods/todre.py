@@ -42,10 +42,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_count, check_range, waive
-from ..method import Method, Stage, register, relative_layers
+from ..budgets import relative_layers
+from ..hyperparameters import check_choice, check_count, check_range, waive
+from ..method import Method, Stage
 from ..reduction import Reduction
-from ..views import DecoderView, FeaturesView
+from ..registry import register
+from ..views.decoder import DecoderView
+from ..views.features import FeaturesView
 from ._common import noise, unit
 
 PUBLISHED_TAU = 0.1

@@ -28,14 +28,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..checks import check_count, check_range
 from ..errors import UnsupportedError
+from ..hyperparameters import check_count, check_range
 from ..kernels.similarity_reduce import similarity_count
-from ..method import Method, register
+from ..method import Method
 from ..reduction import Reduction, marked, ranks, top_k
-from ..views import FeaturesView
-from ._common import Saliency, check_saliency, into_chosen, noise, saliency_of
-from .prumerge import outliers
+from ..registry import register
+from ..views.features import FeaturesView
+from ._common import Saliency, check_saliency, into_chosen, noise, outliers, saliency_of
 
 
 def informative(x: Tensor, threshold: float, duplicates: int) -> Tensor:

@@ -36,10 +36,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import check_range
-from ..method import register
+from ..hyperparameters import check_range
 from ..reduction import Reduction, marked
-from ..views import DecoderView, FeaturesView
+from ..registry import register
+from ..views.decoder import DecoderView
+from ..views.features import FeaturesView
 from ._common import Saliency, attended, check_saliency, row_blocks, saliency_of, unit
 from ._stages import TwoPlaces
 

@@ -32,10 +32,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_range
-from ..method import register
+from ..hyperparameters import check_choice, check_range
 from ..reduction import Reduction, gather_tokens
-from ..views import DecoderView
+from ..registry import register
+from ..views.decoder import DecoderView
 from ._common import attended, unit
 from ._stages import Staged
 

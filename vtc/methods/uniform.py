@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..method import Method, register
+from ..method import Method
 from ..reduction import Reduction
-from ..views import FeaturesView
+from ..registry import register
+from ..views.features import FeaturesView
 
 
 @register

@@ -27,11 +27,12 @@ from math import inf, prod
 import torch
 from torch import Tensor
 
-from ..checks import check_range
-from ..crops import apportion
-from ..method import Method, register
+from ..budgets import apportion
+from ..hyperparameters import check_range
+from ..method import Method
 from ..reduction import Reduction
-from ..views import FeaturesView
+from ..registry import register
+from ..views.features import FeaturesView
 from ._common import best_of_each, unlike
 
 

@@ -32,11 +32,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_range
-from ..method import Method, Stage, register
-from ..quantized import Affine, MixedKeys, Packing, Ternary, check_group
+from ..cache.codecs import Affine, MixedKeys, Packing, Ternary, check_group
+from ..hyperparameters import check_range
+from ..method import Method, Stage
 from ..reduction import Reduction, ranks
-from ..views import CacheView, DecoderView
+from ..registry import register
+from ..views.cache import CacheView
+from ..views.decoder import DecoderView
 
 
 def relevance(tokens: Tensor, text: Tensor, valid: Tensor) -> Tensor:

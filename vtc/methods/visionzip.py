@@ -24,10 +24,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..checks import check_count
-from ..method import Method, register
+from ..hyperparameters import check_count
+from ..method import Method
 from ..reduction import Reduction, marked, top_k
-from ..views import FeaturesView
+from ..registry import register
+from ..views.features import FeaturesView
 from ._common import Saliency, check_saliency, into_nearest, saliency_of
 
 LAYER = -2

@@ -22,10 +22,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import check_range
-from ..method import Method, register
+from ..hyperparameters import check_range
+from ..method import Method
 from ..reduction import Reduction, marked, top_k
-from ..views import FeaturesView
+from ..registry import register
+from ..views.features import FeaturesView
 from ._common import Saliency, check_saliency, row_blocks, saliency_of, unit
 
 LAYER = -2

@@ -30,10 +30,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import check_count
-from ..method import register, relative_layers
+from ..budgets import relative_layers
+from ..hyperparameters import check_count
 from ..reduction import Reduction, top_k
-from ..views import DecoderView, FeaturesView
+from ..registry import register
+from ..views.decoder import DecoderView
+from ..views.features import FeaturesView
 from ._common import attended, into_nearest, places
 from ._stages import TwoPlaces
 

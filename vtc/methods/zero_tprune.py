@@ -39,11 +39,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_range, require
+from ..hyperparameters import check_choice, check_range, require
 from ..kernels.similarity_reduce import best_match
-from ..method import register
 from ..reduction import Reduction, gather_tokens, top_k
-from ..views import VisionView
+from ..registry import register
+from ..views.vision import VisionView
 from ._common import unit
 from ._stages import RATIOS, StagedBlocks
 

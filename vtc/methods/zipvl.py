@@ -36,11 +36,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_count, check_no_budget, check_range, waive
-from ..method import Method, Stage, register
-from ..quantized import Affine, Packing, check_group
+from ..cache.codecs import Affine, Packing, check_group
+from ..hyperparameters import check_choice, check_count, check_no_budget, check_range, waive
+from ..method import Method, Stage
 from ..reduction import Reduction, ranks
-from ..views import CacheView, DecoderView
+from ..registry import register
+from ..views.cache import CacheView
+from ..views.decoder import DecoderView
 from ._common import noise
 
 STREAM = 100
