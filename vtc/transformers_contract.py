@@ -140,6 +140,14 @@ EAGER = Name(("eager_attention_forward",), "attention without a kernel")
 REGISTER = Name(("register",), "what adds an implementation of attention")
 
 
+# Who reads them.
+ENGINE = "vtc/engine/llm/engine.py"
+TABLES_AND_MASKS = "vtc/engine/llm/layer_arguments.py"
+FEATURES_STAGE = "vtc/engine/vision/image_features.py"
+CACHE_LAYERS = "vtc/cache/pruned.py"
+ATTENTION_PATCH = "vtc/hooks/attention_patch.py"
+
+
 def required(module: str, name: str, reader: str) -> Any:
     """A class or object of transformers.
 
@@ -156,24 +164,22 @@ def required(module: str, name: str, reader: str) -> Any:
     raise moved(module, f"no {name}", reader)
 
 
-Cache: Any = required("transformers.cache_utils", "Cache", "vtc/cache/pruned.py")
-DynamicCache: Any = required("transformers.cache_utils", "DynamicCache", "vtc/cache/pruned.py")
-DynamicLayer: Any = required("transformers.cache_utils", "DynamicLayer", "vtc/cache/pruned.py")
+Cache: Any = required("transformers.cache_utils", "Cache", CACHE_LAYERS)
+DynamicCache: Any = required("transformers.cache_utils", "DynamicCache", CACHE_LAYERS)
+DynamicLayer: Any = required("transformers.cache_utils", "DynamicLayer", CACHE_LAYERS)
 DynamicSlidingWindowLayer: Any = required(
-    "transformers.cache_utils", "DynamicSlidingWindowLayer", "vtc/cache/pruned.py"
+    "transformers.cache_utils", "DynamicSlidingWindowLayer", CACHE_LAYERS
 )
-ModelOutput: Any = required("transformers.utils", "ModelOutput", "vtc/engine/llm/engine.py")
+ModelOutput: Any = required("transformers.utils", "ModelOutput", ENGINE)
 LanguageModelOutput: Any = required(
-    "transformers.modeling_outputs", "BaseModelOutputWithPast", "vtc/engine/llm/engine.py"
+    "transformers.modeling_outputs", "BaseModelOutputWithPast", ENGINE
 )
 EncodedImages: Any = required(
     "transformers.modeling_outputs", "BaseModelOutputWithPooling", "vtc/precompute.py"
 )
-AttentionInterface: Any = required(
-    "transformers", "AttentionInterface", "vtc/hooks/attention_patch.py"
-)
+AttentionInterface: Any = required("transformers", "AttentionInterface", ATTENTION_PATCH)
 ATTENTION_FUNCTIONS: Any = required(
-    "transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS", "vtc/hooks/attention_patch.py"
+    "transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS", ATTENTION_PATCH
 )
 
 
@@ -229,55 +235,26 @@ def _at(place: str, kind: str, reader: str, *names: Name) -> list[Seam]:
 
 
 SEAMS: tuple[Seam, ...] = (
-    *_at("base model", "argument", "vtc/engine/llm/engine.py", IDS, EMBEDS, MASK, CACHE),
-    *_at("base model", "attribute", "vtc/engine/llm/engine.py", EMBEDDINGS),
-    *_at("image features", "argument", "vtc/engine/vision/crops.py, vtc/precompute.py", PIXELS),
-    *_at("encoded images", "field", "vtc/engine/vision/crops.py, vtc/precompute.py", FEATURES),
+    *_at("base model", "argument", ENGINE, IDS, EMBEDS, MASK, CACHE),
+    *_at("base model", "attribute", ENGINE, EMBEDDINGS),
+    *_at("image features", "argument", FEATURES_STAGE, PIXELS),
+    *_at("encoded images", "field", FEATURES_STAGE, FEATURES),
     *_at("encoder", "argument", "vtc/session.py", PIXELS),
     *_at("encoder attention", "argument", "adapters/*.py", HIDDEN),
-    *_at("language model", "argument", "vtc/engine/llm/engine.py", EMBEDS, MASK, POSITIONS, CACHE),
-    *_at(
-        "language model",
-        "attribute",
-        "vtc/engine/llm/engine.py, vtc/engine/llm/layer_arguments.py",
-        LAYERS,
-        CONFIG,
-    ),
-    *_at(
-        "language model with DeepStack",
-        "argument",
-        "vtc/engine/llm/engine.py",
-        DEEPSTACK,
-        DEEPSTACK_MASK,
-    ),
-    *_at("decoder layer", "argument", "vtc/engine/llm/engine.py", HIDDEN, CACHE),
-    *_at("decoder layer", "argument", "vtc/engine/llm/layer_arguments.py", MASK, TABLES),
-    *_at(
-        "decoder layer",
-        "attribute",
-        "vtc/hooks/attention_rows.py, vtc/engine/llm/engine.py",
-        ATTENTION,
-    ),
-    *_at("file of the attention", "attribute", "vtc/hooks/attention_patch.py", EAGER),
-    *_at("output of the language model", "field", "vtc/engine/llm/engine.py", LAST, CACHE),
-    *_at("KV cache", "attribute", "vtc/cache/pruned.py", LAYERS, SEEN, GROWS),
-    *_at(
-        "layer of a KV cache", "attribute", "vtc/cache/pruned.py", KEYS, VALUES, HOLDS, SEEN, UPDATE
-    ),
-    *_at(
-        "layer of a KV cache",
-        "attribute",
-        "vtc/cache/pruned.py",
-        MASK_SIZES,
-        REORDER,
-        REPEAT,
-        SELECT,
-    ),
-    *_at("layer of a KV cache", "attribute", "vtc/cache/pruned.py", CROP, RESET),
-    *_at(
-        "sliding layer of a KV cache", "attribute", "vtc/cache/pruned.py", KEYS, WINDOW, EVER_SEEN
-    ),
-    *_at("attention interface", "attribute", "vtc/hooks/attention_patch.py", REGISTER),
+    *_at("language model", "argument", ENGINE, EMBEDS, MASK, POSITIONS, CACHE),
+    *_at("language model", "attribute", ENGINE, LAYERS, CONFIG),
+    *_at("language model with DeepStack", "argument", ENGINE, DEEPSTACK, DEEPSTACK_MASK),
+    *_at("decoder layer", "argument", ENGINE, HIDDEN, CACHE),
+    *_at("decoder layer", "argument", TABLES_AND_MASKS, MASK, TABLES),
+    *_at("decoder layer", "attribute", ENGINE, ATTENTION),
+    *_at("file of the attention", "attribute", ATTENTION_PATCH, EAGER),
+    *_at("output of the language model", "field", ENGINE, LAST, CACHE),
+    *_at("KV cache", "attribute", CACHE_LAYERS, LAYERS, SEEN, GROWS),
+    *_at("layer of a KV cache", "attribute", CACHE_LAYERS, KEYS, VALUES, HOLDS, SEEN, UPDATE),
+    *_at("layer of a KV cache", "attribute", CACHE_LAYERS, MASK_SIZES, REORDER, REPEAT, SELECT),
+    *_at("layer of a KV cache", "attribute", CACHE_LAYERS, CROP, RESET),
+    *_at("sliding layer of a KV cache", "attribute", CACHE_LAYERS, KEYS, WINDOW, EVER_SEEN),
+    *_at("attention interface", "attribute", ATTENTION_PATCH, REGISTER),
 )
 """All that a wrapped model is read by. What the adapters read of one family is theirs: `reading`
 turns an attribute that is missing there into the same refusal."""
@@ -378,7 +355,7 @@ def _check_masks() -> None:
         raise moved(
             "DynamicLayer.get_mask_sizes",
             "other lengths than get_seq_length's",
-            "vtc/cache/pruned.py",
+            CACHE_LAYERS,
         )
 
 
@@ -417,7 +394,7 @@ def cache_given(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
                 raise moved(
                     f"{type(module).__name__}.forward",
                     f"the KV cache in its {place}, not in {' or '.join(CACHE.names)}",
-                    "vtc/engine/llm/engine.py",
+                    ENGINE,
                 )
     return known
 
@@ -437,7 +414,7 @@ def cache_left(output: Any) -> Any:
                 raise moved(
                     type(output).__name__,
                     f"the KV cache in its field {name}, not in {' or '.join(CACHE.names)}",
-                    "vtc/engine/llm/engine.py",
+                    ENGINE,
                 )
     return known
 
@@ -463,7 +440,7 @@ def check_filled(module: Any, left: Any, seen: Any) -> None:
     raise moved(
         type(module).__name__,
         "layers that fill a KV cache without being given it, so nothing in it was compressed",
-        "vtc/engine/llm/engine.py",
+        ENGINE,
     )
 
 
@@ -481,7 +458,7 @@ def encoded_images(module: Any, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
             raise moved(
                 f"{type(module).__name__}.forward",
                 f"encoded images in its argument {name}, not in {' or '.join(ENCODED.names)}",
-                "vtc/engine/llm/engine.py",
+                ENGINE,
             )
     return {}
 

@@ -423,6 +423,8 @@ def test_only_the_contract_names_them() -> None:
 def test_the_page_of_releases_lists_every_seam() -> None:
     page = ROOT / "docs" / "releases.md"
     assert read_block(page, "seams") == seam_table()
+    readers = {path for seam in SEAMS for path in seam.reader.split(", ")}
+    assert all(list(ROOT.glob(path)) for path in readers)
     assert contract.RELEASES in page.read_text()
 
 
