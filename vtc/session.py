@@ -15,15 +15,22 @@ from torch import nn
 from . import transformers_contract
 from .adapters.base import Sites
 from .adapters.locate import locate
+from .engine.handoff import Handoff
+from .engine.llm.engine import DecoderEngine
+from .engine.parts import Parts
 from .engine.record import Recording, Records
-from .engine.refusals import check_parts, check_shared, edges
+from .engine.refusals import check_shared
+from .engine.vision.boundary import EncoderBoundary
+from .engine.vision.crops import CropEngine
+from .engine.vision.engine import VisionEngine
+from .engine.vision.grids import GridEngine, VideoEngine
+from .engine.vision.image_features import PackedEngine
 from .errors import UnsupportedError
 from .hooks.per_thread import Threaded
 from .method import Chain, Method
 from .registry import known_methods, resolve
 from .report.build import build_report
 from .report.report import Report
-from .transformers_contract import PIXELS
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -38,44 +45,16 @@ class Session(Recording):
         self.methods = methods
         self.sites: Sites = locate(model)
         self.records = Records()
-        self.handles: list[Any] = []
+        self.handoff = Handoff()
         self._check()
-        self.edges = edges(model, self.sites)
-        self.vision: Any = None
-        self.decoder: Any = None
-        llm, vision_stages = self.sites.decoder, {"pixels", "vision", "features"}
-        on_vision = any(m.stages & vision_stages for m in methods)
-        if on_vision:
-            from .engine.vision.engine import VisionEngine
-
-            last = len(self.sites.vision.blocks) - 1
-            self.vision = VisionEngine(
-                self.sites.vision,
-                methods,
-                last if llm is None else llm.feature_block,
-                None if llm is None else llm.projector,
-                self.records,
-                packs=llm is not None and (llm.crops is not None or llm.grids is not None),
-                grids=None if llm is None else llm.grids,
-            )
-        if llm is not None:
-            from .engine.llm.engine import DecoderEngine
-
-            self.decoder = DecoderEngine(llm, methods, sentinel=on_vision, records=self.records)
-        self.packed: Any = None
-        self.videos: Any = None
-        if llm is not None and llm.crops is not None:
-            from .engine.vision.crops import CropEngine
-
-            self.packed = CropEngine(self.sites, self.vision, self.decoder, self.records)
-        if llm is not None and llm.grids is not None:
-            from .engine.vision.grids import GridEngine
-
-            self.packed = GridEngine(self.sites, self.vision, self.decoder, self.records)
-        if llm is not None and llm.videos is not None:
-            from .engine.vision.grids import VideoEngine
-
-            self.videos = VideoEngine(self.sites, self.vision, self.decoder, self.records)
+        self.vision = self._vision_engine()
+        self.decoder = self._decoder_engine()
+        behind = self._features_engines()
+        hands_over = self.decoder is not None and "image" not in {e.modality for e in behind}
+        boundary = EncoderBoundary(self.sites, self.vision, hands_over, self.handoff, self.records)
+        llm = [] if self.decoder is None else [self.decoder]
+        self.engines: list[Any] = [Parts(model, self.sites), boundary, *behind, *llm]
+        """In the order in which their hooks run."""
 
     def _check(self) -> None:
         """Refuse what cannot work, before anything is computed."""
@@ -103,72 +82,45 @@ class Session(Recording):
                     f"encoder alone; methods for encoders: {', '.join(usable)}"
                 )
 
-    def _check_parts(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not torch.compiler.is_compiling():
-            check_parts(self.model, self.edges)
+    def _vision_engine(self) -> VisionEngine | None:
+        """The engine inside the encoder, if a method acts on the encoder side."""
+        llm, stages = self.sites.decoder, {"pixels", "vision", "features"}
+        if not any(m.stages & stages for m in self.methods):
+            return None
+        return VisionEngine(
+            self.sites.vision,
+            self.methods,
+            len(self.sites.vision.blocks) - 1 if llm is None else llm.feature_block,
+            None if llm is None else llm.projector,
+            self.records,
+            packs=llm is not None and (llm.crops is not None or llm.grids is not None),
+            grids=None if llm is None else llm.grids,
+        )
+
+    def _decoder_engine(self) -> DecoderEngine | None:
+        llm = self.sites.decoder
+        if llm is None:
+            return None
+        sentinel = self.vision is not None
+        return DecoderEngine(llm, self.methods, sentinel, self.handoff, self.records)
+
+    def _features_engines(self) -> list[PackedEngine]:
+        """The features stage where images are no plain grids of patches, and that of videos."""
+        llm = self.sites.decoder
+        if llm is None:
+            return []
+        kinds: list[tuple[type[PackedEngine], Any]] = [
+            (CropEngine, llm.crops),
+            (GridEngine, llm.grids),
+            (VideoEngine, llm.videos),
+        ]
+        given = self.sites, self.vision, self.methods, self.handoff, self.records
+        return [kind(*given) for kind, there in kinds if there is not None]
 
     def install(self) -> None:
         """Register all hooks."""
-        sites, tower = self.sites, self.sites.vision.tower
-        entry = tower if sites.vision.entry is None else sites.vision.entry
-        first = entry if sites.decoder is None else sites.decoder.base
-        self.handles.append(first.register_forward_pre_hook(self._check_parts))
-        self.handles.append(entry.register_forward_pre_hook(self._encode, with_kwargs=True))
-        self.handles.append(tower.register_forward_hook(self._failed, always_call=True))
-        end = tower if sites.decoder is None else sites.decoder.projector
-        if self.vision is not None:
-            self.vision.install()
-        if sites.decoder is None:  # all that timm's forward_features runs of the tower
-            blocks_end = sites.vision.blocks[-1].module
-            self.handles.append(blocks_end.register_forward_hook(self._through_blocks))
-        self.handles.append(end.register_forward_hook(self._encoded))
-        self.handles.append(end.register_forward_hook(self._failed, always_call=True))
-        for packed in (self.packed, self.videos):
-            if packed is not None:
-                packed.install()
-        if self.decoder is not None:
-            self.decoder.install()
-
-    def _encode(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if getattr(module, "_is_replica", False):
-            raise UnsupportedError(
-                "torch.nn.DataParallel runs copies of the model, and compression would read the "
-                "weights of the original; use one process for each device "
-                '(DistributedDataParallel), or spread the layers (device_map="auto")'
-            )
-        pixels: Any = args[0] if args else PIXELS.of(kwargs)
-        pixels = kwargs.get("x") if pixels is None else pixels
-        sites, patch = self.sites, self.sites.vision.patch
-        if sites.decoder is None or sites.decoder.grids is None:
-            known = patch and pixels is not None and pixels.dim() > 3
-            edges = pixels.shape[-2:] if known else (0, 0)  # of encoders that no adapter knows
-            self.record.grid = (edges[0] // max(patch, 1), edges[1] // max(patch, 1))
-        self.records.last = self.record
-        self.record.encoded = False
-        self.record.clock.reset("vision", "method")
-        self.record.clock.start("vision")
-
-    def _failed(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Let go of the tensors of an encoder that did not get through."""
-        if output is None and self.vision is not None:
-            self.vision.state = None
-
-    def _through_blocks(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.record.encoded = True
-
-    def _encoded(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.record.clock.stop("vision")
-        self.record.encoded = True
-        if self.packed is not None:
-            return  # the features stage is still to come
-        if self.decoder is None:
-            return
-        self.decoder.encoded, self.decoder.left = len(output), None
-        if self.vision is not None and self.vision.state:
-            state = self.vision.state
-            self.decoder.left = None if state.reduction is None else state.reduction.count
-            notes = state.scratch
-            self.decoder.carried = {"image": (output, notes)} if any(notes) else {}
+        for engine in self.engines:
+            engine.install()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         """Copied with the whole model only: hooks on a part would work on a copy of everything."""
@@ -184,12 +136,8 @@ class Session(Recording):
 
     def remove(self) -> None:
         """Remove all hooks; the model is exactly what it was."""
-        for engine in (self.decoder, self.videos, self.packed, self.vision):
-            if engine is not None:
-                engine.remove()
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
+        for engine in reversed(self.engines):
+            engine.remove()
 
     def synchronize(self, on: bool = True) -> None:
         """Wait for the GPU at every time stamp, to make the report's milliseconds exact there."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc.engine.llm.engine import DecoderEngine
+from vtc.engine.llm.observer import Observer
 
 from ...transformers_contract import CACHE, MASK, cache_left
 
@@ -28,33 +29,25 @@ class Alive(dict[int, Tensor]):
         self.cached: dict[int, list[Tensor]] = {}
 
 
-@contextmanager
-def recording(
-    engine: DecoderEngine, merged: dict[int, tuple[Tensor, Tensor]] | None = None
-) -> Iterator[Alive]:
-    """Collect what is alive in each layer of the first prefill, and in the cache ever after.
+class Recorder(Observer):
+    """Collects what is alive in each layer of the first prefill, and in the cache ever after.
 
-    Args:
-        merged: takes, by layer, the survivors that a merge in the LLM gave a new hidden state:
-            (B, L) bool and (B, L, D).
+    Attributes:
+        alive: see `Alive`.
+        merged: by layer, the survivors that a merge in the LLM gave a new hidden state: (B, L) bool
+            and (B, L, D).
+        parts: by layer, (B, L) bool, the tokens that take part in it where some go around it.
     """
-    alive = Alive()
-    stock, evict = engine._reduce, engine.cache_stage.run
 
-    def cache_stage(st: Any, cache: Any, mask: Any) -> None:
-        evict(st, cache, mask)
-        held = []
-        for layer in cache.layers:
-            columns = layer.columns(layer.keys.device)
-            there = ~layer.padded("filler", columns.device)
-            mask = torch.zeros(len(columns), layer.get_seq_length(), dtype=torch.bool)
-            held.append(mask.scatter(1, columns, there))
-        alive.cached.setdefault(held[0].shape[1], held)
+    def __init__(self) -> None:
+        self.alive = Alive()
+        self.merged: dict[int, tuple[Tensor, Tensor]] = {}
+        self.parts: dict[int, Tensor] = {}
 
-    def reduce(i: int, st: Any, hidden: Tensor, cache: Any, kwargs: dict[str, Any]) -> Tensor:
-        given, local = hidden, st.local
-        hidden = stock(i, st, hidden, cache, kwargs)
-        if merged is not None and i not in alive and i > 0 and st.local is not local:
+    def entering(self, i: int, st: Any, given: Tensor, local: Any, hidden: Tensor) -> None:
+        if i in self.alive:
+            return
+        if i > 0 and st.local is not local:
             before = given
             if local is not None:
                 before = given.new_zeros(len(given), st.length, given.shape[2])
@@ -63,24 +56,44 @@ def recording(
             changed = (hidden != before.gather(1, index)).any(-1) & st.visual
             where = torch.zeros(before.shape[:2], dtype=torch.bool).scatter(1, st.local, changed)
             if where.any():
-                merged[i] = where, torch.zeros_like(before).scatter(1, index, hidden)
-        if i not in alive:
-            mask = torch.ones(hidden.shape[0], st.length, dtype=torch.bool)
-            if st.local is not None:
-                there = torch.ones_like(st.local, dtype=torch.bool)
-                if st.filler is not None:
-                    there = ~st.filler
-                # Padding that was dropped on the way is masked by Hugging Face anyway.
-                mask = torch.zeros_like(mask).scatter(1, st.local, there)
-            alive[i] = mask
-        return hidden
+                self.merged[i] = where, torch.zeros_like(before).scatter(1, index, hidden)
+        mask = torch.ones(hidden.shape[0], st.length, dtype=torch.bool)
+        if st.local is not None:
+            there = torch.ones_like(st.local, dtype=torch.bool)
+            if st.filler is not None:
+                there = ~st.filler
+            # Padding that was dropped on the way is masked by Hugging Face anyway.
+            mask = torch.zeros_like(mask).scatter(1, st.local, there)
+        self.alive[i] = mask
 
-    engine._reduce = reduce  # type: ignore[method-assign]
-    engine.cache_stage.run = cache_stage  # type: ignore[method-assign]
+    def taking_part(self, i: int, st: Any, hidden: Tensor) -> None:
+        part = torch.ones(len(hidden), st.length, dtype=torch.bool)
+        if st.bypass is not None:
+            filler, index = st.bypass.filler, st.bypass.index
+            index = index if st.local is None else st.local.gather(1, index)
+            there = torch.ones_like(index, dtype=torch.bool) if filler is None else ~filler
+            part = torch.zeros_like(part).scatter(1, index, there)
+        self.parts.setdefault(i, part)
+
+    def evicted(self, cache: Any) -> None:
+        held = []
+        for layer in cache.layers:
+            columns = layer.columns(layer.keys.device)
+            there = ~layer.padded("filler", columns.device)
+            mask = torch.zeros(len(columns), layer.get_seq_length(), dtype=torch.bool)
+            held.append(mask.scatter(1, columns, there))
+        self.alive.cached.setdefault(held[0].shape[1], held)
+
+
+@contextmanager
+def recording(engine: DecoderEngine) -> Iterator[Recorder]:
+    """Let a recorder watch the engine for the length of a block."""
+    recorder = Recorder()
+    engine.observers.append(recorder)
     try:
-        yield alive
+        yield recorder
     finally:
-        del engine._reduce, engine.cache_stage.run
+        engine.observers.remove(recorder)
 
 
 @contextmanager
@@ -146,30 +159,6 @@ def masked(
 
 
 @contextmanager
-def noting_parts(engine: DecoderEngine) -> Iterator[dict[int, Tensor]]:
-    """(B, L) tokens that take part in each layer of the first prefill, where some jump over it."""
-    stock = engine._step_aside
-    parts: dict[int, Tensor] = {}
-
-    def step_aside(i: int, st: Any, hidden: Tensor, cache: Any, kwargs: dict[str, Any]) -> Any:
-        answer = stock(i, st, hidden, cache, kwargs)
-        part = torch.ones(len(hidden), st.length, dtype=torch.bool)
-        if st.aside is not None:
-            filler, index = st.aside.filler, st.aside.index
-            index = index if st.local is None else st.local.gather(1, index)
-            there = torch.ones_like(index, dtype=torch.bool) if filler is None else ~filler
-            part = torch.zeros_like(part).scatter(1, index, there)
-        parts.setdefault(i, part)
-        return answer
-
-    engine._step_aside = step_aside  # type: ignore[method-assign]
-    try:
-        yield parts
-    finally:
-        del engine._step_aside
-
-
-@contextmanager
 def jumping(layers: Any, parts: dict[int, Tensor], over: str) -> Iterator[None]:
     """A stock decoder in which the others are masked and get nothing from a layer at prefill.
 
@@ -232,16 +221,15 @@ def compare(model: Any, run: Callable[[], Any]) -> tuple[Any, Any, dict[int, Ten
     """
     engine = model.vtc.decoder
     layers = engine.sites.decoder.layers
-    merged: dict[int, tuple[Tensor, Tensor]] = {}
-    jumps = {m.bypass for _, m, _ in engine.on_bypass}
-    with recording(engine, merged) as alive, ExitStack() as stack:
-        parts = stack.enter_context(noting_parts(engine)) if jumps else {}
+    jumps = {m.bypass for _, m, _ in engine.bypass_stage.methods}
+    with recording(engine) as recorder:
         dropped = run()
+    alive, merged = recorder.alive, recorder.merged
     engine.remove()
     try:
         with masked(layers, alive, merged=merged), ExitStack() as stack:
             for over in jumps:
-                stack.enter_context(jumping(layers, parts, over))
+                stack.enter_context(jumping(layers, recorder.parts, over))
             hidden = run()
     finally:
         engine.install()

@@ -112,16 +112,16 @@ def test_second_turn(attention: str, after: tuple, image: bool) -> None:
         return greedy_loop(model, second, 3, cache)[0]
 
     engine = model.vtc.decoder
-    with recording(engine) as alive_first:
+    with recording(engine) as seen_first:
         _, cache = greedy_loop(model, first, 2)
-    with recording(engine) as alive_second:
+    with recording(engine) as seen_second:
         got = second_turn(cache)
     layers = model.model.language_model.layers
     engine.remove()
-    with masked(layers, alive_first):
+    with masked(layers, seen_first.alive):
         _, cache = greedy_loop(model, first, 2)
         if image:
-            with masked(layers, alive_second, start=length + 2):
+            with masked(layers, seen_second.alive, start=length + 2):
                 want = second_turn(cache)
         else:
             want = second_turn(cache)
@@ -354,7 +354,7 @@ def test_compact_positions() -> None:
         inputs = mini.prompt(images, batch=2, pad=pad)
         vtc.wrap(model, Prune(after=(-1,), share=0.5, positions="compact"))
         engine = model.vtc.decoder
-        with recording(engine) as alive:
+        with recording(engine) as seen:
             got = model.generate(
                 **inputs,
                 max_new_tokens=6,
@@ -367,7 +367,7 @@ def test_compact_positions() -> None:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         embeds = model.get_input_embeddings()(ids)
         embeds = embeds.masked_scatter((ids == mini.IMAGE).unsqueeze(-1), torch.cat(list(features)))
-        keep = alive[0]
+        keep = seen.alive[0]
         short = torch.stack([e[k] for e, k in zip(embeds, keep, strict=True)])
         short_mask = torch.stack([m[k] for m, k in zip(mask, keep, strict=True)])
         want = model.generate(

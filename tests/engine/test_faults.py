@@ -13,7 +13,7 @@ import pytest
 import torch
 from fault_cases import METHODS, answers, equal, facts
 from injecting import KINDS, Fault, Place, crossings, entries, fault, lines
-from leaks import tensors
+from leaks import counting, tensors
 from snapshot import snapshot
 from style_cases import generated
 from torch import Tensor
@@ -25,6 +25,8 @@ from vtc.benchmarks.shared.budgets import seeded
 from vtc.benchmarks.support import mini_families
 from vtc.transformers_contract import cache_left, giving
 
+__all__ = ["counting"]  # fixtures
+
 
 def left_behind(model: Any) -> list[str]:
     """What engines hold that belongs to a forward, after it."""
@@ -35,7 +37,7 @@ def left_behind(model: Any) -> list[str]:
         held += [n for n in names if getattr(session.decoder, n) is not None]
         held += ["last_mask"] * (session.decoder.arguments.last_mask is not None)
         held += ["tap" for t in session.decoder.taps if t.open or t.query is not None]
-        held += ["video"] * (session.decoder.video is not None)
+        held += ["video"] * (session.handoff.video is not None)
     if session.vision is not None and session.vision.taken is not None:
         held.append("taken")
     return held
@@ -43,7 +45,7 @@ def left_behind(model: Any) -> list[str]:
 
 def in_cleaning(place: Place) -> bool:
     """Inside the hook that lets go of everything: no one is left to do that then."""
-    return place.function in ("_base_post", "_forget", "clear") or "threads" in place.file
+    return place.function in ("_base_post", "_forget", "clear") or "per_thread" in place.file
 
 
 def survive(

@@ -203,16 +203,16 @@ def test_three_turns(name: str) -> None:
         got, want = compare_codes(model, whole)
     else:
         engine = model.vtc.decoder
-        with recording(engine) as alive_first:
+        with recording(engine) as seen_first:
             two, head = opening()
         start = cache_left(two).get_seq_length()  # what is said last is not in it yet
-        with recording(engine) as alive_second:
+        with recording(engine) as seen_second:
             tail = closing(two)
         got, layers = torch.stack(head + tail, 1), engine.sites.decoder.layers
         engine.remove()
-        with masked(layers, alive_first):
+        with masked(layers, seen_first.alive):
             two, head = opening()
-            with masked(layers, alive_second, start=start):
+            with masked(layers, seen_second.alive, start=start):
                 tail = closing(two)
         engine.install()
         want = torch.stack(head + tail, 1)

@@ -206,15 +206,15 @@ def test_second_turn_with_a_video(family: str) -> None:
         return torch.cat([out.logits[:, -3:], step.logits], 1), cache_left(out)
 
     engine = model.vtc.decoder
-    with recording(engine) as alive_first:
+    with recording(engine) as seen_first:
         _, cache = turn(first)
-    with recording(engine) as alive_second:
+    with recording(engine) as seen_second:
         got, _ = turn(second, cache)
     layers = engine.sites.decoder.layers
     engine.remove()
-    with masked(layers, alive_first):
+    with masked(layers, seen_first.alive):
         _, cache = turn(first)
-        with masked(layers, alive_second, start=length + 1):
+        with masked(layers, seen_second.alive, start=length + 1):
             want, _ = turn(second, cache)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 

@@ -3,20 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ...errors import NotFiniteError, UnsupportedError
 from ...reduction import Reduction, gather_tokens
 from ...views.decoder import DecoderView
+from ..handoff import Notes
 from .forward import Forward
-
-Carried = dict[str, tuple[Sequence[Tensor], list[dict[str, Any]]]]
-"""By modality, for each image its projected features (N, D) and each method's notes on them
-(K, ...)."""
 
 
 def features_left(st: Forward, view: DecoderView, each: int | None) -> Reduction | None:
@@ -64,7 +58,7 @@ def _check_images(st: Forward, view: DecoderView, alive: Tensor) -> None:
             )
 
 
-def take_notes(st: Forward, view: DecoderView, carried: Carried) -> None:
+def take_notes(st: Forward, view: DecoderView, handed: Notes) -> None:
     """Bring what methods noted on image features to the rows those features went to.
 
     Images are recognised by their first surviving feature, which arrives here unchanged, so the
@@ -76,11 +70,11 @@ def take_notes(st: Forward, view: DecoderView, carried: Carried) -> None:
     hidden = view.hidden
     if torch.compiler.is_compiling() and st.count is not None:  # encoded in placeholder order
         batch = hidden.shape[0]
-        for index, note in enumerate(carried["image"][1]):
+        for index, note in enumerate(handed["image"][1]):
             st.scratch[index] = {n: x.reshape(batch, -1, *x.shape[2:]) for n, x in note.items()}
         return
     firsts: dict[str, Tensor] = {}
-    for kind, (projected, notes) in carried.items():
+    for kind, (projected, notes) in handed.items():
         alive = [~features[:, 0].isnan() for features in projected]
         rows = [f[a.long().argmax()] for f, a in zip(projected, alive, strict=True)]
         firsts[kind] = torch.stack(rows).to(hidden)
@@ -93,10 +87,10 @@ def take_notes(st: Forward, view: DecoderView, carried: Carried) -> None:
     for r, images in enumerate(st.images):
         for j in range(len(images)):
             kind = st.kinds[r][j]
-            if kind not in carried:
+            if kind not in handed:
                 st.unnoted = True
                 continue
-            notes = carried[kind][1]
+            notes = handed[kind][1]
             here = view.image[r] == j
             if view.valid is not None:
                 here &= view.valid[r]

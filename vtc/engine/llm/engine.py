@@ -10,10 +10,7 @@ only on the cache layers (vtc.cache).
 
 from __future__ import annotations
 
-import weakref
-from dataclasses import replace
 from functools import partial
-from math import prod
 from typing import Any
 
 import torch
@@ -26,7 +23,7 @@ from ...hooks import attention_rows
 from ...hooks.attention_patch import Around
 from ...hooks.per_thread import PerThread, Threaded
 from ...method import Method, split_answer
-from ...reduction import Reduction, gather_tokens
+from ...reduction import gather_tokens
 from ...transformers_contract import (
     CACHE,
     DEEPSTACK,
@@ -36,8 +33,6 @@ from ...transformers_contract import (
     IDS,
     LAST,
     MASK,
-    TABLES,
-    VIDEOS,
     ModelOutput,
     cache_given,
     cache_left,
@@ -45,8 +40,8 @@ from ...transformers_contract import (
     encoded_images,
     features_of,
 )
-from ...views.decoder import DecoderView
 from ..finite import Finite
+from ..handoff import Handoff
 from ..record import Choice, Recording, Records
 from ..refusals import (
     check_language_model,
@@ -55,12 +50,15 @@ from ..refusals import (
     check_recomputing,
     refuse_graph,
 )
-from .bypass import Aside
+from .bypass import BypassStage, note_sublayer
 from .cache_stage import CacheStage
-from .carry import Carried, features_left, take_notes
+from .carry import features_left, take_notes
 from .forward import Forward
 from .layer_arguments import Arguments
-from .prompt import Layout, even_images, in_prompt_order, split_images, split_lengths, split_packed
+from .observer import Observer
+from .placeholders import Placeholders
+from .prompt import Layout
+from .view_factory import ViewFactory
 
 _Pending = tuple[dict[str, Tensor], Tensor | None, Layout | None]
 """Of a prompt: by modality (B, L) where its placeholders stand; its mask; its layout."""
@@ -70,56 +68,57 @@ class DecoderEngine(Recording, Threaded):
     """Installs the hooks on a language model and runs the methods' decoder and cache stages."""
 
     pending: PerThread[_Pending | None] = PerThread(lambda: None)
-    carried: PerThread[Carried] = PerThread(dict)
-    # Images of this forward where the projector ran in it; features left of each, None: all.
-    encoded: PerThread[int | None] = PerThread(lambda: None)
-    left: PerThread[int | None] = PerThread(lambda: None)
-    # By modality, rows of each packed image of this forward in the order of its placeholders.
-    lengths: PerThread[dict[str, list[int]]] = PerThread(dict)
-    # The pixels of the video that is being encoded.
-    video: PerThread[weakref.ref[Tensor] | None] = PerThread(lambda: None)
-    made: PerThread[set[tuple[str, int]]] = PerThread(set)  # by modality, rows of whole images
     forward: PerThread[Forward | None] = PerThread(lambda: None)
     # (B, logical length) of this forward, False on padding.
     mask: PerThread[Tensor | None] = PerThread(lambda: None)
     filling: PerThread[Any] = PerThread(lambda: None)  # the cache that this forward fills
 
     def __init__(
-        self, sites: DecoderSites, methods: tuple[Method, ...], sentinel: bool, records: Records
+        self,
+        sites: DecoderSites,
+        methods: tuple[Method, ...],
+        sentinel: bool,
+        handoff: Handoff,
+        records: Records,
     ) -> None:
         """
         Args:
             sites: where things are.
             methods: in the order they are applied.
             sentinel: whether dropped feature rows may arrive as NaN at layer 0.
+            handoff: what the encoder side tells.
             records: what the report reads; a new forward replaces its contents.
+
+        Attributes:
+            observers: are told what the engine does.
         """
-        self.sites, self.methods, self.sentinel, self.records = sites, methods, sentinel, records
+        self.sites, self.methods, self.sentinel = sites, methods, sentinel
+        self.handoff, self.records = handoff, records
+        self.observers: list[Observer] = []
         self.layers: list[Any] = list(sites.decoder.layers)
+        depth = len(self.layers)
         self.on_decoder = [
-            (i, m, frozenset(m.decoder_layers(len(self.layers))))
+            (i, m, frozenset(m.decoder_layers(depth)))
             for i, m in enumerate(methods)
             if "decoder" in m.stages
         ]
-        self.on_bypass = [
-            (i, m, frozenset(m.bypass_layers(len(self.layers))))
-            for i, m in enumerate(methods)
-            if "bypass" in m.stages
-        ]
         self.renumbers = any(m.positions == "compact" for m in methods)
-        # Whether only those lengths tell which placeholders are one image.
-        self.by_length = sites.crops is not None or (
-            sites.grids is not None and sites.tokens_per_image is None
-        )
+        self.placeholders = Placeholders(sites, handoff)
         self.finite = Finite("prompt")
-        self.cache_stage = CacheStage(methods, len(self.layers), records, self.finite)
+        self.cache_stage = CacheStage(methods, depth, records, self.finite)
         self.arguments = Arguments(sites.decoder, self.renumbers)
+        self.views = ViewFactory(self.layers, self.arguments)
+        self.bypass_stage = BypassStage(methods, depth, records, self.finite, self.views)
         self.handles: list[Any] = []
-        self.taps: list[attention_rows.Tap] = []
         self.around: Around | None = None
         check_language_model(sites, self.renumbers)
-        check_layers(self.layers, self.on_decoder, self.on_bypass)
+        check_layers(self.layers, self.on_decoder, self.bypass_stage.methods)
         check_packs([m for _, m in self.cache_stage.methods])
+
+    @property
+    def taps(self) -> list[attention_rows.Tap]:
+        """Of each layer's attention, where a method may read it."""
+        return self.views.taps
 
     # ---- lifetime --------------------------------------------------------------------------------
 
@@ -136,21 +135,22 @@ class DecoderEngine(Recording, Threaded):
         for i, layer in enumerate(self.layers):
             before = partial(self._layer_pre, i)
             handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-            if self.cache_stage.methods or self.on_bypass:
+            if self.cache_stage.methods or self.bypass_stage.methods:
                 after = partial(self._layer_post, i)
                 handles.append(layer.register_forward_hook(after, with_kwargs=True, prepend=True))
-            if any(m.bypass == "attention" for _, m, _ in self.on_bypass):
+            if self.bypass_stage.around_attention:
                 attn = layer.self_attn
                 handles.append(attn.register_forward_pre_hook(self._attn_pre, with_kwargs=True))
                 handles.append(attn.register_forward_hook(self._attn_post, prepend=True))
-        if self.on_decoder or self.on_bypass or self.cache_stage.noting:
+        acting = self.on_decoder + self.bypass_stage.methods
+        if acting or self.cache_stage.noting:
             attentions = [layer.self_attn for layer in self.layers]
-            self.taps, self.around = attention_rows.install(attentions)
-            if any("sublayers" in m.needs for _, m, _ in self.on_decoder + self.on_bypass):
-                for layer, t in zip(self.layers, self.taps, strict=True):
-                    for name, module in (("attention", layer.self_attn), ("mlp", layer.mlp)):
-                        hook = partial(self._sublayer_post, t, name)
-                        handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            self.views.taps, self.around = attention_rows.install(attentions)
+        if any("sublayers" in m.needs for _, m, _ in acting):
+            for layer, t in zip(self.layers, self.taps, strict=True):
+                for name, module in (("attention", layer.self_attn), ("mlp", layer.mlp)):
+                    hook = partial(note_sublayer, t, name)
+                    handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -159,8 +159,8 @@ class DecoderEngine(Recording, Threaded):
         if self.around is not None:
             attention_rows.remove(self.around)
         self._forget()
-        self.taps, self.around = [], None
-        self.carried = {}
+        self.views.taps, self.around = [], None
+        self.handoff.forget()
 
     def _forget(self) -> None:
         """Let go of the forward that has ended, or that an interrupt has ended before."""
@@ -187,99 +187,20 @@ class DecoderEngine(Recording, Threaded):
         self._forget()
         ids = args[0] if args else IDS.of(kwargs)
         encoded = encoded_images(module, kwargs)
-        if (
-            self.sites.video
-            and self.sites.videos is None
-            and (encoded.get("video") is not None or VIDEOS.of(kwargs) is not None)
-        ):
-            raise UnsupportedError(
-                f"{type(module).__name__}: videos of this model are not supported, only images; "
-                "call vtc.unwrap(model) for this prompt"
-            )
-        visual = {"image": self._placeholders(ids, kwargs, self.sites.token_ids)}
-        if self.sites.videos is not None:
-            visual["video"] = self._placeholders(ids, kwargs, self.sites.video_ids)
-        if self.by_length:
-            # None until the features are made, within this forward.
-            self.lengths = {
-                kind: [prod(f.shape[:-1]) for f in features_of(output, module)]
-                for kind, output in encoded.items()
-                if kind in visual and output is not None
-            }
-            whole = {layout.length for layout in self.record.grids or ()}
-            if whole and not whole.issuperset(self.lengths.get("image", ())):
-                raise UnsupportedError(
-                    f"got the features of {sum(self.lengths['image'])} image tokens that are not "
-                    "whole images: part of an image in one forward (chunked prefill) cannot be "
-                    "compressed; prefill in one piece, or use vtc.compress_inputs"
-                )
+        self.placeholders.check_videos(module, encoded, kwargs)
+        visual = self.placeholders.find(ids, kwargs)
+        by_length = self.placeholders.by_length
+        if by_length:
+            self.placeholders.take_lengths(module, encoded, self.record.grids)
         mask = MASK.of(kwargs)
         self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        self.encoded, layout = None, None
+        self.handoff.encoded, layout = None, None
         if torch.compiler.is_compiling():
             given = encoded.get("image")
-            self.encoded = None if given is None else len(features_of(given, module))
-        elif not self.by_length and len(visual) == 1 and _has_images(visual["image"]):
-            layout = self._layout(visual["image"])
+            self.handoff.encoded = None if given is None else len(features_of(given, module))
+        elif not by_length and len(visual) == 1 and _has_images(visual["image"]):
+            layout = self.placeholders.runs(visual["image"])
         self.pending = (visual, self.mask, layout)
-
-    def _placeholders(
-        self, ids: Tensor | None, kwargs: dict[str, Any], tokens: tuple[int, ...]
-    ) -> Tensor:
-        """(B, L) bool, where these tokens stand in the prompt."""
-        if ids is not None:
-            visual = torch.zeros_like(ids, dtype=torch.bool)
-            for token in tokens:
-                visual |= ids == token
-            return visual
-        embeds = EMBEDS.of(kwargs)
-        table = self.sites.base.get_input_embeddings()
-        visual = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-        for token in tokens:
-            row = table(torch.tensor(token, device=embeds.device)).to(embeds.dtype)
-            visual |= (embeds == row).all(-1)
-        return visual
-
-    def _split(
-        self, masks: dict[str, Tensor], embeds: Tensor
-    ) -> tuple[list[list[int]], Tensor, Tensor, list[list[str]], Tensor | None]:
-        """Which placeholder is which token of which image, and (B, L) those that are newlines."""
-        sites, parts = self.sites, {}
-        separators: list[Tensor] = []
-        for kind, mask in masks.items():
-            lengths = self.lengths.get(kind, [])
-            if not self.by_length:
-                parts[kind] = split_images(mask, sites.tokens_per_image)
-            elif kind == "video" or sites.crops is None:
-                self._check_whole(kind, mask, lengths)
-                parts[kind] = split_lengths(mask, lengths)
-                grids: Any = sites.videos if kind == "video" else sites.grids
-                if grids.newlines:
-                    images, image, position = parts[kind]
-                    table = torch.tensor([n for row in images for n in row], device=mask.device)
-                    every = torch.zeros_like(position)
-                    every[mask] = table.repeat_interleave(table)
-                    ends = mask & (position >= every - grids.newlines)
-                    images = [[n - grids.newlines for n in row] for row in images]
-                    parts[kind] = images, image.where(~ends, -1), position.where(~ends, 0)
-                    separators.append(ends)
-            else:
-                newline = sites.crops.newline().to(embeds)
-                ends = mask & (embeds == newline).all(-1).to(mask.device)
-                parts[kind] = split_packed(mask, ends, lengths, prod(sites.crops.side))
-                separators.append(ends)
-        separator = torch.stack(separators).any(0) if separators else None
-        return *in_prompt_order(parts), separator
-
-    def _check_whole(self, kind: str, mask: Tensor, lengths: list[int]) -> None:
-        """Refuse features that a chunked prefill has cut up: at an end, and of no length made."""
-        known = {n for made, n in self.made if made == kind}
-        if known and not known.issuperset(lengths) and bool(mask[:, [0, -1]].any()):
-            raise UnsupportedError(
-                f"found features of {kind}s of {min(set(lengths) - known)} rows at an end of the "
-                f"prompt, where whole ones have {sorted(known)}: part of one in one forward "
-                "(chunked prefill) cannot be compressed; prefill in one piece"
-            )
 
     def _base_post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._forget()
@@ -292,28 +213,22 @@ class DecoderEngine(Recording, Threaded):
         masks, mask, layout = self.pending or ({}, MASK.of(kwargs), None)
         self.pending = self.forward = self.arguments.last_mask = None
         self.record.clock.started.clear()  # of a forward that failed
-        if self.by_length:  # not placeholders without features
-            masks = {kind: m for kind, m in masks.items() if kind in self.lengths}
+        if self.placeholders.by_length:  # not placeholders without features
+            masks = {kind: m for kind, m in masks.items() if kind in self.handoff.lengths}
         visual = torch.stack(list(masks.values())).any(0) if masks else None
         if visual is not None and layout is None and torch.compiler.is_compiling():
-            layout = self._even_layout(visual)  # the base model is compiled, too
+            layout = self.placeholders.even(visual)  # the base model is compiled, too
             visual = None if layout is None else visual
         if visual is not None and embeds.shape[1] > 1 and (layout or bool(visual.any())):
             if self.methods:
                 kv.check_cache(cache, evicts=bool(self.cache_stage.methods))
-                check_recomputing(self.sites.decoder, self.layers, self.on_bypass)
+                check_recomputing(self.sites.decoder, self.layers, self.bypass_stage.methods)
             real = torch.ones_like(visual)
             if mask is not None and mask.dim() == 2:
                 real = mask[:, -embeds.shape[1] :].bool().to(visual.device)
-            if self.sites.delimited and bool(visual[:, [0, -1]].any()):
-                raise UnsupportedError(
-                    "found image tokens at an end of the prompt, and this model has others in "
-                    "front of and behind each image: part of an image in one forward (chunked "
-                    "prefill) cannot be compressed; prefill in one piece, or use "
-                    "vtc.compress_inputs"
-                )
+            self.placeholders.check_ends(visual)
             if layout is None:
-                images, image, position, kinds, separator = self._split(masks, embeds)
+                images, image, position, kinds, separator = self.placeholders.split(masks, embeds)
             else:
                 (images, image, position), separator = layout, None
                 kinds = [["image"] * len(row) for row in images]
@@ -353,22 +268,6 @@ class DecoderEngine(Recording, Threaded):
             self.record.clock.start("decode")
         return None
 
-    def _layout(self, visual: Tensor) -> Layout:
-        return split_images(visual, self.sites.tokens_per_image)
-
-    def _even_layout(self, visual: Tensor) -> Layout | None:  # pragma: no cover (traced)
-        """Under torch.compile, the layout that shapes tell; None without images."""
-        if self.encoded is None or visual.shape[1] == 1:
-            return None
-        each = self.sites.tokens_per_image
-        if each is None:
-            raise UnsupportedError(
-                "torch.compile of the whole model needs images of one size, whose number of tokens "
-                "is known beforehand; compile the language model alone "
-                "(model.get_decoder().compile()), or the stock model on vtc.compress_inputs"
-            )
-        return even_images(visual, self.encoded, each)
-
     def _lm_post(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
@@ -380,6 +279,8 @@ class DecoderEngine(Recording, Threaded):
         if cache is not None and self.cache_stage.acts(st):
             with self.record.clock.measure("method"):
                 self.cache_stage.run(st, cache, self.mask)
+            for observer in self.observers:
+                observer.evicted(cache)
         self.finite.check()
         self.record.clock.stop("decode")
         self.record.clock.stop("prefill")
@@ -436,8 +337,14 @@ class DecoderEngine(Recording, Threaded):
         if st is not None:
             hidden = self._deepstack(i, st, hidden)
             with self.record.clock.measure("method"):
+                given, local = hidden, st.local
                 hidden = self._reduce(i, st, hidden, cache, kwargs)
-                active, hidden = self._step_aside(i, st, hidden, cache, kwargs)
+                for observer in self.observers:
+                    observer.entering(i, st, given, local, hidden)
+                every = hidden
+                active, hidden = self.bypass_stage.enter(i, st, hidden, cache, kwargs)
+                for observer in self.observers:
+                    observer.taking_part(i, st, every)
                 if i > 0 and self.taps:
                     self.taps[i - 1].clear()
             if cache is not None and (
@@ -453,8 +360,8 @@ class DecoderEngine(Recording, Threaded):
                     None if active.filler is None else active.filler.to(hidden.device),
                     active.base + active.length,
                 )
-        if st is not None and st.aside is not None and st.aside.over == "attention":
-            hidden = st.aside.hidden  # the MLP acts on all tokens; `_attn_pre` takes the part
+        if st is not None and st.bypass is not None and st.bypass.around == "attention":
+            hidden = st.bypass.hidden  # the MLP acts on all tokens; `_attn_pre` takes the part
         return (hidden, *rest), kwargs
 
     @staticmethod
@@ -469,60 +376,11 @@ class DecoderEngine(Recording, Threaded):
             full = gather_tokens(full, st.local.to(hidden.device))
         return hidden + full
 
-    def _step_aside(
-        self, i: int, st: Forward, hidden: Tensor, cache: Any, kwargs: dict[str, Any]
-    ) -> tuple[Forward, Tensor]:
-        """The state and hidden states of the tokens that take part in layer i; usually all."""
-        st.aside = None
-        for index, method, layers in self.on_bypass:
-            if i not in layers:
-                continue
-            view = self._method_view(index, i, st, hidden, cache, kwargs)
-            reduction = self.finite.ask(method.on_bypass, view, method.name, "bypass", i - 1)
-            if reduction is None:
-                continue
-            part = replace(st, scratch={}, memos={}, memo={})
-            short = part.drop(hidden, view, reduction)
-            here: Any = part.local
-            if st.local is not None:
-                rows = st.local.to(hidden.device).contiguous()
-                here = torch.searchsorted(rows, part.local.contiguous())  # type: ignore[union-attr]
-            part.shift = None if st.shift is None else gather_tokens(st.shift, here)
-            part.lost = st.lost
-            st.aside = Aside(hidden, here, part.filler, method.bypass)
-            st.partial.add(i)
-            processed = st.tokens if method.bypass == "attention" else part.tokens
-            self.record.layer(i, processed, part.tokens)
-            self._note_choice(i, view, reduction, bypass=True)
-            return part, short
-        self.record.layer(i, st.tokens, st.tokens)
-        return st, hidden
-
-    def _note_choice(
-        self, i: int, view: DecoderView, reduction: Reduction, bypass: bool = False
-    ) -> None:
-        choice = Choice(i, view.image, view.position, view.valid, reduction, bypass)
-        self.record.choices.append(choice)
-
     def _attn_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Only some tokens enter the attention of this layer."""
-        st = self.forward
-        if st is None or st.aside is None:
-            return None
-        if args:
-            return (gather_tokens(args[0], st.aside.index), *args[1:]), kwargs
-        kwargs = dict(kwargs)
-        HIDDEN.put(kwargs, gather_tokens(HIDDEN.of(kwargs), st.aside.index))
-        return args, kwargs
+        return self.bypass_stage.into_attention(self.forward, args, kwargs)
 
     def _attn_post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """The others get nothing from it: the residual carries them to the MLP."""
-        st = self.forward
-        if st is None or st.aside is None:
-            return None
-        part = output[0] if isinstance(output, tuple) else output
-        full = st.aside.back(part, torch.zeros_like(st.aside.hidden))
-        return (full, *output[1:]) if isinstance(output, tuple) else full
+        return self.bypass_stage.out_of_attention(self.forward, output)
 
     def _reduce(
         self, i: int, st: Forward, hidden: Tensor, cache: Any, kwargs: dict[str, Any]
@@ -530,94 +388,29 @@ class DecoderEngine(Recording, Threaded):
         """Drop sentinel rows before layer 0, then what the methods ask for after layer i - 1."""
         st.ran = st.local
         if i == 0 and self.sentinel:
-            view = self._view(-1, st, hidden, {}, {})
-            left = features_left(st, view, self.left)
+            left = features_left(st, view := self.views.plain(st, hidden), self.handoff.left)
             if left is not None:
                 hidden = st.drop(hidden, view, left)
         if i == 0:
             self.record.entered = st.tokens
             present = {kind for row in st.kinds for kind in row}
-            carried = {kind: x for kind, x in self.carried.items() if kind in present}
-            if carried:
-                take_notes(st, self._view(-1, st, hidden, {}, {}), carried)
+            notes = {kind: x for kind, x in self.handoff.notes.items() if kind in present}
+            if notes:
+                take_notes(st, self.views.plain(st, hidden), notes)
         for index, method, layers in self.on_decoder:
             if i - 1 not in layers:
                 continue
-            view = self._method_view(index, i, st, hidden, cache, kwargs)
+            view = self.views.of_method(index, i, st, hidden, cache, kwargs)
             reduction, tokens = split_answer(
                 self.finite.ask(method.on_decoder_layer, view, method.name, "decoder", i - 1)
             )
             if reduction is not None:
-                self._note_choice(i, view, reduction)
+                choice = Choice(i, view.image, view.position, view.valid, reduction)
+                self.record.choices.append(choice)
                 if tokens is None and method.merges:
                     tokens = reduction.merge(view.tokens)[0]
                 hidden = st.drop(hidden, view, reduction, tokens)
         return hidden
-
-    def _method_view(
-        self, index: int, i: int, st: Forward, hidden: Tensor, cache: Any, kwargs: dict[str, Any]
-    ) -> DecoderView:
-        """What method ``index`` sees in front of layer i."""
-        view = self._view(
-            i - 1,
-            st,
-            hidden,
-            st.scratch.setdefault(index, {}),
-            st.memos.setdefault(index, {}),
-            lambda: self._ahead(i, st, hidden, cache, kwargs),
-        )
-        if st.local is not st.ran:
-            left: Any = st.local
-            view.ran = left if st.ran is None else torch.searchsorted(st.ran.contiguous(), left)
-            view.ran = view.ran.to(hidden.device)
-        return view
-
-    def _ahead(
-        self, i: int, st: Forward, hidden: Tensor, cache: Any, kwargs: dict[str, Any]
-    ) -> attention_rows.Ahead:
-        """Attention of layer i, which has not run yet, on the tokens that are left now."""
-        layer, stored, past = self.layers[i], kv.existing_pruned(cache, i), None
-        if stored is not None or st.local is not None:
-            kwargs = self.arguments.gathered(i, st, hidden, stored, kwargs, commit=False)
-        if cache is not None and i < len(cache.layers) and cache.layers[i].get_seq_length():
-            past = cache.layers[i].keys if stored is None else stored.unpacked()[0]
-        tables, mask = TABLES.of(kwargs), MASK.of(kwargs)
-        return attention_rows.Ahead(
-            layer.self_attn, layer.input_layernorm(hidden), tables, mask, past
-        )
-
-    def _view(
-        self,
-        layer: int,
-        st: Forward,
-        hidden: Tensor,
-        scratch: dict[str, Tensor],
-        memo: dict[str, Tensor],
-        ahead: Any = None,
-    ) -> DecoderView:
-        visual = st.visual.to(hidden.device)
-        separator = None if st.separator is None else st.separator.to(hidden.device)
-        other = visual if separator is None else visual | separator
-        index, valid = st.visual_places(hidden.device)
-        readable = bool(self.taps) and layer >= 0 and layer not in st.partial
-        return DecoderView(
-            hidden=hidden,
-            layer=layer,
-            depth=len(self.layers),
-            visual=visual,
-            text=st.real.to(hidden.device) & ~other,
-            separator=separator,
-            visual_index=index,
-            valid=valid,
-            image=st.image.to(hidden.device).gather(1, index),
-            position=st.position.to(hidden.device).gather(1, index),
-            images=st.images,
-            tap=self.taps[layer] if readable else attention_rows.no_tap,
-            ahead=ahead,
-            memo=memo,
-            scratch=scratch,
-            unnoted=st.unnoted,
-        )
 
     # ---- behind a layer, and the KV cache stage ------------------------------------------------
 
@@ -629,23 +422,7 @@ class DecoderEngine(Recording, Threaded):
             with self.record.clock.measure("method"):
                 t = self.taps[i] if self.taps else None
                 self.cache_stage.note(i, st, cache, self.mask, t)
-        if st is None or st.aside is None or st.aside.over == "attention":
-            return None
-        part = output[0] if isinstance(output, tuple) else output
-        full = st.aside.back(part, st.aside.hidden)
-        return (full, *output[1:]) if isinstance(output, tuple) else full
-
-    def _sublayer_post(
-        self,
-        t: attention_rows.Tap,
-        name: str,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Any,
-    ) -> None:
-        given = args[0] if args else HIDDEN.of(kwargs)
-        t.sublayers[name] = (given, output[0] if isinstance(output, tuple) else output)
+        return self.bypass_stage.leave(st, output)
 
 
 def _has_images(visual: Tensor) -> bool:

@@ -14,7 +14,28 @@ from ...kernels.compact_tokens import compact
 from ...reduction import Reduction, gather_tokens
 from ...views.decoder import DecoderView
 from ..record import Tokens
-from .bypass import Aside
+
+
+@dataclass
+class Bypass:
+    """Tokens that go around one layer, or its attention, and come back behind it.
+
+    Attributes:
+        hidden: (B, T, D) of all tokens; index: (B, T') those that take part.
+        filler: (B, T') bool, rows that take part only to keep the batch rectangular, or None.
+        around: "layer" or "attention".
+    """
+
+    hidden: Tensor
+    index: Tensor
+    filler: Tensor | None
+    around: str
+
+    def back(self, part: Tensor, full: Tensor) -> Tensor:
+        """Rows of the part (B, T', D) at their places in the full sequence (B, T, D)."""
+        if self.filler is not None:
+            part = part.where(~self.filler.unsqueeze(-1), gather_tokens(full, self.index))
+        return full.scatter(1, self.index.unsqueeze(-1).expand_as(part), part)
 
 
 @dataclass
@@ -42,7 +63,7 @@ class Forward:
     scratch: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # (B, N, ...) by method
     memos: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # (B, ...) by method
     places: tuple[Tensor, Tensor | None] | None = None  # (B, N) columns of visual tokens, valid
-    aside: Aside | None = None  # what jumps over the layer that runs now
+    bypass: Bypass | None = None  # of the layer that runs now
     unnoted: bool = False  # whether methods took notes on some of the images only
     ran: Tensor | None = None  # `local` of the tokens that the last layer has run on
     partial: set[int] = field(default_factory=set)  # layers whose attention saw part of the tokens

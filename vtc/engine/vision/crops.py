@@ -13,7 +13,6 @@ from ...adapters.base import CropSites, Sites
 from ...errors import UnsupportedError
 from ...layouts import CropLayout, Region
 from ...views.projections import How
-from ..record import Records
 from .flat import FlatTokens
 from .image_features import PackedEngine
 
@@ -56,8 +55,8 @@ def layout_of(
 class CropEngine(PackedEngine):
     """The features stage on a model that packs crops."""
 
-    def __init__(self, sites: Sites, vision: Any, decoder: Any, records: Records) -> None:
-        super().__init__(sites, vision, decoder, records)
+    def __init__(self, sites: Sites, *given: Any) -> None:
+        super().__init__(sites, *given)
         llm: Any = sites.decoder
         self.crops: CropSites = llm.crops
         self.known: dict[Any, CropLayout] = {}

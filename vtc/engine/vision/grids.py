@@ -11,7 +11,6 @@ features, which the LLM engine drops, as everywhere.
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -27,7 +26,6 @@ from ...errors import UnsupportedError
 from ...hooks.per_thread import PerThread
 from ...layouts import GridLayout, Region
 from ...views.projections import How, Projections
-from ..record import Records
 from .flat import FlatTokens
 from .image_features import PackedEngine
 
@@ -60,8 +58,8 @@ class GridEngine(PackedEngine):
 
     call: PerThread[dict[str, Any]] = PerThread(dict)  # arguments of the last call
 
-    def __init__(self, sites: Sites, vision: Any, decoder: Any, records: Records) -> None:
-        super().__init__(sites, vision, decoder, records)
+    def __init__(self, sites: Sites, *given: Any) -> None:
+        super().__init__(sites, *given)
         llm: Any = sites.decoder
         self.grids: GridSites = llm.videos if self.modality == "video" else llm.grids
 
@@ -189,12 +187,9 @@ class VideoEngine(GridEngine):
 
     @contextmanager
     def _telling(self, pixels: Any) -> Iterator[None]:
-        self.decoder.video = weakref.ref(pixels)
-        try:
-            with nullcontext() if self.vision is None else self.vision.taking(self.grids):
-                yield
-        finally:
-            self.decoder.video = None
+        taking = nullcontext() if self.vision is None else self.vision.taking(self.grids)
+        with self.handoff.encoding_video(pixels), taking:
+            yield
 
     def _check(self, layouts: list[GridLayout]) -> None:
         """Refuse methods that take tokens away before the frames' patches are joined."""

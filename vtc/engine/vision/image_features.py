@@ -13,9 +13,12 @@ from torch import Tensor
 
 from ...adapters.base import Sites
 from ...hooks.per_thread import PerThread, Threaded
+from ...method import Method
 from ...reduction import Reduction
 from ...transformers_contract import FEATURES, features_of
+from ..handoff import Handoff
 from ..record import Packed, Recording, Records
+from .engine import VisionEngine
 from .flat import FlatTokens
 
 
@@ -28,7 +31,8 @@ class PackedEngine(Recording, Threaded):
     Args:
         sites: of the model.
         vision: the engine of the encoder side, None where no method acts there.
-        decoder: the engine of the language model, told how long the packed images are.
+        methods: all of the session.
+        handoff: takes what is left of the images, their lengths and notes on them.
         records: what the report reads.
     """
 
@@ -36,8 +40,16 @@ class PackedEngine(Recording, Threaded):
     # Of the last call's rows, where tokens were merged.
     merged: PerThread[Reduction | None] = PerThread(lambda: None)
 
-    def __init__(self, sites: Sites, vision: Any, decoder: Any, records: Records) -> None:
-        self.sites, self.vision, self.decoder, self.records = sites, vision, decoder, records
+    def __init__(
+        self,
+        sites: Sites,
+        vision: VisionEngine | None,
+        methods: tuple[Method, ...],
+        handoff: Handoff,
+        records: Records,
+    ) -> None:
+        self.sites, self.methods, self.handoff, self.records = sites, methods, handoff, records
+        self.vision: Any = vision
         llm: Any = sites.decoder
         self.base: Any = llm.base
 
@@ -77,12 +89,8 @@ class PackedEngine(Recording, Threaded):
         return f"get_{self.modality}_features"
 
     def _part_of_video(self, pixels: Any) -> bool:
-        """Qwen3-VL encodes videos by its method for images.
-
-        Told by the pixels, so that what an interrupt leaves behind says nothing of other images.
-        """
-        video = self.decoder.video
-        return video is not None and video() is pixels
+        """Qwen3-VL encodes videos by its method for images."""
+        return self.handoff.is_video(pixels)
 
     def _telling(self, pixels: Any) -> AbstractContextManager[Any]:
         """Around the encoder's run, for what the other engines must know."""
@@ -91,7 +99,7 @@ class PackedEngine(Recording, Threaded):
     def _check(self, layouts: list[Any]) -> None:
         """Refuse, before anything is computed, what a method cannot do with these images."""
         for layout in layouts:
-            for m in self.decoder.methods:
+            for m in self.methods:
                 m.check_frames(layout.frames)
 
     def _layouts(self, call: dict[str, Any]) -> list[Any]:
@@ -142,9 +150,7 @@ class PackedEngine(Recording, Threaded):
         """The packed rows of all images with NaN in place of dropped tokens."""
         self._describe(layouts)
         lengths = [layout.length for layout in layouts]
-        self.decoder.lengths[self.modality] = lengths
-        self.decoder.made |= {(self.modality, n) for n in lengths}
-        self.decoder.carried.pop(self.modality, None)
+        self.handoff.rows(self.modality, lengths)
         st = None if self.vision is None else self.vision.state
         self.record.packed.pop(self.modality, None)
         if st is None or st.unpacked is None:
@@ -166,7 +172,7 @@ class PackedEngine(Recording, Threaded):
                 notes = [
                     {name: list(x.split(counts)) for name, x in note.items()} for note in flat.notes
                 ]
-                self.decoder.carried[self.modality] = list(projected.split(counts)), notes
+                self.handoff.note(self.modality, list(projected.split(counts)), notes)
             if flat.reduction is None:
                 return packed
             if any(m.merges for _, m in self.vision.behind):
