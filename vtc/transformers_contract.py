@@ -99,6 +99,11 @@ class Name:
         """Replace it among named arguments."""
         kwargs[self.among(kwargs) or self.names[0]] = value
 
+    def replace(self, output: Any, value: Any) -> None:
+        """Replace it in an output, which need not list all that it holds among its keys."""
+        name = next(n for n in self.names if getattr(output, n, None) is not None)
+        setattr(output, name, value)
+
     def absent(self, kind: str) -> str:
         """That it is not there, in words."""
         return f"no {kind} {' or '.join(self.names)} ({self.what})"

@@ -308,7 +308,7 @@ class DecoderEngine(Recording, Threaded):
         full = full.scatter(1, index, short)
         full[:, -1] = last
         if named:
-            output[LAST.among(output)] = full
+            LAST.replace(output, full)
             return output
         return (full, *output[1:])
 

@@ -76,7 +76,7 @@ class PackedEngine(Recording, Threaded):
             output = stock(**call, return_dict=True)
         self.merged = None
         features = features_of(output, self.base)
-        output[FEATURES.among(output)] = self._replaced(features, layouts)
+        FEATURES.replace(output, self._replaced(features, layouts))
         self._merge_deepstack(output)
         return output if named else output.to_tuple()
 
