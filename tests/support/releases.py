@@ -108,13 +108,13 @@ GAPS = [
         (5, 20),
         r"test_anyres.py::test_beams|test_calling.py::test_generate\[.*beams"
         r"|test_styles.py::test_generate\[(?!vidkv).*beam|test_precompute.py::\w+\[beams-left"
-        r"|test_families.py::test_beams\[\w+-(?!idefics3|smolvlm)",
+        r"|test_families.py::test_beams\[\w+-(?!Idefics3|SmolVLM)",
         (REFUSED, AssertionError),
         "transformers itself hands the images of one prompt to another's beams",
     ),
     Gap(
         (5, 20),
-        r"test_families.py::test_beams\[\w+-(idefics3|smolvlm)",
+        r"test_families.py::test_beams\[\w+-(Idefics3|SmolVLM)",
         AssertionError,
         "5.18 itself hands the images of one prompt to another's beams, here too",
         since=(5, 18),
