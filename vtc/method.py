@@ -74,12 +74,16 @@ class Method:
     can be computed before they run; "frames", that it takes videos; "ran", that all tokens entered
     the layer whose attention or keys are read; "sublayers", the same for inputs and outputs of its
     attention and MLP. Of the caller: "text", the question in a space that patches can be compared
-    in.
+    in; "routers", weights that were trained with the model.
     """
     without_cls: ClassVar[dict[str, Any]] = {}
     """Parameters with which the method does without the class token it needs, if there are any."""
     outside_encoder: ClassVar[dict[str, Any]] = {}
     """Parameters with which it leaves tokens inside the encoder alone, if it need not act there."""
+    alike: ClassVar[dict[str, Any]] = {}
+    """Parameters with which it leaves as many tokens of every image, if it otherwise does not."""
+    once: ClassVar[dict[str, Any]] = {}
+    """Parameters with which it evicts once, after the prompt, if it need not while decoding."""
     merges: ClassVar[bool] = False
     """True when tokens are averaged into survivors rather than dropped."""
     vision_site: ClassVar[Literal["middle", "output"]] = "middle"

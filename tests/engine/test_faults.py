@@ -38,7 +38,7 @@ def left_behind(model: Any) -> list[str]:
         held += ["last_mask"] * (session.decoder.arguments.last_mask is not None)
         held += ["tap" for t in session.decoder.taps if t.open or t.query is not None]
         held += ["video"] * (session.handoff.video is not None)
-    if session.vision is not None and session.vision.taken is not None:
+    if session.vision is not None and session.vision.features.taken is not None:
         held.append("taken")
     return held
 

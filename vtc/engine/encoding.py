@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ..reduction import Reduction
@@ -107,6 +108,14 @@ class VisionState:
         return History(
             self.images, self.grid, self.prefix, self.blocks, self.pixels, list(self.steps)
         )
+
+    def follow(self, device: torch.device) -> None:
+        """Move to the device of the tokens."""
+        if self.sizes.device != device:  # pragma: no cover (a model over several devices)
+            self.sizes = self.sizes.to(device)
+            self.tokens = None if self.tokens is None else self.tokens.to(device)
+            self.pixels = None if self.pixels is None else self.pixels.to(device)
+            self.notes = [{name: x.to(device) for name, x in note.items()} for note in self.notes]
 
     def advance(self, reduction: Reduction, sizes: Tensor, block: int | None) -> None:
         """Record a reduction of the tokens, prefix included, that are left now."""

@@ -3,19 +3,213 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..adapters.base import DecoderSites, Sites
+from ..adapters.base import DecoderSites, GridSites, Sites, VisionSites
 from ..errors import UnsupportedError
 from ..hooks import attention_rows
 from ..method import Method
+from ..registry import known_methods
 
 Acting = Sequence[tuple[int, Method, frozenset[int]]]
 """Methods, each with its place in the chain and the layers it acts on."""
+
+ENCODER_SIDE = frozenset({"pixels", "vision", "features"})
+OF_THE_CALLER = frozenset({"text", "frames", "routers"})
+"""What methods need that only a caller can give, of `Method.needs`."""
+COMPLETE = frozenset({"ran", "sublayers"})
+"""What methods need of an LLM layer that all tokens have entered."""
+
+
+# ---- advice --------------------------------------------------------------------------------------
+
+
+def fitting(wanted: Callable[[Method], bool]) -> list[str]:
+    """Names of the registered methods, with their defaults, that a caller can use instead."""
+    known = known_methods().items()
+    ready = {name: method() for name, method in known if not method.needs & OF_THE_CALLER}
+    return [name for name, method in ready.items() if wanted(method)]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _a_few(names: list[str]) -> str:
+    """The first of them, as examples: "a, b or c"."""
+    *front, last = names[:3]
+    return f"{', '.join(front)} or {last}" if front else last
+
+
+def settings(parameters: dict[str, Any]) -> str:
+    """Parameters of a method as a call has them: ``scope='visual'``."""
+    return ", ".join(f"{name}={value!r}" for name, value in parameters.items())
+
+
+def behind_encoder(sites: VisionSites, alone: bool) -> str:
+    """Names of the methods that leave the tokens inside an encoder alone.
+
+    Args:
+        alone: whether nothing comes behind the encoder.
+    """
+    stages = {"features"} if alone else {"features", "decoder", "bypass", "cache"}
+    return _listed(
+        fitting(
+            lambda m: (
+                m.stages <= stages
+                and (sites.has_cls or bool(m.without_cls) or "cls" not in m.needs)
+            )
+        )
+    )
+
+
+# ---- encoders ------------------------------------------------------------------------------------
+
+
+def check_encoder(
+    sites: VisionSites,
+    methods: Sequence[Method],
+    last: int,
+    grids: GridSites | None,
+    packs: bool,
+    alone: bool,
+) -> None:
+    """Refuse methods that need what an encoder does not have.
+
+    Args:
+        last: the last block in which methods act.
+        grids, packs: as in `VisionEngine`; alone: as in `behind_encoder`.
+    """
+    closed = _closed(sites, grids)
+    if closed:
+        _check_whole(sites, methods, grids, closed, alone)
+    tower = type(sites.tower).__name__
+    if not sites.has_cls:
+        _check_cls(tower, methods, {"features"} if closed else ENCODER_SIDE)
+    resizing = [m for m in methods if "pixels" in m.stages]
+    if resizing and sites.resize is None:
+        usable = _listed(fitting(lambda m: m.stages <= ENCODER_SIDE - {"pixels"}))
+        raise UnsupportedError(
+            f"{resizing[0].name} resizes the image and {tower} takes one size "
+            f"only (timm: create the model with dynamic_img_size=True); others: {usable}"
+        )
+    for m in methods:
+        if packs and m.stages <= {"pixels", "vision"} and m.keep_tokens is not None:
+            raise UnsupportedError(
+                f"{m.name} chooses tokens inside the encoder, in every crop alike, and images "
+                "have different numbers of crops here; give keep_ratio instead of keep_tokens"
+            )
+    proportional = any(m.proportional_attention for m in methods if "vision" in m.stages)
+    if proportional and any(block.bias is None for block in sites.blocks[: last + 1]):
+        raise UnsupportedError(
+            "proportional attention adds the log of token sizes to scores, the attention of "
+            f"{tower} takes no mask; give proportional_attention=False, or load the "
+            'model with attn_implementation="sdpa" (DINOv2 and ViT: transformers 5.18 or newer)'
+        )
+
+
+def _closed(sites: VisionSites, grids: GridSites | None) -> str:
+    """Why no token may leave before or inside the encoder; empty where they may."""
+    fold = 1 if grids is None else grids.fold
+    if fold > 1:
+        return (
+            f"the model joins {fold} x {fold} patches behind the encoder to one LLM token, "
+            "which needs all of them"
+        )
+    return sites.whole
+
+
+def _check_whole(
+    sites: VisionSites,
+    methods: Sequence[Method],
+    grids: GridSites | None,
+    why: str,
+    alone: bool,
+) -> None:
+    """Refuse methods in front of or inside an encoder that must keep all of its tokens."""
+    resizing = [m for m in methods if "pixels" in m.stages]
+    acting = resizing + [m for m in methods if "vision" in m.stages]
+    if not acting:
+        return
+    own = settings(acting[0].outside_encoder)
+    own = own and f"give it {own}, with which it does not, or "
+    if resizing and grids is not None and grids.packed:
+        own = "give the processor a smaller max_pixels, or "
+    raise UnsupportedError(
+        f"{acting[0].name} takes tokens away before or inside the encoder, and {why}; {own}use "
+        f"methods that act behind the encoder: {behind_encoder(sites, alone)}"
+    )
+
+
+def _check_cls(tower: str, methods: Sequence[Method], stages: Set[str]) -> None:
+    """Refuse methods that need a class token, where there is none.
+
+    Args:
+        stages: those of the encoder side in which methods may act.
+    """
+    for method in methods:
+        if "cls" in method.needs and method.stages & ENCODER_SIDE:
+            usable = _listed(fitting(lambda m: "cls" not in m.needs and m.stages <= stages))
+            own = settings(method.without_cls)
+            raise UnsupportedError(
+                f"{method.name} needs a [CLS] token and {tower} has none; "
+                + (f"give it {own}, its substitute, or use " if own else "")
+                + f"methods that do without: {usable}"
+            )
+
+
+def check_encoder_recomputing(tower: nn.Module, inside: Iterable[Method]) -> None:
+    """Refuse activation checkpointing of blocks in which tokens leave."""
+    for module in tower.modules():
+        on = getattr(module, "gradient_checkpointing", False) and module.training
+        if on or getattr(module, "grad_checkpointing", False):
+            names = " and ".join(m.name for m in inside)
+            raise UnsupportedError(
+                f"gradient checkpointing runs a block of {type(tower).__name__} again in the "
+                f"backward pass, and {names} has removed tokens inside it by then; enable it on "
+                "the language model alone (model.get_decoder().gradient_checkpointing_enable()), "
+                "or use a method that acts behind the encoder"
+            )
+
+
+def no_mask(tower: nn.Module) -> UnsupportedError:
+    """The refusal of a ragged batch where attention cannot leave padding out."""
+    return UnsupportedError(
+        "images keep different numbers of tokens and the attention of "
+        f'{type(tower).__name__} takes no mask; load the model with attn_implementation="sdpa"'
+    )
+
+
+def check_ragged(method: Method, inside: Iterable[Method], block: int) -> None:
+    """Refuse a method that cannot do with a ragged batch, which others have left to it."""
+    if method.ragged:
+        return
+    own = ", ".join(f"{m.name}: {settings(m.alike)}" for m in inside if m.alike)
+    raise UnsupportedError(
+        f"{method.name} takes as many patches of every image, and an earlier method of the "
+        f"chain has left different numbers in front of encoder block {block}; let "
+        f"{method.name} finish in front of that one, have that one treat all images alike"
+        + (f" ({own})" if own else "")
+        + ", or run one image at a time"
+    )
+
+
+def check_patch_features(features: Tensor, images: int, left: int, tower: nn.Module) -> None:
+    """Refuse features for the projector that are not the patch tokens which the encoder left."""
+    if tuple(features.shape[:2]) != (images, left):
+        raise UnsupportedError(
+            f"the projector got features of shape {tuple(features.shape)} where "
+            f"{type(tower).__name__} left {left} patch tokens of {images} images; features with "
+            'prefix tokens (vision_feature_select_strategy="full") or of several layers are not '
+            "supported"
+        )
+
+
+# ---- language models -----------------------------------------------------------------------------
 
 
 def sliding_window(config: Any) -> int | None:
@@ -74,13 +268,16 @@ def check_layers(layers: Sequence[nn.Module], on_decoder: Acting, on_bypass: Act
     for _, jumps, over in on_bypass:
         for _, method, after in on_decoder:
             idle = 1.0 in (jumps.keep_ratio, method.keep_ratio)
-            if idle or not method.needs & {"ran", "sublayers"} or after.isdisjoint(over):
+            if idle or not method.needs & COMPLETE or after.isdisjoint(over):
                 continue
+            other = fitting(
+                lambda m: m.stages == {"decoder"} and "ahead" in m.needs and not m.needs & COMPLETE
+            )
             raise UnsupportedError(
                 f"{method.name} reads LLM layer {min(after & over)}, which {jumps.name} lets "
                 "tokens jump over: it would see only some of them; choose layers for one that "
                 "the other leaves alone, or chain a method that acts in front of the LLM or "
-                "reads the next layer, such as pdrop"
+                f"reads the next layer, such as {_a_few(other)}"
             )
     for _, method, _ in (*on_decoder, *on_bypass):
         if "ahead" in method.needs and not all(map(attention_rows.Ahead.fits, layers)):
@@ -106,10 +303,10 @@ def check_packs(on_cache: Sequence[Method]) -> None:
             if method.packs:
                 raise UnsupportedError(f"{pair} both pack the KV cache; chain only one")
             if method.while_decoding:
+                own = f" ({method.name}: {settings(method.once)})" if method.once else ""
                 raise UnsupportedError(
                     f"{method} evicts from the KV cache while decoding, where {packing.name} "
-                    "has packed the slots; let it evict once, after the prompt (prefixkv: "
-                    'scope="visual"), in front'
+                    f"has packed the slots; let it evict once, after the prompt{own}, in front"
                 )
             if j > i:
                 raise UnsupportedError(
@@ -132,11 +329,15 @@ def check_recomputing(decoder: nn.Module, layers: Sequence[nn.Module], on_bypass
         )
     around = [m for _, m, _ in on_bypass if m.bypass == "attention"]
     if around:
+        other = _a_few(fitting(lambda m: m.stages == {"decoder"}))
         raise UnsupportedError(
             f"gradient checkpointing runs LLM layers again in the backward pass, when what "
             f"{around[0].name} left out of their attention is gone; disable it, or use a "
-            "method that drops tokens between layers, such as fastv"
+            f"method that drops tokens between layers, such as {other}"
         )
+
+
+# ---- whole models, and graphs --------------------------------------------------------------------
 
 
 Edge = tuple[nn.Module, str, nn.Module]
@@ -208,5 +409,12 @@ def refuse_graph(methods: Iterable[Method]) -> None:
             raise UnsupportedError(
                 f"{m.name} lets the data decide how many tokens stay, so torch.compile has no one "
                 "graph for it; compile without fullgraph=True, which runs it outside the graph, or "
-                "use a method with a fixed budget, such as visionzip, divprune or fastv"
+                f"use a method with a fixed budget, such as {_fixed_budgets()}"
             )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _fixed_budgets() -> str:
+    """Methods that drop tokens once and compile; Dynamo need not follow the registry's imports."""
+    one = ({"features"}, {"decoder"})
+    return _a_few(fitting(lambda m: m.stages in one and m.compiles and m.has_budget))

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..hyperparameters import check_choice, require
+from ..hyperparameters import check_choice, require, waive
 from ..method import Method
 from ..reduction import Reduction, gather_tokens
 from ..registry import register
@@ -94,12 +94,16 @@ class MoD(Depths):
 
     name = "mod"
     summary = "Skips LLM layers for the tokens that given, trained routers leave out (VideoLLM-MoD)"
+    needs = frozenset({"routers"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.routers is not None and not isinstance(self.routers, Routers):
+        if self.routers is None:
+            return
+        if not isinstance(self.routers, Routers):
             object.__setattr__(self, "routers", Routers.read(self.routers))
-        if self.routers is not None and self.layers is not None:
+        waive(self, "routers")
+        if self.layers is not None:
             missing = sorted(set(self.layers) - set(self.routers))
             if missing:
                 raise ValueError(f"no router for layers {missing}; there are {self.routers!r}")

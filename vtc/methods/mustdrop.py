@@ -103,6 +103,7 @@ class MustDrop(Method):
     needs = frozenset({"cls", "ran"})
     without_cls: ClassVar[dict[str, Any]] = {"saliency": "cosine"}
     outside_encoder: ClassVar[dict[str, Any]] = {"merge_threshold": None}
+    alike: ClassVar[dict[str, Any]] = {"batch_coupled": True}
     merges = True
     track_size: ClassVar[bool] = False
     ragged = True

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -98,6 +98,7 @@ class PrefixKV(Method):
         "(PrefixKV, NeurIPS 2025)"
     )
     default_ratio = 0.5
+    once: ClassVar[dict[str, Any]] = {"scope": "visual"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine of everything on the encoder side: pixels, encoder blocks and image features.
+"""The engine of the encoder side: hooks in front of an encoder and in its blocks.
 
 A block is ``x = x + f(attn(norm1(x)))`` and then ``x = x + g(mlp(norm2(x)))``, with the residual of
 the second half taken before norm2, so no single hook can shorten it. Three can: the pre-hook of
@@ -12,33 +12,34 @@ all other rows hold NaN, and the LLM engine drops those; so nothing between the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...adapters.base import BlockSites, Call, GridSites, VisionSites
-from ...errors import UnsupportedError
-from ...hooks.per_thread import PerThread, Threaded
+from ...hooks.per_thread import Threaded
 from ...method import Method, split_answer
 from ...reduction import Reduction
-from ...registry import known_methods
-from ...views.features import FeaturesView
 from ...views.projections import Projections
 from ...views.vision import VisionView
 from ..encoding import VisionState
 from ..finite import Finite
 from ..record import Recording, Records
-from ..refusals import refuse_graph
+from ..refusals import (
+    behind_encoder,
+    check_encoder,
+    check_encoder_recomputing,
+    check_ragged,
+    no_mask,
+    refuse_graph,
+)
 from .cross_attention_mask import Readers
-from .reductions import apply_method, behind_prefix, resample, scatter_tokens
-
-Step = tuple[int, Method]
-"""A method and its place in the chain."""
+from .features import FeaturesStage, Step
+from .pixels import image_of, resized, wanted_grid, with_image
+from .reductions import apply_method, is_identity, resample, scatter_tokens
 
 
 class _Keys:
@@ -88,8 +89,6 @@ class VisionEngine(Recording, Threaded):
         UnsupportedError: a method needs what this encoder does not have.
     """
 
-    taken: PerThread[GridSites | None] = PerThread(lambda: None)  # of the video encoded now
-
     def __init__(
         self,
         sites: VisionSites,
@@ -102,21 +101,22 @@ class VisionEngine(Recording, Threaded):
     ) -> None:
         self.sites = sites
         self.grids = grids
-        self.packs = packs
         self.methods = methods
         self.feature_block = feature_block
         self.projector = projector
         self.records = records or Records()
         self.finite = Finite("image or crop" if packs else "image")
         self.handles: list[Any] = []
+        self.features = FeaturesStage(
+            sites, methods, projector, packs, grids, self.records, self.finite
+        )
+        self.behind = self.features.steps
         steps = list(enumerate(methods))
         self.resizing = [s for s in steps if "pixels" in s[1].stages]
-        inside = [s for s in steps if "vision" in s[1].stages]
+        self.inside = inside = [s for s in steps if "vision" in s[1].stages]
         self.middle = [s for s in inside if s[1].vision_site == "middle"]
         self.output = [s for s in inside if s[1].vision_site == "output"]
-        self.inside = inside
-        self.behind = [s for s in steps if "features" in s[1].stages]
-        self.proportional = any(getattr(m, "proportional_attention", False) for _, m in inside)
+        self.proportional = any(m.proportional_attention for _, m in inside)
         depth = len(sites.blocks)
         self.captured = {layer % depth for _, m in self.behind for layer in m.captures(depth)}
         if grids is not None and grids.whole is not None:
@@ -126,7 +126,7 @@ class VisionEngine(Recording, Threaded):
         self.refill = (
             projector is None and sites.pool in ("mean", "map") and all(m.merges for m in acting)
         )
-        self._check()
+        check_encoder(sites, methods, feature_block, grids, packs, projector is None)
 
     @property
     def state(self) -> VisionState | None:
@@ -144,110 +144,17 @@ class VisionEngine(Recording, Threaded):
         return None if st is None or st.encoded else st
 
     @property
-    def joining(self) -> GridSites | None:
-        """How the tokens that are being encoded are joined."""
-        return self.taken or self.grids
-
-    # ---- checks --------------------------------------------------------------------------------
-
-    def _check(self) -> None:
-        here = {"pixels", "vision", "features"}
-        self._check_inside()
-        inside = set() if self._closed else {"pixels", "vision"}
-        if not self.sites.has_cls:
-            for m in self.methods:
-                if "cls" in m.needs and m.stages & here:
-                    usable = _names(
-                        lambda c: "cls" not in c.needs and c().stages <= inside | {"features"}
-                    )
-                    own = ", ".join(f"{k}={v!r}" for k, v in m.without_cls.items())
-                    raise UnsupportedError(
-                        f"{m.name} needs a [CLS] token and {self._tower} has none; "
-                        + (f"give it {own}, its substitute, or use " if own else "")
-                        + f"methods that do without: {usable}"
-                    )
-        if self.resizing and self.sites.resize is None:
-            usable = _names(lambda c: c().stages <= here - {"pixels"})
-            raise UnsupportedError(
-                f"{self.resizing[0][1].name} resizes the image and {self._tower} takes one size "
-                f"only (timm: create the model with dynamic_img_size=True); others: {usable}"
-            )
-        for m in self.methods:
-            if self.packs and m.stages <= {"pixels", "vision"} and m.keep_tokens is not None:
-                raise UnsupportedError(
-                    f"{m.name} chooses tokens inside the encoder, in every crop alike, and images "
-                    "have different numbers of crops here; give keep_ratio instead of keep_tokens"
-                )
-        blocks = self.sites.blocks[: self.feature_block + 1]
-        if self.proportional and any(site.bias is None for site in blocks):
-            raise UnsupportedError(
-                "proportional attention adds the log of token sizes to scores, the attention of "
-                f"{self._tower} takes no mask; give proportional_attention=False, or load the "
-                'model with attn_implementation="sdpa" (DINOv2 and ViT: transformers 5.18 or newer)'
-            )
-
-    def _check_recomputing(self) -> None:
-        """Refuse activation checkpointing of blocks in which tokens leave."""
-        for module in self.sites.tower.modules():
-            on = getattr(module, "gradient_checkpointing", False) and module.training
-            if on or getattr(module, "grad_checkpointing", False):
-                names = " and ".join(m.name for _, m in self.inside)
-                raise UnsupportedError(
-                    f"gradient checkpointing runs a block of {self._tower} again in the backward "
-                    f"pass, and {names} has removed tokens inside it by then; enable it on the "
-                    "language model alone (model.get_decoder().gradient_checkpointing_enable()), "
-                    "or use a method that acts behind the encoder"
-                )
-
-    @property
-    def _closed(self) -> str:
-        """Why no token may leave before or inside the encoder; empty where they may."""
-        fold = 1 if self.grids is None else self.grids.fold
-        if fold > 1:
-            return (
-                f"the model joins {fold} x {fold} patches behind the encoder to one LLM token, "
-                "which needs all of them"
-            )
-        return self.sites.whole
-
-    def _check_inside(self) -> None:
-        """Refuse methods inside an encoder that must keep all of its tokens."""
-        acting, why = self.resizing + self.inside, self._closed
-        if not acting or not why:
-            return
-        m = acting[0][1]
-        own = ", ".join(f"{k}={v!r}" for k, v in m.outside_encoder.items())
-        own = own and f"give it {own}, with which it does not, or "
-        if self.resizing and self.grids is not None and self.grids.packed:
-            own = "give the processor a smaller max_pixels, or "
-        raise UnsupportedError(
-            f"{m.name} takes tokens away before or inside the encoder, and {why}; {own}use "
-            + f"methods that act behind the encoder: {self.behind_encoder}"
-        )
-
-    @property
     def behind_encoder(self) -> str:
         """Names of the methods that leave the tokens inside this encoder alone."""
-        stages = {"features", "decoder", "bypass", "cache"}
-        stages = stages if self.projector is not None else {"features"}
-        cls = self.sites.has_cls
-        return _names(
-            lambda c: c().stages <= stages and (cls or c.without_cls or "cls" not in c.needs)
-        )
+        return behind_encoder(self.sites, self.projector is None)
 
-    @contextmanager
-    def taking(self, grids: GridSites | None) -> Iterator[None]:
-        """While the frames of a video are encoded, which the model joins as ``grids`` says; or
-        images, None."""
-        self.taken = grids
-        try:
-            yield
-        finally:
-            self.taken = None
+    def view_arguments(self, st: VisionState) -> dict[str, Any]:
+        """What all views of the features stage have in common."""
+        return self.features.view_arguments(st)
 
-    @property
-    def _tower(self) -> str:
-        return type(self.sites.tower).__name__
+    def taking(self, grids: GridSites | None) -> AbstractContextManager[None]:
+        """As in `FeaturesStage`."""
+        return self.features.taking(grids)
 
     # ---- hooks in and out ----------------------------------------------------------------------
 
@@ -281,21 +188,13 @@ class VisionEngine(Recording, Threaded):
                 add(site.module.register_forward_hook(hook, prepend=True))
         for site in sites.blocks[-1:]:
             add(site.module.register_forward_hook(self._leave))
-        if self.projector is not None:
-            source = self.projector if self.grids is None else self.grids.source
-            if self.behind or self.packs:
-                add(source.register_forward_pre_hook(self._features))
-            if self.grids is None:
-                add(self.projector.register_forward_hook(self._spread, prepend=True))
+        self.handles += self.features.install()
 
     def remove(self) -> None:
         """Take all hooks out again."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-
-    def _measured(self) -> AbstractContextManager[Any]:
-        return self.record.clock.measure("method")
 
     # ---- before the first block ----------------------------------------------------------------
 
@@ -306,58 +205,40 @@ class VisionEngine(Recording, Threaded):
         refuse_graph(self.methods)
         self.state = None
         self.finite.flags.clear()
-        if self.grids is not None:
+        if self.grids is not None:  # only `vtc.engine.vision.grids` knows how many tokens there are
             images = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-            self.state = self._joined_state(images[0]) if images else None
+            if images:
+                self.state = self._fresh(0, (0, 0), torch.ones(1, 0, device=images[0].device))
             return None
         if self.inside and torch.is_grad_enabled():
-            self._check_recomputing()
-        place = next((i for i, x in enumerate(args) if _is_image(x)), None)
-        name = next((k for k, x in kwargs.items() if _is_image(x)), None)
-        if place is None and name is None:
+            check_encoder_recomputing(self.sites.tower, [m for _, m in self.inside])
+        found = image_of((args, kwargs))
+        if found is None:
             return None
-        pixels: Tensor = args[place] if place is not None else kwargs[str(name)]
+        place, pixels = found
         patch, batch = self.sites.patch, len(pixels)
-        grid = small = (pixels.shape[2] // patch, pixels.shape[3] // patch)
-        for _, m in self.resizing:
-            wanted = m.on_pixels(small)
-            if wanted is not None and (wanted[0] > small[0] or wanted[1] > small[1]):
-                raise ValueError(f"{m.name} asks for a grid of {wanted}, larger than {small}")
-            small = small if wanted is None else wanted
+        grid = (pixels.shape[2] // patch, pixels.shape[3] // patch)
+        small = wanted_grid([m for _, m in self.resizing], grid)
         entered = self.sites.prefix + small[0] * small[1]
-        state = self.state = VisionState(
-            images=batch,
-            grid=grid,
-            entered=entered,
-            prefix=self.sites.prefix,
-            blocks=len(self.sites.blocks),
-            sizes=torch.ones(batch, entered, device=pixels.device),
-            notes=[{} for _ in self.methods],
-        )
+        sizes = torch.ones(batch, entered, device=pixels.device)
+        self.state = state = self._fresh(batch, grid, sizes)
         if small == grid:
             return None
         state.pixels = resample(grid, small, batch, pixels.device)
-        edge = (small[0] * patch, small[1] * patch)
-        with self._measured():
-            resized = F.interpolate(pixels.float(), edge, mode="bicubic", antialias=True)
-        resized = resized.to(pixels.dtype)
-        if place is None:
-            call = args, {**kwargs, str(name): resized}
-        else:
-            call = (*args[:place], resized, *args[place + 1 :]), kwargs
+        with self.record.clock.measure("method"):
+            pixels = resized(pixels, (small[0] * patch, small[1] * patch))
         assert self.sites.resize is not None  # checked at construction
-        return self.sites.resize(call)
+        return self.sites.resize(with_image((args, kwargs), place, pixels))
 
-    def _joined_state(self, pixels: Tensor) -> VisionState:
-        """State of an encoder that keeps all its tokens; `vtc.engine.vision.grids` knows how many
-        there are."""
+    def _fresh(self, images: int, grid: tuple[int, int], sizes: Tensor) -> VisionState:
+        """The state in front of the first block."""
         return VisionState(
-            images=0,
-            grid=(0, 0),
-            entered=0,
+            images=images,
+            grid=grid,
+            entered=sizes.shape[1],
             prefix=self.sites.prefix,
             blocks=len(self.sites.blocks),
-            sizes=torch.ones(1, 0, device=pixels.device),
+            sizes=sizes,
             notes=[{} for _ in self.methods],
         )
 
@@ -390,10 +271,7 @@ class VisionEngine(Recording, Threaded):
         if bias is None:
             return None
         if site.bias is None:
-            raise UnsupportedError(
-                "images keep different numbers of tokens and the attention of "
-                f'{self._tower} takes no mask; load the model with attn_implementation="sdpa"'
-            )
+            raise no_mask(self.sites.tower)
         return site.bias(call, bias)
 
     def _key_bias(self, st: VisionState) -> Tensor | None:
@@ -418,7 +296,7 @@ class VisionEngine(Recording, Threaded):
         st = self.running
         if st is None:
             return None
-        with self._measured():
+        with self.record.clock.measure("method"):
             x, reduction, merged = self._act(st, i, self.middle, args[0])
             if reduction is None:
                 return None
@@ -430,7 +308,7 @@ class VisionEngine(Recording, Threaded):
         st = self.running
         if st is None or st.pending is None:
             return None
-        with self._measured():
+        with self.record.clock.measure("method"):
             reduction = st.pending[0]
             return scatter_tokens(output, reduction.keep, reduction.source_count)
 
@@ -440,7 +318,7 @@ class VisionEngine(Recording, Threaded):
         if st is None:
             return None
         stock = x = output[0] if isinstance(output, tuple) else output
-        with self._measured():
+        with self.record.clock.measure("method"):
             if st.pending is not None:
                 reduction, correction = st.pending
                 st.pending = None
@@ -451,7 +329,9 @@ class VisionEngine(Recording, Threaded):
             if i not in self.captured:
                 st.projections.pop(i, None)  # frees keys and norms of this block
             if self.projector is None and i == self.feature_block:
-                x = self._finish(st, x)
+                x = self.features.finish(st, x)
+                if self.refill and st.tokens is not None:
+                    x = st.tokens.expand(x)
                 self.finite.check()
         if x is stock:
             return None
@@ -486,208 +366,14 @@ class VisionEngine(Recording, Threaded):
             reduction, tokens = split_answer(
                 self.finite.ask(m.on_vision_layer, view, m.name, "vision", i)
             )
-            if reduction is None or _is_identity(reduction):
+            if reduction is None or is_identity(reduction):
                 continue
-            if view.valid is not None and not m.ragged:
-                raise UnsupportedError(
-                    f"{m.name} takes as many patches of every image, and an earlier method of the "
-                    f"chain has left different numbers in front of encoder block {i}; let "
-                    f"{m.name} finish in front of that one, have that one treat all images alike "
-                    "(mustdrop: batch_coupled=True), or run one image at a time"
-                )
-            _follow(st, x.device)
+            if view.valid is not None:
+                check_ragged(m, [m for _, m in self.inside], i)
+            st.follow(x.device)
             x, sizes = apply_method(m, reduction, x, st.sizes, tokens)
             st.advance(reduction, sizes, i)
-            st.merged |= m.merges and getattr(m, "track_size", True)
+            st.merged |= m.merges and m.track_size
             merged |= m.merges or tokens is not None
             done = reduction if done is None else done.then(reduction)
         return x, done, merged
-
-    # ---- behind the encoder --------------------------------------------------------------------
-
-    def _choose(self, st: VisionState, features: Tensor) -> tuple[Tensor, Reduction | None]:
-        """The features stage on patch features (B, N, C): what is left, and what was done."""
-        refuse_graph(self.methods)
-        _follow(st, features.device)
-        if not st.past_blocks:
-            st.notes = st.scratch
-            st.past_blocks = True
-        done = None
-        for j, m in self.behind:
-            index = torch.arange(features.shape[1], device=features.device)
-            so_far = st.reduction
-            if so_far is not None and so_far.valid is not None:
-                features, reduction = self._choose_ragged(st, j, m, features, so_far)
-                if reduction is not None:
-                    done = reduction if done is None else done.then(reduction)
-                continue
-            view = FeaturesView(
-                features=features,
-                size=st.size,
-                index=index.expand(len(features), -1) if so_far is None else so_far.keep,
-                total=st.grid[0] * st.grid[1],
-                grid=st.grid,
-                scratch=st.notes[j],
-                **self.view_arguments(st),
-            )
-            reduction, tokens = split_answer(
-                self.finite.ask(m.on_features, view, m.name, "features")
-            )
-            if reduction is None or _is_identity(reduction):
-                continue
-            features, size = apply_method(m, reduction, features, st.size, tokens)
-            st.advance(
-                behind_prefix(reduction, st.prefix),
-                torch.cat([st.sizes[:, : st.prefix], size], 1),
-                None,
-            )
-            done = reduction if done is None else done.then(reduction)
-        st.projections = {}
-        return features, done
-
-    def _project(self, features: Tensor) -> Tensor:
-        """Features (..., C) in the space of the LLM, past all hooks."""
-        if self.grids is not None:
-            return self.grids.project(features)
-        return features if self.projector is None else self.projector.forward(features)
-
-    def view_arguments(self, st: VisionState) -> dict[str, Any]:
-        """What all views of the features stage have in common."""
-        return {
-            "prefix": st.prefix,
-            "has_cls": self.sites.has_cls,
-            "projector": self._project,
-            "layers": st.projections,
-            "depth": st.blocks,
-        }
-
-    def _choose_ragged(
-        self, st: VisionState, j: int, m: Method, features: Tensor, so_far: Reduction
-    ) -> tuple[Tensor, Reduction | None]:
-        """One method where images have different numbers of tokens: a view for each number."""
-        from ...layouts import Region
-        from .flat import FlatTokens
-
-        valid: Any = so_far.valid
-        batch, n = valid.shape
-        image, slot = valid.nonzero().unbind(1)
-        total = st.grid[0] * st.grid[1]
-        every = torch.arange(total)
-        flat = FlatTokens(
-            features=features[valid],
-            size=st.size[valid],
-            notes=[{name: x[valid] for name, x in st.notes[j].items()}],
-            lift=lambda x, how: x[valid],
-            regions=[Region(i, st.grid, every) for i in range(batch)],
-            region=image,
-            place=so_far.keep[valid],
-            image=image,
-            order=slot,
-            totals=[total] * batch,
-            common=self.view_arguments(st),
-            finite=self.finite,
-        )
-        flat.ask(0, m)
-        reduction, mask = None, valid
-        if flat.reduction is not None:
-            group = flat.reduction.group[0]
-            into = slot[flat.keep[group.clamp(min=0)]].where(group >= 0, -1)
-            target = into.new_full((batch, n), -1)
-            target[valid] = into
-            reduction = Reduction.from_merge(target)
-            scores = flat.outcome([], st.history).scores()
-            if scores is not None:
-                known = scores.new_full((batch, n), torch.nan)
-                known[valid] = scores
-                reduction = reduction.ranked(known)
-            mask = reduction.valid
-            if mask is None:
-                mask = torch.ones_like(reduction.keep, dtype=torch.bool)
-
-        def rows(x: Tensor) -> Tensor:
-            out = x.new_zeros(*mask.shape, *x.shape[1:])
-            out[mask] = x
-            return out
-
-        if reduction is not None:
-            sizes = torch.cat([st.sizes[:, : st.prefix], rows(flat.size)], 1)
-            st.advance(behind_prefix(reduction, st.prefix), sizes, None)
-            features = rows(flat.features)
-        st.notes[j] = {name: rows(x) for name, x in flat.notes[0].items()}
-        return features, reduction
-
-    def _finish(self, st: VisionState, x: Tensor) -> Tensor:
-        """The end of an encoder alone, on (B, T, C) with the prefix."""
-        if self.behind:
-            features, done = self._choose(st, x[:, st.prefix :])
-            if done is not None:
-                x = torch.cat([x[:, : st.prefix], features], 1)
-        if self.refill and st.tokens is not None:
-            x = st.tokens.expand(x)
-        return x
-
-    def _features(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Choose among the patch features before they are projected, unless they are packed."""
-        st = self.state
-        if st is None or st.projected:
-            return None
-        if self.joining is not None:
-            st.unpacked = args[0]
-            return None
-        left = st.sizes.shape[1] - st.prefix
-        if tuple(args[0].shape[:2]) != (st.images, left):
-            raise UnsupportedError(
-                f"the projector got features of shape {tuple(args[0].shape)} where {self._tower} "
-                f"left {left} patch tokens of {st.images} images; features with prefix tokens "
-                '(vision_feature_select_strategy="full") or of several layers are not supported'
-            )
-        if self.packs:
-            st.unpacked = args[0]
-            return None
-        with self._measured():
-            features, done = self._choose(st, args[0])
-        return None if done is None else (features, *args[1:])
-
-    def _spread(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """Projected survivors (B, K, D) at their places in the grid (B, N, D), NaN elsewhere."""
-        st = self.state
-        if st is None or st.projected:
-            return None
-        st.projected = True
-        reduction = st.reduction
-        valid = None if reduction is None else reduction.valid
-        if not (self.packs and self.behind):  # else when they are packed
-            self.finite.look_at_projected(output, valid)
-        if reduction is None:
-            return None
-        with self._measured():
-            n, keep = reduction.source_count, reduction.keep
-            if valid is not None:
-                keep = keep.where(valid, n)  # one row more takes the padding slots
-            return scatter_tokens(output, keep, n + (valid is not None), torch.nan)[:, :n]
-
-
-def _follow(st: VisionState, device: torch.device) -> None:
-    """Move the state to the device of the tokens."""
-    if st.sizes.device != device:  # pragma: no cover (a model over several devices)
-        st.sizes = st.sizes.to(device)
-        st.tokens = None if st.tokens is None else st.tokens.to(device)
-        st.pixels = None if st.pixels is None else st.pixels.to(device)
-        st.notes = [{name: x.to(device) for name, x in note.items()} for note in st.notes]
-
-
-def _is_identity(reduction: Reduction) -> bool:
-    """Nothing leaves: as many slots as tokens, all of them valid."""
-    return reduction.valid is None and reduction.count == reduction.source_count
-
-
-def _is_image(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.dim() == 4
-
-
-def _names(wanted: Any) -> str:
-    """Methods to use instead; not those that need a text, a video or trained routers."""
-    usable = (
-        n for n, c in known_methods().items() if not c.needs & {"text", "frames"} and n != "mod"
-    )
-    return ", ".join(name for name in usable if wanted(known_methods()[name])) or "none"

@@ -12,6 +12,11 @@ from ...method import Method
 from ...reduction import Reduction
 
 
+def is_identity(reduction: Reduction) -> bool:
+    """Nothing leaves: as many slots as tokens, all of them valid."""
+    return reduction.valid is None and reduction.count == reduction.source_count
+
+
 def behind_prefix(reduction: Reduction, prefix: int) -> Reduction:
     """The same reduction of a sequence with ``prefix`` more tokens in front, which all survive.
 
