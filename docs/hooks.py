@@ -14,6 +14,8 @@ import griffe
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from vtc.benchmarks.shared import columns as tables
+from vtc.benchmarks.shared.columns import words
 from vtc.benchmarks.shared.markdown import read_block
 from vtc.benchmarks.shared.method_table import method_rows
 from vtc.method import Method
@@ -51,10 +53,13 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 def index_page() -> str:
     """The table of methods, each name a link to its page."""
-    lines = ["# Methods", "", "| method | acts | needs | what it does |", "|---|---|---|---|"]
-    for row in method_rows():
-        cells = f"[`{row['name']}`]({row['name']}.md)", row["acts"], row["needs"], row["summary"]
-        lines.append(f"| {' | '.join(cells)} |")
+    columns = [
+        words("method", lambda row: f"[`{row['name']}`]({row['name']}.md)"),
+        words("acts", "acts"),
+        words("needs", "needs"),
+        words("what it does", "summary"),
+    ]
+    lines = ["# Methods", "", tables.markdown(tables.fill(columns, method_rows()))]
     lines += ["", "What `needs` means: " + "; ".join(f"`{k}`: {v}" for k, v in NEEDS.items()) + "."]
     return "\n".join(lines)
 

@@ -8,7 +8,6 @@ accuracy of the stock model less that of the compressed one, on the same questio
 
 from __future__ import annotations
 
-import datetime
 import random
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -28,7 +27,7 @@ from ..metrics.scores import metric
 from ..metrics.statistics import bootstrap
 from ..shared.budgets import seeded
 from ..shared.prompts import Batch, make_batches
-from ..shared.provenance import describe_model, machine, versions
+from ..shared.provenance import describe_model, header
 from ..tasks.items import BadItem, Questions
 from .answering import answer_batch
 from .encoder_cache import Encoder, leaves_encoder_alone
@@ -153,16 +152,12 @@ def run(
     held = _HeldOut(Prompts(model, processor, task, rest, settings.batch_size), settings)
     methods = [seeded(name, None, settings.seed) for name in settings.methods]
     result: dict[str, Any] = {
-        "benchmark": "calibration",
+        **header("calibration", model.device, command),
         "task": task.name,
         "metric": task.metric,
         "images": len(set(held.images)),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
         "settings": asdict(settings),
         "model": describe_model(model),
-        "versions": versions(),
-        "machine": machine(model.device),
         "skipped": skipped,
         "problems": [{"where": where, "why": why} for where, why in task.problems],
         "finished": False,

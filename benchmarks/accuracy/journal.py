@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The file of predictions: every answer is appended as it is given, so that a killed run goes on.
 
-JSON Lines. The first line says what was asked of which model (`plan.header`), and whether the run
-is ``open``: a command that stops before its last task is done goes on with all of them, so that
+JSON Lines. The first line says what was asked of which model (`plan.conditions`), and whether the
+run is ``open``: a command that stops before its last task is done goes on with all of them, so that
 its journals are closed together (`seal`). Then a line for each answer,
 
     {"configuration": "fastv(keep_ratio=0.5)", "index": 7, "id": "3-2", "prediction": "red",

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
 
 from ...method import Method
 from ...report.overlay import Kind, contact_sheet, overlay
+from ...report.report import Report
 from ...session import compressing
 from ..shared.budgets import seeded, token_budgets
 from ..shared.names import BASELINE
@@ -41,10 +42,6 @@ def example(items: Sequence[Any]) -> Any:
     if first is None:
         raise BadItem("no image can be read")
     return first
-
-
-if TYPE_CHECKING:
-    from ...report.report import Report
 
 
 @torch.no_grad()

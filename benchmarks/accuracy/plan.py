@@ -82,7 +82,7 @@ def plan(
     return plans
 
 
-def header(
+def conditions(
     model: Any, task: str, samples: Samples, metric: Metric, settings: Settings
 ) -> dict[str, Any]:
     """What answers depend on, for the journal; a run goes on only with the same."""

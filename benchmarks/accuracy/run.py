@@ -21,7 +21,6 @@ Every answer goes to a file at once (`journal`), several processes share the bat
 
 from __future__ import annotations
 
-import datetime
 import functools
 import itertools
 import json
@@ -38,12 +37,12 @@ from ..measure.timing import Progress, measure, timed_prefill
 from ..metrics.scores import Metric
 from ..shared.files import write_whole
 from ..shared.names import BASELINE
-from ..shared.provenance import describe_model, machine, versions
+from ..shared.provenance import describe_model, header
 from .batches import Samples
 from .distributed import World
 from .evaluation import BLANK, Configuration, Exam
 from .journal import Journal, Line
-from .plan import Settings, header, plan
+from .plan import Settings, conditions, plan
 from .rows import Row, fill_costs
 
 
@@ -107,7 +106,7 @@ def run(
         Configuration(Row(BLANK, [], None)),
         *(Configuration(row, method) for row, method in plan(model, inputs, total, settings)),
     ]
-    journal = Journal(header(model, task, samples, metric, settings), say)
+    journal = Journal(conditions(model, task, samples, metric, settings), say)
     exam = Exam(model, samples, configurations, settings.max_new_tokens, journal, world)
     steps = exam.steps + settings.repeats + 1
 
@@ -138,7 +137,7 @@ def run(
             pass
         asked = exam.score(settings.seed)
         result = {
-            "benchmark": "task",
+            **header("task", model.device, command, processes=world.size),
             "task": task,
             "finished": finished,
             "metric": metric.name,
@@ -149,9 +148,7 @@ def run(
             "skipped": [{k: x[k] for k in ("where", "why")} for x in exam.skipped()],
             "problems": [{"where": a, "why": b} for a, b in getattr(items, "problems", ())],
             "unwritten": [],
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - began, 1),
-            "command": command,
             "settings": settings.plain(),
             "timing": {
                 "prompts": 1,
@@ -162,8 +159,6 @@ def run(
                 "prompt_tokens": int(inputs["input_ids"].shape[1]),
             },
             "model": describe_model(model),
-            "versions": versions(),
-            "machine": {**machine(model.device), "processes": world.size},
             "rows": [asdict(c.row) for c in configurations if c.row.method != BLANK],
         }
         if world.main and out is not None:

@@ -9,53 +9,48 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..shared.budgets import VARIANTS
-from ..shared.columns import Cell, interval, number, speedup
+from ..shared.columns import WHOLE, Column, between, fill, number, speedup, words
+from ..shared.columns import markdown as in_markdown
 from ..shared.markdown import fill_block
 from ..shared.names import BASELINE
+from ..shared.provenance import chip, kind_of
 from ..speed.tables import overview as speed_overview
 
 __all__ = [
     "BASELINE",
     "COLUMNS",
     "caption",
-    "cells",
     "failures",
-    "interval",
     "markdown",
     "merged",
     "notes",
     "overview",
     "speed_overview",
-    "speedup",
 ]
 
 
-COLUMNS: tuple[tuple[str, Cell], ...] = (
-    ("method", lambda row: row["method"]),
-    ("stage", lambda row: ", ".join(row["stages"])),
-    ("asked", number("asked_tokens")),
-    ("kept", number("final_tokens", 0)),
-    ("avg", number("average_tokens", 0)),
-    ("LLM FLOPs %", number("flops_share", 0, 100)),
-    ("all FLOPs %", number("flops_all_share", 0, 100)),
-    ("prefill ms", number("prefill_ms", 1)),
-    ("speed-up", speedup),
-    ("method ms", number("method_ms", 1)),
-    ("KV KiB", number("kv_bytes", 0, 1 / 1024)),
-    ("KV %", number("kv_share", 0, 100)),
-    ("accuracy % [95 %]", interval),
-    ("same %", number("agreement", 1, 100)),
-    ("KL nats", number("kl", 4)),
+COLUMNS: tuple[Column, ...] = (
+    words("method", "method"),
+    words("stage", lambda row: ", ".join(row["stages"])),
+    number("asked", "asked_tokens"),
+    number("kept", "final_tokens"),
+    number("avg", "average_tokens"),
+    number("LLM FLOPs %", "flops_share", 0, 100),
+    number("all FLOPs %", "flops_all_share", 0, 100),
+    number("prefill ms", "prefill_ms", 1),
+    speedup("speed-up", "prefill_ratio"),
+    number("method ms", "method_ms", 1),
+    number("KV KiB", "kv_bytes", 0, 1 / 1024),
+    number("KV %", "kv_share", 0, 100),
+    between("accuracy % [95 %]", "accuracy", ends=WHOLE),
+    number("same %", "agreement", 1, 100),
+    number("KL nats", "kl", 4),
 )
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    """One row of the table; `failures` says why a method did not run."""
-    return [cell(row) for _, cell in COLUMNS]
 
 
 def failures(results: list[dict[str, Any]]) -> list[str]:
@@ -84,27 +79,22 @@ def notes(result: dict[str, Any]) -> list[str]:
 
 def caption(result: dict[str, Any]) -> str:
     """What the table is about: questions, model, machine."""
-    base, where = result["rows"][0], result["machine"]
-    blank = base["blank_accuracy"]
+    blank = result["rows"][0]["blank_accuracy"]
     metric = f"; metric {result['metric']}" if "metric" in result else ""
     return (
         f"{result['task']}: {result['questions']} questions about {result['images']} images, "
         f"{result['visual_tokens']} visual tokens{metric}; a blank image scores "
         f"{100 * blank:.1f} %. "
-        f"{where.get('gpu', where['cpu'])}, {result['model']['dtype']}; prefill: one prompt, "
+        f"{chip(result)}, {result['model']['dtype']}; prefill: one prompt, "
         f"pixels to first logits, median of {result['timing']['rounds']} after a warm-up."
     )
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The whole table in Markdown."""
-    lines = [
-        "| " + " | ".join(name for name, _ in COLUMNS) + " |",
-        "|" + "|".join("---" if i < 2 else "---:" for i in range(len(COLUMNS))) + "|",
-    ]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in result["rows"]]
-    lines += [f"\n{text}" for text in [*failures([result]), *notes(result)]]
-    return "\n".join([*lines, "", caption(result)])
+    """The whole table in Markdown, and what it leaves out."""
+    lines = [f"\n{text}" for text in [*failures([result]), *notes(result)]]
+    table = in_markdown(fill(COLUMNS, result["rows"]))
+    return "\n".join([table, *lines, "", caption(result)])
 
 
 def margin(row: dict[str, Any]) -> str:
@@ -139,11 +129,6 @@ def overview(results: list[dict[str, Any]]) -> str:
     A mark stands where random tokens do better. Results of `vtc bench --flops` have one column a
     task, with the tokens at the end beside it.
     """
-    columns: list[tuple[dict[str, Any], int | None]] = []
-    for result in results:
-        asked = {r["asked_tokens"] for r in result["rows"][1:]}
-        tokens = sorted((n for n in asked if n), reverse=True)
-        columns += [(result, n) for n in tokens or [None]]
     names = dict.fromkeys(r["method"] for result in results for r in result["rows"][1:])
     cell_of = {
         (id(result), r["asked_tokens"], r["method"]): r
@@ -151,7 +136,13 @@ def overview(results: list[dict[str, Any]]) -> str:
         for r in result["rows"][1:]
     }
 
+    def titled(name: str) -> str:
+        variant = ", ".join(f"{k}={v}" for k, v in VARIANTS.get(name, {}).items())
+        return f"{name} ({variant})" if variant else name
+
     def cell(result: dict[str, Any], asked: int | None, name: str) -> str:
+        if name == BASELINE:
+            return f"**{margin(result['rows'][0])}**"
         row = cell_of.get((id(result), asked, name))
         if row is None:  # it takes no budget
             row = cell_of.get((id(result), None, name))
@@ -163,17 +154,13 @@ def overview(results: list[dict[str, Any]]) -> str:
         tokens = f" ({row['final_tokens']:.0f})" if asked is None else ""
         return margin(row) + tokens + (" ↓" if low else "")
 
-    head = [
-        result["task"] + (", equal FLOPs" if n is None else f", {n} of {result['visual_tokens']}")
-        for result, n in columns
-    ]
-    lines = ["| method | " + " | ".join(head) + " |", "|---|" + "---:|" * len(head)]
-    base = [f"**{margin(result['rows'][0])}**" for result, _ in columns]
-    lines.append("| uncompressed | " + " | ".join(base) + " |")
-    for name in names:
-        found = [cell(result, n, name) for result, n in columns]
-        variant = ", ".join(f"{k}={v}" for k, v in VARIANTS.get(name, {}).items())
-        lines.append(f"| {name}{f' ({variant})' if variant else ''} | {' | '.join(found)} |")
+    columns = [words("method", titled)]
+    for result in results:
+        asked = {r["asked_tokens"] for r in result["rows"][1:]}
+        for n in sorted((n for n in asked if n), reverse=True) or [None]:
+            size = ", equal FLOPs" if n is None else f", {n} of {result['visual_tokens']}"
+            columns.append(words(result["task"] + size, partial(cell, result, n), "right"))
+    lines = [in_markdown(fill(columns, (BASELINE, *names)))]
     lines += [
         "",
         "Accuracy in % ± half of its 95 % interval (bootstrap over images); ↓: below random.",
@@ -193,7 +180,5 @@ def overview(results: list[dict[str, Any]]) -> str:
 if __name__ == "__main__":
     page, block, *files = sys.argv[1:]
     read = [json.loads(Path(f).read_text()) for f in files]
-    text = (
-        speed_overview(read[0]) if read[0].get("benchmark") == "speed" else overview(merged(read))
-    )
+    text = speed_overview(read[0]) if kind_of(read[0]) == "speed" else overview(merged(read))
     fill_block(Path(page), block, text)

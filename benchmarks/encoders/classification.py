@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..measure.timing import Progress
 from ..metrics.statistics import bootstrap
-from ..shared.columns import interval, number
+from ..shared.columns import WHOLE, between, number
 from ..tasks.galleries import ClassFolder
 from .sweep import Row, Settings, Swept, sweep
 from .tables import COLUMNS as SWEEP_COLUMNS
@@ -88,6 +88,7 @@ def run(
     columns: dict[str, int],
     settings: Settings,
     progress: Progress | None = None,
+    command: str = "",
 ) -> dict[str, Any]:
     """Benchmark all methods and budgets on a folder of classes.
 
@@ -111,16 +112,15 @@ def run(
             score(row, said, labels, settings.seed)
             row.agreement = (said[:, 0] == stock[:, 0]).double().mean().item()
     return {
-        "benchmark": "classification",
+        **result_of("classification", model, task, settings, found, began, command),
         "classes": len(task.classes),
         "outputs": model.classes,
-        **result_of(model, task, settings, found, began),
     }
 
 
 COLUMNS = (
     *SWEEP_COLUMNS,
-    ("top-1 % [95 %]", interval),
-    ("top-5 %", number("top5", 1, 100)),
-    ("same %", number("agreement", 1, 100)),
+    between("top-1 % [95 %]", "accuracy", ends=WHOLE),
+    number("top-5 %", "top5", 1, 100),
+    number("same %", "agreement", 1, 100),
 )

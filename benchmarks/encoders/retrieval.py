@@ -24,7 +24,7 @@ from torch import Tensor
 from ..measure.timing import Progress
 from ..metrics.scores import hits_at_k
 from ..metrics.statistics import bootstrap
-from ..shared.columns import Cell
+from ..shared.columns import WHOLE, between, number
 from ..tasks.items import Item, Questions
 from .sweep import Row, Settings, Swept, sweep
 from .tables import COLUMNS as SWEEP_COLUMNS
@@ -97,6 +97,7 @@ def run(
     task: Questions,
     settings: Settings,
     progress: Progress | None = None,
+    command: str = "",
 ) -> dict[str, Any]:
     """Benchmark all methods and budgets on pairs of images and captions.
 
@@ -127,28 +128,15 @@ def run(
         if images is not None:
             score(row, images.to(model.device), texts, owners, settings.seed)
     return {
-        "benchmark": "retrieval",
+        **result_of("retrieval", model, task, settings, found, began, command),
         "captions": len(owners),
-        **result_of(model, task, settings, found, began),
     }
 
 
-def _cell(direction: str, k: int) -> Cell:
-    """Recall in percent; of k = 1 with its interval."""
-
-    def cell(row: dict[str, Any]) -> str:
-        if not row["recall"]:
-            return ""
-        low, value, high = (
-            100 * row[name][direction][str(k)] for name in ("recall_low", "recall", "recall_high")
-        )
-        return f"{value:.1f} [{low:.0f}, {high:.0f}]" if k == 1 else f"{value:.1f}"
-
-    return cell
-
-
 COLUMNS = SWEEP_COLUMNS + tuple(
-    (f"{short} @{k}" + (" [95 %]" if k == 1 else ""), _cell(direction, k))
+    between(f"{short} @1 [95 %]", ("recall", direction, "1"), ends=WHOLE)
+    if k == 1
+    else number(f"{short} @{k}", ("recall", direction, str(k)), 1, 100)
     for direction, short in DIRECTIONS.items()
     for k in KS
 )

@@ -3,28 +3,33 @@
 
 from __future__ import annotations
 
-import datetime
 import time
 from dataclasses import asdict
 from typing import Any
 
-from ..shared.columns import Cell, number
-from ..shared.provenance import machine, versions
+from ..shared.columns import Column, number, speedup, words
+from ..shared.provenance import chip, header
 from ..tasks.items import Questions
 from .sweep import R, Settings, Swept
 from .towers import ImageModel
 
 
 def result_of(
-    model: ImageModel, task: Questions, settings: Settings, found: Swept[R], began: float
+    benchmark: str,
+    model: ImageModel,
+    task: Questions,
+    settings: Settings,
+    found: Swept[R],
+    began: float,
+    command: str,
 ) -> dict[str, Any]:
     """What the results of all sweeps have in common, ready for JSON."""
     return {
+        **header(benchmark, model.device, command),
         "task": task.name,
         "fingerprint": task.fingerprint,
         "images": len(found.answers),
         "visual_tokens": found.visual_tokens,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - began, 1),
         "finished": found.finished,
         "skipped": found.skipped,
@@ -42,35 +47,28 @@ def result_of(
             "rounds": settings.repeats,
         },
         "model": model.describe(),
-        "versions": versions(),
-        "machine": machine(model.device),
         "rows": [asdict(row) for row in found.rows],
     }
 
 
-def _speedup(row: dict[str, Any]) -> str:
-    ratio = row["encode_ratio"]
-    return f"{1 / ratio:.2f}x" if ratio else ""
-
-
-COLUMNS: tuple[tuple[str, Cell], ...] = (
-    ("method", lambda row: row["method"]),
-    ("stage", lambda row: ", ".join(row["stages"])),
-    ("asked", number("asked_tokens")),
-    ("kept", number("final_tokens")),
-    ("FLOPs %", number("flops_share", 0, 100)),
-    ("encode ms", number("encode_ms", 1)),
-    ("speed-up", _speedup),
+COLUMNS: tuple[Column, ...] = (
+    words("method", "method"),
+    words("stage", lambda row: ", ".join(row["stages"])),
+    number("asked", "asked_tokens"),
+    number("kept", "final_tokens"),
+    number("FLOPs %", "flops_share", 0, 100),
+    number("encode ms", "encode_ms", 1),
+    speedup("speed-up", "encode_ratio"),
 )
 
 
 def caption(result: dict[str, Any]) -> str:
     """What a table is about: images, model, machine, and what went wrong."""
-    where, timing = result["machine"], result["timing"]
+    timing = result["timing"]
     parts = [
         f"{result['task']}: {result['images']} images, {result['visual_tokens']} patches each; "
         f"{result['model']['name']} reads {result['model']['reads']}. "
-        f"{where.get('gpu', where['cpu'])}, {result['model']['dtype']}"
+        f"{chip(result)}, {result['model']['dtype']}"
     ]
     if timing["rounds"]:
         parts[0] += (

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ...adapters.locate import locate_vision
 from ...errors import UnsupportedError
+from ..tiny.models import load_retrieval, pool
 
 EMBEDDED = "embedded"
 Images = Sequence[Image.Image]
@@ -162,8 +163,6 @@ def _reads(vision: nn.Module) -> str:
 
 
 def _embedded(device: str | torch.device, dtype: torch.dtype) -> TwoTower:
-    from ..tiny.models import load_retrieval, pool
-
     parts = load_retrieval(device, dtype)
 
     def forward(pixels: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..accuracy.tables import margin
+from ..shared.columns import fill, markdown, words
 from ..shared.markdown import fill_block
 from ..shared.method_table import method_rows
 from ..shared.names import BASELINE
@@ -75,23 +76,19 @@ def table(root: Path = Path()) -> str:
     """A table of ten rows in Markdown: accuracy, FLOPs, time and memory at `SHARE`."""
     scenes, text, speed = (read(n, root) for n in ("scenes", "small-text", "speed-all-h100"))
     where = {row["name"]: row["acts"] for row in method_rows()}
-    columns = at_share(scenes), at_share(text), timed(speed)
-    heads = ["method", "acts", "scenes", "small-text", "LLM FLOPs", "first token", "KV cache"]
-    lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * 5]
-    for name in (BASELINE, *SHOWN):
-        one, two, three = (column[name] for column in columns)
-        speedup, kv = three.get("ttft_speedup") or 1.0, three.get("kv_share") or 1.0
-        cells = [
-            f"`{name}`" if name in where else name,
-            where.get(name, ""),
-            margin(one),
-            margin(two),
-            f"{100 * one['flops_share']:.0f} %",
-            f"{speedup:.2f}x",
-            f"{100 * kv:.0f} %",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    one, two, three = at_share(scenes), at_share(text), timed(speed)
+    gain = {name: row.get("ttft_speedup") or 1 for name, row in three.items()}
+    held = {name: row.get("kv_share") or 1 for name, row in three.items()}
+    columns = [
+        words("method", lambda name: f"`{name}`" if name in where else name),
+        words("acts", lambda name: where.get(name, "")),
+        words("scenes", lambda name: margin(one[name]), "right"),
+        words("small-text", lambda name: margin(two[name]), "right"),
+        words("LLM FLOPs", lambda name: f"{100 * one[name]['flops_share']:.0f} %", "right"),
+        words("first token", lambda name: f"{gain[name]:.2f}x", "right"),
+        words("KV cache", lambda name: f"{100 * held[name]:.0f} %", "right"),
+    ]
+    return markdown(fill(columns, (BASELINE, *SHOWN)))
 
 
 if __name__ == "__main__":

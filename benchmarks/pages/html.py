@@ -7,13 +7,29 @@ Every string that comes from a file is escaped: by Jinja2 in the page, by `escap
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from ..shared.columns import Table, fill, words
+from ..shared.columns import markdown as in_markdown
 from .parts import Section
 from .read import read, sections
 
-TEMPLATE = """<!DOCTYPE html>
+TEMPLATE = """{% macro rendered(table, linked=false) %}
+<div class="scroll"><table><thead><tr>{% for column in table.columns %}
+<th scope="col"{% if column.align == "left" %} class="words"{% endif %}>
+<button type="button">{{ column.title }}</button></th>{% endfor %}</tr></thead><tbody>
+{% for row in table.rows %}{% set line = loop.index0 %}
+<tr{% if line in table.strong %} class="strong"{% endif %}>
+{% for cell in row %}{% if linked and loop.first %}
+<td><a href="#s{{ line }}">{{ cell.text }}</a></td>
+{%- else %}<td{% if cell.value is not none %} data-v="{{ cell.value }}"{% endif %}
+{%- if table.columns[loop.index0].align == "left" %}
+ class="{{ "words long" if cell.text | length > 60 else "words" }}"
+{%- endif %}>{{ cell.text }}</td>{% endif %}{% endfor %}</tr>
+{% endfor %}</tbody></table></div>
+{% endmacro -%}
+<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -69,13 +85,8 @@ code { font-size: .85em; }
 <h1>vtc report</h1>
 <p class="soft">{{ sections | length }} result files. Accuracy of a method is that of the compressed
 model; intervals are of 95 %. Click a heading to sort.</p>
-<div class="scroll"><table><thead><tr>{% for name in overview[0] %}
-<th scope="col" class="words"><button type="button">{{ name }}</button></th>
-{%- endfor %}</tr></thead><tbody>
-{% for row in overview[1:] %}<tr><td><a href="#s{{ loop.index0 }}">{{ row[0] }}</a></td>
-{% for cell in row[1:] %}<td class="words">{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>
-{% if refused %}<h3>Not read</h3><ul>{% for where, why in refused %}
+{{ rendered(overview, linked=true) }}
+{%- if refused %}<h3>Not read</h3><ul>{% for where, why in refused %}
 <li><code>{{ where }}</code>: {{ why }}</li>{% endfor %}</ul>{% endif %}
 {% for section in sections %}
 <section id="s{{ loop.index0 }}">
@@ -93,16 +104,7 @@ model; intervals are of 95 %. Click a heading to sort.</p>
 {% endif %}
 {% for table in section.tables %}
 <h3>{{ table.title }}</h3>
-{% set words = table.words %}
-<div class="scroll"><table><thead><tr>{% for name in table.head %}
-<th scope="col"{% if loop.index0 in words %} class="words"{% endif %}>
-<button type="button">{{ name }}</button></th>{% endfor %}</tr></thead><tbody>
-{% for row in table.rows %}<tr{% if loop.index0 in table.strong %} class="strong"{% endif %}>
-{% for cell in row %}<td{% if cell.value is not none %} data-v="{{ cell.value }}"{% endif %}
-{%- if loop.index0 in words %} class="{{ "words long" if cell.text | length > 60 else "words" }}"
-{%- endif %}>{{ cell.text }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>
-{% endfor %}
+{{ rendered(table) }}{% endfor %}
 </section>
 {% endfor %}
 <script>
@@ -128,11 +130,11 @@ document.querySelectorAll("th button").forEach(button => button.addEventListener
 """
 
 
-def overview(found: Sequence[Section]) -> list[list[str]]:
+def overview(found: Sequence[Section]) -> Table:
     """The table at the top: a line for each section."""
-    head = dict.fromkeys(name for section in found for name in section.brief)
-    lines = [[section.title, *(section.brief[name] for name in head)] for section in found]
-    return [["result", *head], *lines]
+    rows = [{"result": section.title, **section.brief} for section in found]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return fill([words(name, name) for name in names], rows)
 
 
 def html(found: Sequence[Section], refused: Sequence[tuple[str, str]] = ()) -> str:
@@ -152,24 +154,15 @@ def escaped(text: str) -> str:
 
 def markdown(found: Sequence[Section], refused: Sequence[tuple[str, str]] = ()) -> str:
     """The same without figures."""
-    top = overview(found)
-    lines = ["# vtc report", "", *_table(top, range(len(top[0]))), ""]
+    lines = ["# vtc report", "", in_markdown(overview(found), escaped), ""]
     lines += [f"* not read: {escaped(where)}: {escaped(why)}" for where, why in refused]
     for section in found:
         lines += ["", f"## {escaped(section.title)}", ""]
         lines += [f"* {escaped(name)}: {escaped(text)}" for name, text in section.facts]
         lines += [f"* {escaped(note)}" for note in section.notes]
         for table in section.tables:
-            cells = [[cell.text for cell in row] for row in table.rows]
-            lines += ["", f"### {escaped(table.title)}", ""]
-            lines += _table([table.head, *cells], table.words)
+            lines += ["", f"### {escaped(table.title)}", "", in_markdown(table, escaped)]
     return "\n".join(lines) + "\n"
-
-
-def _table(cells: Sequence[Sequence[str]], words: Collection[int]) -> list[str]:
-    head, *rows = ("| " + " | ".join(map(escaped, row)) + " |" for row in cells)
-    rule = "|".join("---" if i in words else "---:" for i in range(len(cells[0])))
-    return [head, f"|{rule}|", *rows]
 
 
 def write(paths: Sequence[Path], folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:

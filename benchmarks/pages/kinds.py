@@ -6,8 +6,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from ..shared.columns import Column, Table, between, fill, number, speedup, used, words
+from ..shared.names import BASELINE
+from ..speed.tables import pays
 from . import plots
-from .parts import Cell, Column, Figure, Result, Row, Section, between, number, speedup, table, text
+from .parts import Figure, Result, Row, Section, rounded
+
+
+def text(title: str, key: str) -> Column:
+    """A column of a field that is text."""
+    return words(title, lambda row: "" if row.get(key) is None else rounded(str(row[key])))
+
+
+def table(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> Table:
+    """A table of the columns that have something to say."""
+    shown = [row.get("method") == BASELINE or row.get("is_chosen") for row in rows]
+    return fill(used(columns, rows), rows, title, {i for i, strong in enumerate(shown) if strong})
 
 
 def _errors(section: Section, rows: Sequence[Row]) -> list[Row]:
@@ -70,8 +84,8 @@ def _task(section: Section, result: Result) -> None:
     kinds = list(dict.fromkeys(k for r in rows for k in r.get("accuracy_by_kind") or {}))
     extra = list(dict.fromkeys(k for r in rows for k in r.get("summary") or {}))
     section.tables.append(table("Methods and budgets; intervals are of 95 %", TASK, rows))
-    inner: list[Column] = [
-        (name, lambda row, key=key, name=name: _share(row.get(key, {}).get(name)))  # type: ignore[misc]
+    inner = [
+        number(name, (key, name), 1, 100)
         for key, names in (("accuracy_by_kind", kinds), ("summary", extra))
         for name in names
     ]
@@ -89,10 +103,6 @@ def _task(section: Section, result: Result) -> None:
     )
 
 
-def _share(value: float | None) -> Cell:
-    return Cell("") if value is None else Cell(f"{100 * value:.1f}", 100 * value)
-
-
 ENCODER: tuple[Column, ...] = (
     text("method", "method"),
     number("asked", "asked_tokens"),
@@ -104,20 +114,14 @@ ENCODER: tuple[Column, ...] = (
 DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 
 
-def _recall(direction: str, k: str) -> Column:
-    def cell(row: Row) -> Cell:
-        flat = {
-            f"r{end}": (row.get(f"recall{end}") or {}).get(direction, {}).get(k)
-            for end in ("", "_low", "_high")
-        }
-        return between("", "r")[1](flat)
-
-    return f"{DIRECTIONS[direction]} R@{k} %", cell
-
-
 def _retrieval(section: Section, result: Result) -> None:
     rows = _errors(section, result["rows"])
-    columns = [*ENCODER, *(_recall(d, k) for d in DIRECTIONS for k in ("1", "5", "10"))]
+    recall = [
+        between(f"{words} R@{k} %", ("recall", direction, k))
+        for direction, words in DIRECTIONS.items()
+        for k in ("1", "5", "10")
+    ]
+    columns = [*ENCODER, *recall]
     section.tables.append(table("Methods and budgets; intervals are of 95 %", columns, rows))
 
     def quality(row: Row) -> float | None:
@@ -170,7 +174,7 @@ SPEED: tuple[Column, ...] = (
     number("KV MB held", "kv_bytes_measured", 2, 1e-6),
     number("KV %", "kv_share", 0, 100),
     number("peak MB", "peak_bytes", 0, 1e-6),
-    ("pays", lambda row: Cell({True: "yes", False: "no"}.get(row.get("pays"), ""))),  # type: ignore
+    pays("pays"),
 )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..shared.provenance import chip, facts, kind_of, part_of
 from .kinds import BUILD
 from .parts import Figure, Result, Section, rounded
 
@@ -58,11 +59,6 @@ def _checked(result: Any) -> Result:
     return result
 
 
-def kind_of(result: Result) -> str:
-    """Which benchmark wrote a result; "task" of files from before they said so."""
-    return str(result.get("benchmark", "task" if "task" in result else ""))
-
-
 def sections(results: Sequence[tuple[Path, Result]]) -> list[Section]:
     """A section for each result, in order of the benchmarks and of the files."""
     order = list(BUILD)
@@ -75,7 +71,7 @@ def _section(path: Path, result: Result) -> Section:
     usual = path.stem in (task, f"{kind}-{task}")
     name = task if usual else f"{task} ({path.stem})" if task else path.stem
     section = Section(name if kind == "task" else f"{kind}: {name}", str(path))
-    section.facts, section.notes = _facts(result), _missing(result)
+    section.facts, section.notes = facts(result), _missing(result)
     try:
         BUILD[kind](section, result)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
@@ -87,44 +83,15 @@ def _section(path: Path, result: Result) -> Section:
 
 
 def _brief(section: Section, result: Result) -> dict[str, str]:
-    known = {key: result.get(key) for key in ("model", "machine")}
-    model, machine = (x if isinstance(x, dict) else {} for x in known.values())
     left_out = sum(len(result.get(key) or ()) for key in ("skipped", "problems"))
     state = "finished" if result.get("finished", True) else "not finished"
     return {
         "date": str(result.get("date", ""))[:10],
-        "model": str(model.get("name", "")),
-        "machine": str(machine.get("gpu", machine.get("cpu", ""))),
+        "model": str(part_of(result, "model").get("name", "")),
+        "machine": chip(result),
         "rows": str(len(section.tables[0].rows)) if section.tables else "0",
         "state": f"{state}, {left_out} left out" if left_out else state,
     }
-
-
-def _facts(result: Result) -> list[tuple[str, str]]:
-    """Where a result comes from: command, date, model, machine, versions, settings."""
-    out = [("command", str(result.get("command") or "not recorded"))]
-    out += [(k, str(result[k])) for k in ("date", "metric") if result.get(k)]
-    counts = [
-        f"{result[k]} {k.replace('_', ' ')}"
-        for k in ("questions", "images", "captions", "classes", "visual_tokens")
-        if result.get(k)
-    ]
-    if counts:
-        out.append(("asked", ", ".join(counts)))
-    if result.get("seconds"):
-        out.append(("took", f"{result['seconds']} s"))
-    for name in ("model", "machine", "versions", "settings", "timing"):
-        known = result.get(name)
-        if isinstance(known, dict):
-            shown = {k: v for k, v in known.items() if v not in (None, [], {}, "")}
-            out.append((name, ", ".join(f"{k} {_plain(v)}" for k, v in shown.items())))
-    return out
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(map(_plain, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _missing(result: Result) -> list[str]:

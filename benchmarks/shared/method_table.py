@@ -8,6 +8,7 @@ import sys
 
 from ...method import PLACES, Method
 from ...registry import known_methods
+from .columns import fill, markdown, words
 
 
 def paper_of(cls: type[Method]) -> str:
@@ -42,6 +43,9 @@ def method_rows() -> list[dict[str, str]]:
 
 def method_table() -> str:
     """The method table in Markdown; a method without a paper is a control."""
-    lines = ["| method | acts | paper |", "|---|---|---|"]
-    lines += [f"| `{r['name']}` | {r['acts']} | {r['paper'] or 'control'} |" for r in method_rows()]
-    return "\n".join(lines)
+    columns = [
+        words("method", lambda row: f"`{row['name']}`"),
+        words("acts", "acts"),
+        words("paper", lambda row: row["paper"] or "control"),
+    ]
+    return markdown(fill(columns, method_rows()))

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a result comes from: versions, machine and model."""
+"""The header of a result file, which says where it comes from: as it is written and read."""
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 import subprocess
@@ -10,14 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+
+from ... import __version__
+
+
+def header(benchmark: str, device: Any, command: str = "", **more: Any) -> dict[str, Any]:
+    """What every result begins with: benchmark, date, command, versions and machine.
+
+    Args:
+        more: of the machine.
+    """
+    return {
+        "benchmark": benchmark,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "versions": versions(),
+        "machine": {**machine(torch.device(device)), **more},
+    }
 
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
-    import transformers
-
-    from ... import __version__
-
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -68,3 +83,49 @@ def describe_model(model: Any) -> dict[str, Any]:
         "parameters_m": round(sum(p.numel() for p in model.parameters()) / 1e6, 1),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
+
+
+# ---- files of any age ----------------------------------------------------------------------------
+
+
+def kind_of(result: dict[str, Any]) -> str:
+    """Which benchmark wrote a result; "task" of files from before they said so."""
+    return str(result.get("benchmark", "task" if "task" in result else ""))
+
+
+def part_of(result: dict[str, Any], name: str) -> dict[str, Any]:
+    """The model or the machine of a result, empty where it does not say."""
+    found = result.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def chip(result: dict[str, Any]) -> str:
+    """What a result was measured on: the GPU, else the CPU."""
+    where = part_of(result, "machine")
+    return str(where.get("gpu", where.get("cpu", "")))
+
+
+def facts(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where a result comes from: command, date, model, machine, versions, settings."""
+    out = [("command", str(result.get("command") or "not recorded"))]
+    out += [(k, str(result[k])) for k in ("date", "metric") if result.get(k)]
+    counts = [
+        f"{result[k]} {k.replace('_', ' ')}"
+        for k in ("questions", "images", "captions", "classes", "visual_tokens")
+        if result.get(k)
+    ]
+    if counts:
+        out.append(("asked", ", ".join(counts)))
+    if result.get("seconds"):
+        out.append(("took", f"{result['seconds']} s"))
+    for name in ("model", "machine", "versions", "settings", "timing"):
+        if isinstance(result.get(name), dict):
+            shown = {k: v for k, v in result[name].items() if v not in (None, [], {}, "")}
+            out.append((name, ", ".join(f"{k} {_plain(v)}" for k, v in shown.items())))
+    return out
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_plain, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

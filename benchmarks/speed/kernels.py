@@ -14,13 +14,12 @@ CPU, and PiToMe's whole merge step against N x N torch.
 
 from __future__ import annotations
 
-import csv
 import ctypes
 import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,9 @@ from ...kernels import attention_reduce, compact_tokens, merge_tokens, similarit
 from ...kernels.dispatch import has_triton
 from ...methods.pitome import match_energy
 from ...reduction import Reduction
+from ..shared.columns import comma_separated, fill, plain
+from ..shared.files import write_whole
+from ..shared.provenance import machine
 
 PEAKS = {"A100": (312e12, 1.94e12), "H100": (989e12, 3.35e12)}
 """Dense bf16 FLOP/s and bytes/s of the data sheets (A100 80 GB PCIe/SXM, H100 SXM)."""
@@ -308,8 +310,6 @@ def _resident(field: str) -> int:
 def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    from ..shared.provenance import machine
-
     return str(machine(torch.device(device)).get("cpu") or "cpu")
 
 
@@ -473,13 +473,8 @@ def merge_step(
     return out
 
 
-def _write(rows: list[dict[str, Any]], path: Path, columns: Sequence[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+def _write(rows: list[dict[str, Any]], path: Path, columns: Iterable[str]) -> None:
+    write_whole(path, comma_separated(fill([plain(name) for name in columns], rows)))
 
 
 def bench_kernels(
@@ -505,7 +500,7 @@ def bench_kernels(
         rows = measure(device, torch.bfloat16 if device == "cuda" else torch.float32, say)
         _write(rows, written[0], COLUMNS)
         steps = merge_step(device, rounds=5, say=say)
-        _write(steps, written[1], list(steps[0]))
+        _write(steps, written[1], steps[0])
     wrong = [f"{row['kernel']} {row['shape']}" for row in rows if row["error"] > WRONG]
     if wrong:
         raise RuntimeError(f"wrong results on this device: {'; '.join(wrong)}")

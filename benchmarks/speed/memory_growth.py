@@ -17,6 +17,7 @@ import argparse
 import csv
 import resource
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from math import isqrt, log
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from ...registry import known_methods
 from ...session import compressing
 from ..measure.allocations import Allocations, watched
 from ..shared.budgets import seeded
+from ..shared.columns import comma_separated, fill, markdown, measured, plain, words
+from ..shared.files import write_whole
 from ..support import mini_families
 from ..support.mini_models import mini_llava
 
@@ -151,26 +154,24 @@ def table(rows: Sequence[Row]) -> str:
     methods = by_method(rows)
     videos = {row["tokens"] for row in rows if row["method"] == STOCK_VIDEO}
     columns = sorted({row["tokens"] for row in rows if row["method"] == STOCK} or videos)
-    lines = [
-        "| method | " + " | ".join(f"N = {n:,}" for n in columns) + " | exponent |",
-        "|---|" + "--:|" * (len(columns) + 1),
+
+    def peak(n: int, name: str) -> str:
+        near = min(methods[name], key=lambda m: abs(m - n))  # videos come in whole frames
+        if abs(near - n) > FRAME:
+            return ""  # not measured
+        value = methods[name][near]
+        return "more" if value is None else f"{value / 2**20:,.1f}"
+
+    def power(name: str) -> float | None:
+        peaks = sorted(methods[name].items())
+        return exponent([(n, value) for n, value in peaks if value is not None])
+
+    made = [
+        words("method", str),
+        *(words(f"N = {n:,}", partial(peak, n), "right") for n in columns),
+        measured("exponent", power, "{:.2f}".format),
     ]
-    for name, peaks in methods.items():
-        if not peaks:
-            continue
-        cells = []
-        for n in columns:
-            near = min(peaks, key=lambda m: abs(m - n))  # videos come in whole frames
-            value = peaks[near]
-            if abs(near - n) > FRAME:
-                cells.append("")  # not measured
-            else:
-                cells.append("more" if value is None else f"{value / 2**20:,.1f}")
-        known = [(n, value) for n, value in sorted(peaks.items()) if value is not None]
-        power = exponent(known)
-        cells.append("" if power is None else f"{power:.2f}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return markdown(fill(made, [name for name, peaks in methods.items() if peaks]))
 
 
 def read(path: Path) -> list[Row]:
@@ -202,17 +203,14 @@ def main() -> None:
         return
     resource.setrlimit(resource.RLIMIT_DATA, (int(args.limit * 2**30), resource.RLIM_INFINITY))
     names = args.methods.split(",") if args.methods else list(known_methods())
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        writer.writeheader()
+    columns, rows = [plain(name) for name in COLUMNS], list[Row]()
 
-        def keep(row: Row) -> None:
-            writer.writerow(row)
-            file.flush()
-            print(row, flush=True)
+    def keep(row: Row) -> None:
+        rows.append(row)
+        write_whole(args.out, comma_separated(fill(columns, rows)))
+        print(row, flush=True)
 
-        rows = measure(names, [int(n) for n in args.tokens.split(",")], keep)
+    measure(names, [int(n) for n in args.tokens.split(",")], keep)
     print(table(rows))
 
 

@@ -49,7 +49,6 @@ following, which are None where they do not apply or were not measured:
 
 from __future__ import annotations
 
-import datetime
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -58,7 +57,7 @@ import torch
 
 from ...method import Method
 from ..measure.timing import Progress
-from ..shared.provenance import machine, versions
+from ..shared.provenance import header
 from .compiled import compare_compiled
 from .rounds import PAYS, STOCK, Run, describe, free, look, play, reason, row_of, shortest, take
 from .settings import Settings
@@ -153,12 +152,8 @@ def run(
     steps, done = sum(len(prompts) for _, prompts, _ in plan) * per_part, 0
     parts: list[dict[str, Any]] = []
     result = {
-        "benchmark": "speed",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
+        **header("speed", settings.device, command),
         "settings": settings.described(),
-        "versions": versions(),
-        "machine": machine(torch.device(settings.device)),
         "finished": False,
         "rule": RULE,
         "parts": parts,

@@ -3,32 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
+
+from ..shared.columns import Align, Column, Table, fill, markdown, measured, number, used, words
 
 TEXT_ALONE = "(text alone)"
 Row = dict[str, Any]
 Part = dict[str, Any]
 
 
-def _number(key: str, form: str, factor: float = 1.0, unit: str = "") -> Callable[[Row], str]:
-    """A cell that shows a field, empty where nothing was measured."""
-
-    def cell(row: Row) -> str:
-        value = row.get(key)
-        return "" if value is None else format(factor * value, form) + unit
-
-    return cell
-
-
-def _ms(key: str) -> Callable[[Row], str]:
-    """A time, with one digit behind the point where it is short."""
-
-    def cell(row: Row) -> str:
-        value = row.get(key)
-        return "" if value is None else f"{value:.{int(value < 99.95)}f}"
-
-    return cell
+def _ms(title: str, key: str) -> Column:
+    """A column of a time, with one digit behind the point where it is short."""
+    return measured(title, lambda row: row.get(key), lambda ms: f"{ms:.{int(ms < 99.95)}f}")
 
 
 def _within(row: Row) -> str:
@@ -43,28 +30,29 @@ def _kv(row: Row) -> str:
     return "" if held is None else f"{held / 1e6:.1f}{differs}"
 
 
-def _pays(row: Row) -> str:
-    return {None: "", True: "yes", False: "no"}[row.get("pays")]
+def pays(title: str, align: Align = "left") -> Column:
+    """A column of whether a method pays."""
+    return words(title, lambda row: {True: "yes", False: "no"}.get(row.get("pays"), ""), align)
 
 
-COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
-    ("\nmethod", lambda row: short(row["method"])),
-    ("FLOPs\n%", _number("flops_share", ".0f", 100)),
-    ("first\nms", _ms("ttft_ms")),
-    ("\n±%", _within),
-    ("\ngain", _number("ttft_speedup", ".2f", 1, "x")),
-    ("vision\nms", _ms("vision_ms")),
-    ("select\nms", _ms("method_ms")),
-    ("LLM\nms", _ms("llm_prefill_ms")),
-    ("token\nms", _ms("decode_ms")),
-    ("\ngain", _number("decode_speedup", ".2f", 1, "x")),
-    ("tokens\n/s", _number("tokens_per_second", ".0f")),
-    ("answer\ngain", _number("answer_speedup", ".2f", 1, "x")),
-    ("KV\nMB", _kv),
-    ("peak\nMB", _number("peak_bytes", ".0f", 1e-6)),
-    ("\npays", _pays),
+COLUMNS: tuple[Column, ...] = (
+    words("\nmethod", lambda row: short(row["method"])),
+    number("FLOPs\n%", "flops_share", 0, 100),
+    _ms("first\nms", "ttft_ms"),
+    words("\n±%", _within, "right"),
+    number("\ngain", "ttft_speedup", 2, 1, "x"),
+    _ms("vision\nms", "vision_ms"),
+    _ms("select\nms", "method_ms"),
+    _ms("LLM\nms", "llm_prefill_ms"),
+    _ms("token\nms", "decode_ms"),
+    number("\ngain", "decode_speedup", 2, 1, "x"),
+    number("tokens\n/s", "tokens_per_second"),
+    number("answer\ngain", "answer_speedup", 2, 1, "x"),
+    words("KV\nMB", _kv, "right"),
+    number("peak\nMB", "peak_bytes", 0, 1e-6),
+    pays("\npays", "right"),
 )
-"""Heading of two lines, and cell. "first" is the first token, "token" each one that is decoded."""
+"""Titles of two lines. "first" is the first token, "token" each one that is decoded."""
 
 
 def short(method: str) -> str:
@@ -72,11 +60,10 @@ def short(method: str) -> str:
     return TEXT_ALONE if method.startswith("(") else method.split("(")[0]
 
 
-def table(part: Part) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows of a part, without rows and columns that are empty."""
+def table(part: Part) -> Table:
+    """A part, without rows and columns that are empty."""
     rows = [row for row in part["rows"] if row["rounds"]]
-    columns = [(name, cell) for name, cell in COLUMNS if any(map(cell, rows))]
-    return [name for name, _ in columns], [[cell(row) for _, cell in columns] for row in rows]
+    return fill(used(COLUMNS, rows), rows, part["title"])
 
 
 def notes(part: Part) -> list[str]:
@@ -154,8 +141,8 @@ def verdicts(result: dict[str, Any]) -> list[str]:
     return out
 
 
-def grid(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows of "where does it pay": methods down, parts across.
+def grid(result: dict[str, Any], mark: str = "") -> Table:
+    """The table "where does it pay": methods down, each between marks, parts across.
 
     A cell has the speed-ups of the first token and of the whole answer; a cross where the method
     does not pay, a dash where it was not measured.
@@ -163,18 +150,19 @@ def grid(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     parts = [part for part in result["parts"] if not part["compiled"]]
     known = [row for part in parts for row in part["rows"] if row["pays"] is not None]
     names = dict.fromkeys(short(row["method"]) for row in known)
-    cell_of = {
-        (i, short(row["method"])): row for i, part in enumerate(parts) for row in part["rows"]
-    }
 
-    def cell(i: int, name: str) -> str:
-        row = cell_of.get((i, name))
+    def cell(row_of: dict[str, Row], name: str) -> str:
+        row = row_of.get(name)
         if row is None or row["pays"] is None:
             return "-"
         return gains(row) if row["pays"] else f"{gains(row)} ✗"
 
-    head = ["method", *map(heading, parts)]
-    return head, [[name, *(cell(i, name) for i in range(len(parts)))] for name in names]
+    columns = [words("method", lambda name: f"{mark}{name}{mark}")]
+    for part in parts:
+        row_of = {short(row["method"]): row for row in part["rows"]}
+        columns.append(words(heading(part), partial(cell, row_of), "right"))
+    title = "Times as fast as the stock model: first token / whole answer"
+    return fill(columns, names, title)
 
 
 def gains(row: Row) -> str:
@@ -193,17 +181,22 @@ def heading(part: Part) -> str:
 # ---- for docs/speed.md ---------------------------------------------------------------------------
 
 OVERVIEW = (
-    ("tokens at the end", _number("final_tokens", ".0f")),
-    ("FLOPs %", _number("flops_share", ".0f", 100)),
-    ("LLM FLOPs %", _number("llm_flops_share", ".0f", 100)),  # up to version 0.1
-    ("choosing, ms", _number("method_ms", ".0f")),
-    ("first token", _number("ttft_speedup", ".2f", 1, "x")),
-    ("decode, ms a token", _number("decode_ms", ".1f")),
-    ("decode", _number("decode_speedup", ".2f", 1, "x")),
-    ("whole answer", _number("answer_speedup", ".2f", 1, "x")),
-    ("KV %", _number("kv_share", ".0f", 100)),
-    ("peak MB", _number("peak_bytes", ".0f", 1e-6)),
+    number("tokens at the end", "final_tokens"),
+    number("FLOPs %", "flops_share", 0, 100),
+    number("LLM FLOPs %", "llm_flops_share", 0, 100),  # up to version 0.1
+    number("choosing, ms", "method_ms"),
+    number("first token", "ttft_speedup", 2, 1, "x"),
+    number("decode, ms a token", "decode_ms", 1),
+    number("decode", "decode_speedup", 2, 1, "x"),
+    number("whole answer", "answer_speedup", 2, 1, "x"),
+    number("KV %", "kv_share", 0, 100),
+    number("peak MB", "peak_bytes", 0, 1e-6),
 )
+
+
+def _marked(row: Row) -> str:
+    name = str(row["method"])
+    return name if name.startswith("(") else f"`{short(name)}`"
 
 
 def overview(result: dict[str, Any]) -> str:
@@ -213,14 +206,9 @@ def overview(result: dict[str, Any]) -> str:
         return _sweep_overview(result)
     part = current([part for part in result["parts"] if "compiled" not in part["title"]][-1])
     stock, *rows = part["rows"]
-    columns = [(name, cell) for name, cell in OVERVIEW if any(cell(row) for row in (stock, *rows))]
     rows.sort(key=lambda row: -(row["ttft_speedup"] or 0))
-    table = [["method", *(name for name, _ in columns)]]
-    for row in rows:
-        if row["error"] is None:
-            name = row["method"]
-            shown = name if name.startswith("(") else f"`{short(name)}`"
-            table.append([shown, *(cell(row) for _, cell in columns)])
+    columns = [words("method", _marked), *used(OVERVIEW, [stock, *rows])]
+    table = fill(columns, [row for row in rows if row["error"] is None])
     said = [part["title"]]
     if part.get("image_tokens"):
         said.append(f"{part['image_tokens']} image tokens")
@@ -228,7 +216,7 @@ def overview(result: dict[str, Any]) -> str:
         said.append(f"stock model: first token {stock['ttft_ms']:.0f} ms")
     if stock.get("decode_ms") is not None:
         said.append(f"then {part['decode_tokens']} of {stock['decode_ms']:.1f} ms each")
-    lines = [_markdown(table), "", f"{', '.join(said)}."]
+    lines = [markdown(table), "", f"{', '.join(said)}."]
     lines += [
         f"* {short(row['method'])}: {row['error']}" for row in rows if row["error"] is not None
     ]
@@ -236,15 +224,8 @@ def overview(result: dict[str, Any]) -> str:
 
 
 def _sweep_overview(result: dict[str, Any]) -> str:
-    head, rows = grid(result)
-    table = [head, *([f"`{name}`", *cells] for name, *cells in rows)]
     said = f"First token / whole answer, times as fast. Without a cross, {result['rule']}."
-    return "\n".join([_markdown(table), "", said])
-
-
-def _markdown(table: list[list[str]]) -> str:
-    head, *rows = ("| " + " | ".join(cells) + " |" for cells in table)
-    return "\n".join([head, "|---|" + "---:|" * (len(table[0]) - 1), *rows])
+    return "\n".join([markdown(grid(result, "`")), "", said])
 
 
 def current(part: Part) -> Part:

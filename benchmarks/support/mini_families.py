@@ -48,18 +48,44 @@ IDS: dict[str, Any] = {"image_token_index": IMAGE, "image_token_id": IMAGE}
 def tower(kind: str, **more: Any) -> Any:
     """Configuration of a tower of 4 x 4 patches: "clip", "siglip", "dinov2" or "vit"."""
     names = {"clip": "CLIPVision", "siglip": "SiglipVision", "dinov2": "Dinov2", "vit": "ViT"}
-    shape = dict(VISION)
+    shape = VISION | more
     if kind == "dinov2":
         del shape["intermediate_size"]
-        more["mlp_ratio"] = 2
+        shape["mlp_ratio"] = 2
     if kind == "siglip":
-        more["vision_use_head"] = False
-    return getattr(transformers, names[kind] + "Config")(**(shape | more))
+        shape.setdefault("vision_use_head", False)
+    return getattr(transformers, names[kind] + "Config")(**shape)
 
 
 def decoder(name: str, **more: Any) -> Any:
     """Configuration of a text model: the prefix of its class."""
     return getattr(transformers, name + "Config")(**(TEXT | more))
+
+
+def llava(vision: Any, text: Any, **more: Any) -> Any:
+    """Configuration of a LLaVA."""
+    has_cls = vision.model_type != "siglip_vision_model"
+    return transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default" if has_cls else "full",
+        **IDS,
+        **more,
+    )
+
+
+def random_model(cls: str, config: Any, seed: int = 0, gain: float = 1.0) -> Any:
+    """A model of random weights, matrices times a gain, in eval mode."""
+    torch.manual_seed(seed)
+    model = getattr(transformers, cls)(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2 and "embed" not in name and "lm_head" not in name:
+                weight.mul_(gain)
+            if "mm_input_projection_weight" in name:  # zeros
+                weight.normal_(std=0.3)
+    return model.eval()
 
 
 def padded(rows: list[list[int]], pad: str | None) -> dict[str, Tensor]:
@@ -153,13 +179,7 @@ def _named_tiles(tiles: int) -> list[int]:
 
 
 def _llava(kind: str) -> Any:
-    return transformers.LlavaConfig(
-        vision_config=tower(kind),
-        text_config=decoder("Llama"),
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="full" if kind == "siglip" else "default",
-        **IDS,
-    )
+    return llava(tower(kind), decoder("Llama"))
 
 
 def _crops(prefix: str) -> Any:
@@ -407,20 +427,12 @@ COLUMNS = [name for name in TESTED | FAMILIES if name != "Gemma 3, no window"]
 
 def build(family: str, attention: str = "sdpa", seed: int = 0, gain: float = 4.0) -> Any:
     """A random model whose attention is far from uniform, in eval mode."""
-    torch.manual_seed(seed)
-    made = EVERY[family]
-    config = made.config()
+    config = EVERY[family].config()
     config._attn_implementation = attention
-    model = getattr(transformers, made.cls)(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2 and "embed" not in name and "lm_head" not in name:
-                weight.mul_(gain)
-            if "mm_input_projection_weight" in name:  # zeros
-                weight.normal_(std=0.3)
+    model = random_model(EVERY[family].cls, config, seed, gain)
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = None
-    return model.eval()
+    return model
 
 
 def prompt(

@@ -5,85 +5,46 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+from .mini_families import PAD, decoder, llava, random_model, tower
 
 IMAGE_TOKEN = "<image>"
 WORDS = "is there a red blue circle square what shape colour yes no USER: ASSISTANT: ? ."
+SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
+"""Of towers and decoders."""
 
 
-def mini_tower_config(
-    kind: str = "clip", image_size: int = 56, patch: int = 14, heads: int = 4
-) -> Any:
+def mini_tower_config(kind: str = "clip", image_size: int = 56, heads: int = 4) -> Any:
     """Configuration of a 4-block encoder of width 32: "clip", "siglip", "dinov2" or "vit"."""
-    import transformers
-
-    names = {"clip": "CLIPVision", "siglip": "SiglipVision", "dinov2": "Dinov2", "vit": "ViT"}
-    shape: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 4,
-        "num_attention_heads": heads,
-        "image_size": image_size,
-        "patch_size": patch,
-    }
-    if kind == "dinov2":
-        shape["mlp_ratio"] = 2
-    else:
-        shape["intermediate_size"] = 64
-    return getattr(transformers, f"{names[kind]}Config")(**shape)
+    shape = SHAPE | {"num_attention_heads": heads, "image_size": image_size, "patch_size": 14}
+    return tower(kind, **shape, **({"vision_use_head": True} if kind == "siglip" else {}))
 
 
-def mini_llava(
-    tower: str = "clip",
-    decoder: str = "llama",
-    image_size: int = 56,
-    seed: int = 0,
-    heads: int = 4,
-) -> Any:
+def mini_llava(tower: str = "clip", image_size: int = 56, seed: int = 0, heads: int = 4) -> Any:
     """A random LLaVA with a 4-block encoder and a 4-layer decoder, in eval mode."""
-    import transformers
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
-
-    names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
-    text = getattr(transformers, f"{names[decoder]}Config")(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=heads,
-        num_key_value_heads=-(-heads // 2),
-        max_position_embeddings=2048,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    vision = mini_tower_config(tower, image_size, heads=heads)
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=3,
-        image_token_id=3,
-        vision_feature_select_strategy="full" if tower == "siglip" else "default",
-        vision_feature_layer=-2,
+    shape = SHAPE | {"num_attention_heads": heads, "num_key_value_heads": -(-heads // 2)}
+    config = llava(
+        mini_tower_config(tower, image_size, heads),
+        decoder("Llama", **shape, vocab_size=64, max_position_embeddings=2048),
         image_seq_length=(image_size // 14) ** 2,
     )
-    torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config).eval()
-    model.generation_config.pad_token_id = 0
+    model = random_model("LlavaForConditionalGeneration", config, seed)
+    model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = 2
     return model
 
 
 def mini_retrieval(version: str = "Blip", seed: int = 0) -> Any:
     """A random "Blip" or "Blip2" for image-text retrieval with a 4-block tower, in eval mode."""
-    import transformers
-
-    shape: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "initializer_range": 0.2,
-    }
+    shape = SHAPE | {"initializer_range": 0.2}
     reader = {**shape, "num_hidden_layers": 2, "vocab_size": 64, "encoder_hidden_size": 32}
     parts: dict[str, Any]
     if version == "Blip":
@@ -93,15 +54,11 @@ def mini_retrieval(version: str = "Blip", seed: int = 0) -> Any:
     config = getattr(transformers, version + "Config")(
         vision_config={**shape, "image_size": 56, "patch_size": 14}, **parts
     )
-    torch.manual_seed(seed)
-    return getattr(transformers, version + "ForImageTextRetrieval")(config).eval()
+    return random_model(version + "ForImageTextRetrieval", config, seed)
 
 
 def mini_processor(model: Any) -> Any:
     """A processor for `mini_llava`: word-level tokenizer over a few words, CLIP pixels."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
-
     vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, IMAGE_TOKEN: 3, "<unk>": 4}
     for word in WORDS.split():
         vocab.setdefault(word, len(vocab))

@@ -11,52 +11,53 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
+
+import torch
+import transformers
 
 from ...errors import UnsupportedError
 from ...inspection import generic
 from ...registry import known_methods, resolve
 from ...session import compressing
 from ...transformers_contract import SEAMS
+from ..shared.budgets import seeded
+from ..shared.columns import fill, markdown, words
 from ..shared.markdown import fill_block
 from ..shared.method_table import method_table
 from . import calling_styles, mini_families
+from .mini_models import mini_retrieval, mini_tower_config
 
 
 def seam_table() -> str:
     """What vtc reads of transformers, and what a release that moves one is told, in Markdown."""
-    lines = ["| where | what is said when it is not there |", "|---|---|"]
-    for seam in SEAMS:
-        said = f"has {seam.name.absent(seam.kind)}, read by {seam.reader}"
-        lines.append(f"| {seam.place} | {said} |")
-    return "\n".join(lines)
+    columns = [
+        words("where", lambda seam: seam.place),
+        words(
+            "what is said when it is not there",
+            lambda seam: f"has {seam.name.absent(seam.kind)}, read by {seam.reader}",
+        ),
+    ]
+    return markdown(fill(columns, SEAMS))
 
 
 # ---- support matrix ----------------------------------------------------------------------------
 
 
 def _pixels(edge: int) -> Any:
-    import torch
-
     return torch.randn(1, 3, edge, edge, generator=torch.Generator().manual_seed(0))
 
 
 def _encoder(kind: str) -> tuple[Any, dict[str, Any]]:
-    import torch
-    import transformers
-
-    from .mini_models import mini_tower_config
-
     names = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel", "dinov2": "Dinov2Model"}
-    torch.manual_seed(0)
-    model = getattr(transformers, names.get(kind, "ViTModel"))(mini_tower_config(kind))
-    return model.eval(), {"pixel_values": _pixels(56)}
+    model = mini_families.random_model(names.get(kind, "ViTModel"), mini_tower_config(kind))
+    return model, {"pixel_values": _pixels(56)}
 
 
 def _timm(name: str) -> tuple[Any, dict[str, Any]]:
     import timm
-    import torch
 
     torch.manual_seed(0)
     model = timm.create_model(name, img_size=112, depth=4, embed_dim=48, num_heads=4)
@@ -64,7 +65,6 @@ def _timm(name: str) -> tuple[Any, dict[str, Any]]:
 
 
 def _open_clip() -> tuple[Any, dict[str, Any]]:
-    import torch
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
     torch.manual_seed(0)
@@ -74,10 +74,6 @@ def _open_clip() -> tuple[Any, dict[str, Any]]:
 
 
 def _retrieval(version: str) -> tuple[Any, dict[str, Any]]:
-    import torch
-
-    from .mini_models import mini_retrieval
-
     ids = torch.tensor([[5, 6, 2]])
     text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return mini_retrieval(version), {"pixel_values": _pixels(56), **text}
@@ -111,10 +107,6 @@ def _video(name: str) -> tuple[Any, dict[str, Any]]:
 
 def refusal(method: str, model: Any, inputs: dict[str, Any], **parameters: Any) -> str | None:
     """Why a method at half the tokens does not run on a model: its `UnsupportedError`, or None."""
-    import torch
-
-    from ..shared.budgets import seeded
-
     try:
         made = seeded(method, Fraction(1, 2), 0)
     except ValueError:  # takes no budget
@@ -141,12 +133,12 @@ def support_matrix() -> str:
         columns: dict[tuple[str, ...], list[str]] = {}
         for name, make in makers.items():
             columns.setdefault(tuple(_column(*make(), reasons)), []).append(name)
-        heads = ["<br>".join(names) for names in columns.values()]
-        lines = [f"| {title} | " + " | ".join(heads) + " |", "|---|" + ":-:|" * len(heads)]
-        for row, method in enumerate(known_methods()):
-            marks = (column[row] for column in columns)
-            lines.append(f"| `{method}` | " + " | ".join(marks) + " |")
-        tables.append("\n".join(lines))
+        heads = enumerate(map("<br>".join, columns.values()), 1)
+        made = [
+            words(title, lambda row: f"`{row[0]}`"),
+            *(words(head, itemgetter(i), "center") for i, head in heads),
+        ]
+        tables.append(markdown(fill(made, zip(known_methods(), *columns))))
     return "\n\n".join([*tables, _footnotes(reasons)])
 
 
@@ -164,8 +156,8 @@ def _column(model: Any, inputs: dict[str, Any], reasons: dict[str, int]) -> Iter
         yield mark
 
 
-def _number(reasons: dict[str, int], words: str) -> str:
-    return str(reasons.setdefault(words, len(reasons) + 1))
+def _number(reasons: dict[str, int], why: str) -> str:
+    return str(reasons.setdefault(why, len(reasons) + 1))
 
 
 def _footnotes(reasons: dict[str, int]) -> str:
@@ -183,19 +175,15 @@ def style_matrix() -> str:
     reasons: dict[str, int] = {}
     first = next(iter(calling_styles.STYLES))
     names = list(calling_styles.METHODS)
-    lines = [
-        "| calling style | " + " | ".join(f"`{m}`" for m in names) + " | whatever the method |"
-    ]
-    lines[0] = lines[0].replace("`chain`", "chain")
-    lines.append("|---|" + ":-:|" * len(names) + "---|")
+    rows = []
     for style in calling_styles.STYLES:
         found: dict[str, dict[str, str]] = {}
         for family in mini_families.COLUMNS:
             for method in names:
                 if style != first and calling_styles.outcome(first, method, family) is not None:
                     continue
-                words = calling_styles.outcome(style, method, family)
-                mark = "yes" if words is None else _number(reasons, without_names(words, method))
+                why = calling_styles.outcome(style, method, family)
+                mark = "yes" if why is None else _number(reasons, without_names(why, method))
                 found.setdefault(family, {})[method] = mark
         whole: dict[str, list[str]] = {}
         every = {mark for marks in found.values() for mark in marks.values()}
@@ -212,8 +200,14 @@ def style_matrix() -> str:
                     groups.setdefault(marks[method], []).append(family)
             most = max(groups, key=lambda mark: len(groups[mark]))
             cells.append("; ".join([most, *_listed(groups, most)]))
-        lines.append(f"| {style} | " + " | ".join([*cells, "; ".join(_listed(whole))]) + " |")
-    return "\n".join([*lines, "", _footnotes(reasons)])
+        rows.append([style, *cells, "; ".join(_listed(whole))])
+    heads = (name if name == "chain" else f"`{name}`" for name in names)
+    columns = [
+        words("calling style", itemgetter(0)),
+        *(words(head, itemgetter(i), "center") for i, head in enumerate(heads, 1)),
+        words("whatever the method", itemgetter(-1)),
+    ]
+    return "\n".join([markdown(fill(columns, rows)), "", _footnotes(reasons)])
 
 
 def said_of(text: str, style: str, method: str, family: str) -> str | None:
@@ -246,22 +240,20 @@ def _listed(groups: dict[str, list[str]], most: str = "") -> list[str]:
     return [f"{mark}: {', '.join(families)}" for mark, families in named.items()]
 
 
-def without_names(words: str, method: str) -> str:
+def without_names(why: str, method: str) -> str:
     """A refusal without the names and numbers of one pair."""
-    if words.startswith(calling_styles.STOCK):
+    if why.startswith(calling_styles.STOCK):
         return calling_styles.STOCK
-    words = re.sub(r"; use methods that act.*", "", words)
-    words = re.sub(
-        r"^(found|got) .*?: (?=part of)|, and features that were compressed before,", "", words
+    why = re.sub(r"; use methods that act.*", "", why)
+    why = re.sub(
+        r"^(found|got) .*?: (?=part of)|, and features that were compressed before,", "", why
     )
-    words = re.sub(r"prompt of \d+ tokens (.*) window of \d+", r"prompt \1 window", words)
+    why = re.sub(r"prompt of \d+ tokens (.*) window of \d+", r"prompt \1 window", why)
     parts = {m.name for m in resolve(calling_styles.METHODS[method])}
-    return re.sub(rf"^({'|'.join(parts)})(?= )", "the method", words)
+    return re.sub(rf"^({'|'.join(parts)})(?= )", "the method", why)
 
 
 if __name__ == "__main__":
-    import transformers
-
     transformers.logging.set_verbosity_error()
     fill_block(Path("README.md"), "methods", method_table())
     fill_block(Path("docs/models.md"), "support", support_matrix())

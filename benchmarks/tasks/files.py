@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .images import find_file
 from .items import Questions
+from .parquet import ParquetFile
 from .rows import check_rows, json_lines, sample
 
 FORMATS = (".jsonl", ".parquet")
@@ -42,8 +43,6 @@ def open_path(
     if not source.is_file():
         raise ValueError(f"{source}: no such file")
     if source.suffix == ".parquet":
-        from .parquet import ParquetFile
-
         table = ParquetFile(source)
         rows, find_image, more = table.rows(), table.find_image, {"key_of": table.encoded.key}
     else:

@@ -15,6 +15,7 @@ from . import hub, scenes
 from .files import FORMATS
 from .images import find_file, open_image
 from .items import Entry, Questions
+from .parquet import ParquetFile
 from .rows import FindImage, Row, json_lines, sample, text_of
 
 SCENES = 200
@@ -54,8 +55,6 @@ def _captioned_file(path: Path, n: int | None, seed: int) -> Questions:
         raise ValueError(f"{path}: no such file")
     find_image: FindImage
     if path.suffix == ".parquet":
-        from .parquet import ParquetFile
-
         table = ParquetFile(path)
         rows, find_image = table.rows(("captions",)), table.find_image
     else:

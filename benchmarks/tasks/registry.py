@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..metrics.scores import metric as find_metric
+from . import files, hub
 from .items import Questions
 
 # name -> module with `entries(split, n, seed, **options)`, options
@@ -56,8 +57,6 @@ def open_task(
     Raises:
         ValueError: nothing of this name, nothing that can be asked, an option that does not apply.
     """
-    from . import files, hub
-
     name, path = str(spec), Path(spec).expanduser()
     if metric is not None:
         find_metric(metric)

@@ -29,6 +29,7 @@ from vtc.benchmarks.encoders import classification, retrieval, sweep, towers
 from vtc.benchmarks.encoders.tables import caption
 from vtc.benchmarks.metrics.scores import top_k_accuracy
 from vtc.benchmarks.shared.budgets import seeded
+from vtc.benchmarks.shared.columns import fill
 from vtc.benchmarks.shared.names import BASELINE
 from vtc.benchmarks.tasks.galleries import (
     ClassFolder,
@@ -488,7 +489,7 @@ def test_a_retrieval_result(loaded: dict[str, Any]) -> None:
     assert tome["recall"] and not fastv["recall"] and fastv["error"]
     again = retrieval.run(loaded["clip"], gallery(5, captions=2), settings("tome", "fastv"))
     assert again["rows"] == result["rows"]
-    cells = [[cell(row) for _, cell in retrieval.COLUMNS] for row in result["rows"]]
+    cells = fill(retrieval.COLUMNS, result["rows"]).lines[1:]
     assert cells[0][0] == BASELINE and cells[2][7:] == [""] * 6
 
 

@@ -486,11 +486,11 @@ def test_words_say_where_it_does_not_pay(result):
     assert loss["batch"] == 1 and loss["text_tokens"] == 200 and loss["ttft_speedup"] == 0.9
     assert "the first token 0.90x as fast, the whole answer of 4 tokens 1.40x" in loss["words"]
     made = {**result, "parts": [part, part]}
-    head, rows = shown.grid(made)
+    head, *rows = shown.grid(made).lines
     assert head[1] == "model, batch 1, 200 text"
     assert rows[0] == ["fastv", "0.90x / 1.40x ✗", "0.90x / 1.40x ✗"]
     bare = [r for r in part["rows"] if not r["method"].startswith("fastv")]
-    assert shown.grid({**result, "parts": [part, {**part, "rows": bare}]})[1][0][2] == "-"
+    assert shown.grid({**result, "parts": [part, {**part, "rows": bare}]}).lines[1][2] == "-"
     assert rows[1][0] == "visionzip" and "✗" not in rows[1][1]
     first, second, *_ = shown.verdicts(made)
     assert first.startswith("fastv pays in 0 of 2 cases; not at model, batch 1, 200 text")
@@ -501,14 +501,14 @@ def test_words_say_where_it_does_not_pay(result):
 
 def test_the_table_of_a_part_fits_on_a_narrow_screen(result):
     (part,) = result["parts"]
-    head, rows = shown.table(part)
-    assert head == [name for name, _ in shown.COLUMNS]
+    head, *rows = shown.table(part).lines
+    assert head == [column.title for column in shown.COLUMNS]
     assert [r[0] for r in rows] == [STOCK, *METHODS[:-1], "(text alone)"]
     widths = [max(map(len, (*name.split("\n"), *cells))) for name, *cells in zip(head, *rows)]
     assert sum(widths) + len(widths) <= 100
     assert "(text alone): uncompressed, 204 text tokens" in " ".join(shown.notes(part))
     bare = {**part["rows"][0], **dict.fromkeys(("decode_ms", "decode_speedup", "kv_bytes_held"))}
-    assert "KV\nMB" not in shown.table({**part, "rows": [bare]})[0]
+    assert "KV\nMB" not in shown.table({**part, "rows": [bare]}).lines[0]
 
 
 def test_overviews_of_old_and_new_files(result):

@@ -22,12 +22,13 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
 from .ending import print_traceback
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from ..benchmarks.shared.columns import Column
 
 app = typer.Typer(
     help="Visual token compression for multimodal LLMs.",
@@ -197,27 +198,16 @@ def read_image(path: Path) -> Image.Image:
     return picture
 
 
-def print_rows(
-    rows: Sequence[dict[str, Any]],
-    columns: Sequence[tuple[str, Callable[[dict[str, Any]], str]]],
-    width: int = 180,
-) -> None:
-    """A table of result rows: two columns of words, then numbers; a gap behind each method.
+def console(width: int) -> Console:
+    """The standard output; where it is no terminal, so many characters wide."""
+    return out if out.is_terminal else Console(width=width, markup=False)
 
-    Args:
-        width: in characters, where the standard output is no terminal.
-    """
-    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1))
-    for i, (name, _) in enumerate(columns):
-        table.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
-    previous = None
-    for row in rows:
-        if previous not in (None, row["method"]):
-            table.add_section()
-        cells = [cell(row) for _, cell in columns]
-        table.add_row(*cells, style="bold" if previous is None else None)
-        previous = row["method"]
-    (out if out.is_terminal else Console(width=width, markup=False)).print(table)
+
+def print_rows(rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> None:
+    """A table of result rows, the stock model first."""
+    from ..benchmarks.shared.columns import fill, terminal
+
+    console(180).print(terminal(fill(columns, rows, strong={0}), whole=len(columns)))
 
 
 def print_written(paths: Iterable[Path | str]) -> None:

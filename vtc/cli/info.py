@@ -11,7 +11,6 @@ import platform
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from .. import __version__
 from .common import AsJson, Mistake, command, out
@@ -53,18 +52,21 @@ def methods(
 
     Example: vtc methods --json
     """
+    from ..benchmarks.shared.columns import fill, terminal, words
     from ..benchmarks.shared.method_table import method_rows
 
     rows = method_rows()
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("method", "acts", "needs", "default keep", "what it does"):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(row["name"], row["acts"], row["needs"], row["default"], row["summary"])
-    out.print(table)
+    columns = [
+        words("method", "name"),
+        words("acts", "acts"),
+        words("needs", "needs"),
+        words("default keep", "default"),
+        words("what it does", "summary"),
+    ]
+    out.print(terminal(fill(columns, rows), overflow="fold"))
 
 
 @command
@@ -76,16 +78,16 @@ def models(
     Example: vtc models
     """
     from ..adapters.locate import FAMILIES
+    from ..benchmarks.shared.columns import fill, terminal, words
 
     if as_json:
         print(json.dumps(FAMILIES, indent=1))
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("family")
-    table.add_column("classes", overflow="fold")
-    for family, classes in FAMILIES.items():
-        table.add_row(family, "\n".join(classes))
-    out.print(table)
+    columns = [
+        words("family", lambda item: item[0]),
+        words("classes", lambda item: "\n".join(item[1])),
+    ]
+    out.print(terminal(fill(columns, FAMILIES.items()), overflow="fold"))
 
 
 @command

@@ -6,9 +6,10 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,6 +29,9 @@ from .common import (
     print_written,
     valid,
 )
+
+if TYPE_CHECKING:
+    from ..benchmarks.shared.columns import Column
 
 DEFAULT_METHODS = "pitome,tome,zero-tprune,random,downsample,pool"
 DEFAULT_KEEP = "0.5,0.33,0.22"
@@ -81,7 +85,7 @@ def retrieval(
     if not isinstance(towers, TwoTower):
         raise Mistake(f"{model} has no text tower; vtc classify takes it")
     with ProgressBar("retrieval", quiet=as_json) as progress:
-        result = valid(lambda: bench.run(towers, task, settings, progress))
+        result = valid(lambda: bench.run(towers, task, settings, progress, _call()))
     _show(result, bench.COLUMNS, out_dir / "retrieval.json", as_json)
 
 
@@ -141,8 +145,13 @@ def classify(
         classifier = loaded
         outputs = valid(lambda: class_outputs(task.classes, loaded.classes, classes))
     with ProgressBar("classify", quiet=as_json) as progress:
-        result = valid(lambda: bench.run(classifier, task, outputs, settings, progress))
+        run = partial(bench.run, classifier, task, outputs, settings, progress, _call())
+        result = valid(run)
     _show(result, bench.COLUMNS, out_dir / "classification.json", as_json)
+
+
+def _call() -> str:
+    return shlex.join(["vtc", *sys.argv[1:]])
 
 
 def _settings(methods: str, keep: str, batch_size: int, repeats: int, seed: int) -> Any:
@@ -179,7 +188,7 @@ def _load(model: str, device: str, dtype: str) -> Any:
 
 def _show(
     result: dict[str, Any],
-    columns: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...],
+    columns: Sequence[Column],
     path: Path,
     as_json: bool,
 ) -> None:
@@ -188,7 +197,6 @@ def _show(
     from ..benchmarks.encoders.tables import caption
     from ..benchmarks.shared.files import write_json
 
-    result = {"command": shlex.join(["vtc", *sys.argv[1:]]), **result}
     if as_json:
         print(json.dumps(result, indent=1))
     else:

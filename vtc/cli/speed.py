@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from .common import (
     AsJson,
@@ -23,6 +21,7 @@ from .common import (
     ProgressBar,
     SomeMethods,
     command,
+    console,
     device_of,
     err,
     load,
@@ -166,26 +165,22 @@ def _counts(text: str | None, option: str) -> tuple[int, ...] | None:
 
 
 def _print_tables(result: dict[str, Any], sweep: bool) -> None:
+    from ..benchmarks.shared.columns import terminal
     from ..benchmarks.speed.tables import grid, notes, table, verdicts
 
-    wide = out if out.is_terminal else Console(width=150, markup=False)
+    wide = console(150)
 
-    def show(title: str, head: list[str], rows: list[list[str]]) -> None:
-        wide.print(title, style="italic", highlight=False)
-        shown = Table(header_style="bold", box=None, padding=(0, 1, 0, 0))
-        for i, name in enumerate(head):
-            shown.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
-        for row in rows:
-            shown.add_row(*row)
-        wide.print(shown)
+    def show(made: Any) -> None:
+        wide.print(made.title, style="italic", highlight=False)
+        wide.print(terminal(made, whole=1, padding=(0, 1, 0, 0), pad_edge=True))
 
     for part in result["parts"]:
-        show(part["title"], *table(part))
+        show(table(part))
         for text in notes(part):
             wide.print(text, style="dim", highlight=False)
         wide.print()
     if sweep:
-        show("Times as fast as the stock model: first token / whole answer", *grid(result))
+        show(grid(result))
         wide.print(f"Without a cross, {result['rule']}.", style="dim", highlight=False)
         for text in verdicts(result):
             wide.print(text, highlight=False)

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from .bench import EMBEDDED
 from .common import (
@@ -26,6 +24,7 @@ from .common import (
     OutDir,
     ProgressBar,
     command,
+    console,
     device_of,
     err,
     load,
@@ -124,20 +123,22 @@ def _matched(
 
 
 def _print_matched(rows: list[dict[str, Any]]) -> None:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for head in ("method", "keep_ratio", "tokens", "LLM FLOPs %", "all FLOPs %"):
-        table.add_column(head, justify="left" if head == "method" else "right")
+    from ..benchmarks.shared.columns import fill, number, terminal, words
+
+    columns = (
+        words("method", lambda row: row["method"].split("(")[0]),
+        number("keep_ratio", "keep_ratio", 4),
+        words(
+            "tokens",
+            lambda row: f"{row['final_tokens']:g} of {row['visual_tokens']:g}",
+            "right",
+        ),
+        number("LLM FLOPs %", "flops_share", 1, 100),
+        number("all FLOPs %", "flops_all_share", 1, 100),
+    )
     found = [row for row in rows if row["error"] is None]
-    for row in found:
-        table.add_row(
-            row["method"].split("(")[0],
-            f"{row['keep_ratio']:.4f}",
-            f"{row['final_tokens']:g} of {row['visual_tokens']:g}",
-            f"{100 * row['flops_share']:.1f}",
-            f"{100 * row['flops_all_share']:.1f}",
-        )
     if found:
-        out.print(table)
+        out.print(terminal(fill(columns, found)))
     for row in found:
         out.print(row["python"], highlight=False, soft_wrap=True)
     for row in rows:
@@ -223,27 +224,23 @@ def calibrate(
 
 
 def _print_chosen(result: dict[str, Any]) -> None:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    heads = ("keep_ratio", "tokens", "KL, at most", "same %", "lost, points", "promised, points")
-    table.add_column("method")
-    for head in heads:
-        table.add_column(head, justify="right")
+    from ..benchmarks.shared.columns import between, fill, number, terminal, words
+
+    columns = (
+        words("method", "method"),
+        number("keep_ratio", "keep_ratio", 4),
+        number("tokens", "final_tokens"),
+        words("KL, at most", lambda row: f"{row['kl']:.3f}, {row['kl_high']:.3f}", "right"),
+        number("same %", "agreement", 1, 100),
+        between("lost, points", "loss", ends="[{:.1f}, {:.1f}]"),
+        number("promised, points", "promised_loss", 1, 100),
+    )
+    rows = []
     for row in result["rows"]:
         if row["error"] is not None:
             err.print(f"{row['method']}: {row['error']}", highlight=False)
             continue
         at = row["chosen"]
         held = [x for x in row["held_out"] if x["keep_ratio"] == at["keep_ratio"]]
-        table.add_row(
-            row["method"],
-            f"{at['keep_ratio']:.4f}",
-            f"{at['final_tokens']:.0f}",
-            f"{at['kl']:.3f}, {at['kl_high']:.3f}",
-            f"{100 * at['agreement']:.1f}",
-            "".join(
-                f"{100 * x['loss']:.1f} [{100 * x['loss_low']:.1f}, {100 * x['loss_high']:.1f}]"
-                for x in held
-            ),
-            f"{100 * at['promised_loss']:.1f}",
-        )
-    (out if out.is_terminal else Console(width=120, markup=False)).print(table)
+        rows.append({**(held[0] if held else {}), **at, "method": row["method"]})
+    console(120).print(terminal(fill(columns, rows)))
