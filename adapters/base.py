@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter says of a model: where blocks, keys and decoder layers are. No method logic."""
+"""Sites that an adapter names: blocks, keys, decoder layers of a model. No method logic."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "timm encoders": ("VisionTransformer: vit, deit, dinov2, siglip", "Eva: eva"),
     "open_clip encoders": ("CLIP: ViT-*",),
 }
-"""What the adapters know, for people; `vtc.inspect` tells of any model."""
+"""Families that the adapters know, for people; `vtc.inspect` tells of any model."""
 
 SUPPORTED = (
     f"{'; '.join(FAMILIES)}; others whose seams are like LLaVA's (vtc models has the classes, "

@@ -83,7 +83,7 @@ def _grids(name: str, call: dict[str, Any]) -> list[list[tuple[int, int]]]:
 
 
 def _merge(merger: Any, x: Tensor) -> Tensor:
-    """What the merger does with one joined patch."""
+    """Project joined patches by the merger."""
     if hasattr(merger, "mlp"):
         return merger.mlp.forward(x)
     return merger.linear_fc2(merger.act_fn(merger.linear_fc1.forward(x)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an unknown language model must be like for dropping a token to equal masking it."""
+"""Checks that in an unknown language model dropping a token equals masking it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo computes, without Gradio.
+"""Computations of the demo, without Gradio.
 
 A request is a generator of snapshots. Nothing of it is kept here: what the caller got is all there
 is of it. All models run on one thread, one request after the other (`demos.worker`).
@@ -247,7 +247,7 @@ def _timed(side: Side, times: Times) -> Side:
 def _picture(
     report: Report, image: Image.Image, processor: Any, merges: bool
 ) -> Image.Image | None:
-    """What a method did to the image; None where vtc cannot tell where its tokens lie."""
+    """Picture of kept or merged patches; None where vtc cannot tell where tokens lie."""
     try:
         return draw(report, image, processor, "groups" if merges else "kept")
     except ValueError:

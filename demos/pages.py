@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the page shows of a result: tables and cards as HTML, the plot. All text is escaped."""
+"""Results as the page shows them: tables and cards as HTML, the plot. All text is escaped."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def head(note: str) -> str:
 
 
 def limits() -> str:
-    """What is taken as an image."""
+    """A line on the files that are taken as images."""
     kinds = ", ".join(FORMATS).replace("WEBP", "WebP")
     return (
         f'<div class="vtc-note">{kinds}, up to {MAX_BYTES >> 20} MB and '
@@ -47,7 +47,7 @@ def status(text: str, kind: str = "") -> str:
 
 
 def about(names: Sequence[str]) -> str:
-    """What the chosen methods do and where."""
+    """Summaries of the chosen methods, with their stages."""
     known = known_methods()
     lines = []
     for name in names:
@@ -206,7 +206,7 @@ def plot(rows: Sequence[Row]) -> Any:
 
 
 def ranking(found: dict[str, Ranking], described: int | None, shown: int) -> str:
-    """What compression did to the ranking; ``described`` is the scene that the text is of."""
+    """Table of the ranking before and after; ``described`` is the scene that the text is of."""
     before, after = found[BASELINE], found[COMPRESSED]
     size = len(before.order)
     same = len(set(before.order[:shown]) & set(after.order[:shown]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a request has found so far: one answer, both sides, the rows of a comparison."""
+"""Results of a request so far: one answer, both sides, the rows of a comparison."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a compression method is: a frozen dataclass with one hook for each stage it acts in."""
+"""Base of compression methods: a frozen dataclass with one hook for each stage it acts in."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Stage = Literal["pixels", "vision", "features", "decoder", "bypass", "cache"]
 
 Answer = Reduction | tuple[Reduction, Tensor] | None
-"""What a hook returns: a reduction, or one with the survivors' new hidden states, or nothing."""
+"""Return of a hook: a reduction, or one with the survivors' new hidden states, or nothing."""
 
 STAGE_HOOKS: dict[Stage, str] = {
     "pixels": "on_pixels",
@@ -68,7 +68,7 @@ class Method:
     default_ratio: ClassVar[float] = 0.25
     """keep_ratio when no budget is given."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What is needed beyond the stages.
+    """Needs beyond the stages.
 
     Of the model: "cls", a class token in the encoder; "ahead", LLM layers whose queries and keys
     can be computed before they run; "frames", that it takes videos; "ran", that all tokens entered
@@ -83,7 +83,7 @@ class Method:
     merges: ClassVar[bool] = False
     """True when tokens are averaged into survivors rather than dropped."""
     vision_site: ClassVar[Literal["middle", "output"]] = "middle"
-    """Where `on_vision_layer` runs: between attention and MLP, or on the block's output."""
+    """Place of `on_vision_layer`: between attention and MLP, or on the block's output."""
     proportional_attention: ClassVar[bool] = False
     """Encoder blocks add the log of the token sizes to the attention scores of their keys."""
     track_size: ClassVar[bool] = True
@@ -91,7 +91,7 @@ class Method:
     ragged: ClassVar[bool] = False
     """`on_vision_layer` copes with images that have different numbers of tokens (``v.valid``)."""
     bypass: ClassVar[Literal["attention", "layer"]] = "layer"
-    """What the tokens that `on_bypass` leaves out jump over; the MLP still acts in "attention"."""
+    """Part that the tokens left out by `on_bypass` bypass; the MLP still acts in "attention"."""
     packs: ClassVar[bool] = False
     """`on_cache` packs slots rather than evicting them."""
     joint: ClassVar[bool] = False
@@ -286,7 +286,7 @@ class Chain:
 
 
 def split_answer(answer: Answer) -> tuple[Reduction | None, Tensor | None]:
-    """What a hook returned as (reduction, survivors made by the method); None for what is not."""
+    """Split a hook's answer into (reduction, survivors made by the method), either may be None."""
     return answer if isinstance(answer, tuple) else (answer, None)
 
 

@@ -197,7 +197,7 @@ class Seam:
 
     @property
     def title(self) -> str:
-        """What it is, for people: "decoder layer: argument cache, past_key_values"."""
+        """Name for people: "decoder layer: argument cache, past_key_values"."""
         return f"{self.place}: {self.kind} {', '.join(self.name.names)}"
 
     def check(self, there: Any) -> None:
@@ -310,7 +310,7 @@ def _layers(model: Any, sites: Any) -> list[Any]:
 
 
 def _files(model: Any, sites: Any) -> list[Any]:
-    """Where the attention of the LLM is defined, which "eager" takes its function from."""
+    """Modules that define the attention of the LLM, where "eager" takes its function from."""
     layers = [] if sites.decoder is None else sites.decoder.decoder.layers
     eager = [x.self_attn for x in layers if x.self_attn.config._attn_implementation == "eager"]
     return [sys.modules[name] for name in {type(x).__module__ for x in eager}]
@@ -343,7 +343,7 @@ PLACES: dict[str, Callable[[Any, Any], list[Any]]] = {
     "sliding layer of a KV cache": _always(lambda: DynamicSlidingWindowLayer(8)),
     "attention interface": _always(lambda: AttentionInterface),
 }
-"""Where seams are: (model, its `Sites`) -> modules, functions, objects or classes."""
+"""Places of seams: (model, its `Sites`) -> modules, functions, objects or classes."""
 
 
 def check(model: Any, sites: Any) -> None:

@@ -102,7 +102,7 @@ class World:
         return self.rank == 0
 
     def share(self, value: T) -> list[T]:
-        """What each process gave, in all of them.
+        """Gather the values of all processes, in each of them.
 
         Raises:
             LostError: one of them is gone.

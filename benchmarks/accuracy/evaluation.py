@@ -28,7 +28,7 @@ BLANK = "blank image"
 
 @dataclass(frozen=True)
 class Configuration:
-    """What answers: the stock model, the stock model without seeing, or a method at a budget."""
+    """Stock model, stock model without seeing, or a method at a budget: one that answers."""
 
     row: Row
     method: Method | None = None
@@ -198,7 +198,7 @@ class Exam:
         return asked
 
     def skipped(self) -> list[Line]:
-        """What could not be asked, in the order of the batches."""
+        """Questions that could not be asked, in the order of the batches."""
         known = self.journal.skipped
         return [known[i] for chosen in self.samples.batches for i in chosen if i in known]
 

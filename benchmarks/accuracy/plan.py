@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a benchmark runs, and everything that its answers depend on."""
+"""Settings of a benchmark: all that it runs and that its answers depend on."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def plan(
 def header(
     model: Any, task: str, samples: Samples, metric: Metric, settings: Settings
 ) -> dict[str, Any]:
-    """What answers depend on, for the journal; a run goes on only with the same."""
+    """Settings that answers depend on, for the journal; a run goes on only with the same."""
     digest = hashlib.blake2b(digest_size=8)
     for name, weight in model.named_parameters():  # a few values of each tell checkpoints apart
         plain = type(weight) is torch.nn.Parameter and weight.numel() and not weight.is_meta

@@ -59,7 +59,7 @@ def fill_scores(
     metric: Metric,
     seed: int,
 ) -> None:
-    """What the answers of one configuration come to.
+    """Fill in scores and divergence of one configuration.
 
     Args:
         answers: its lines of the journal, and ``asked`` those of the stock model, in one order.
@@ -82,7 +82,7 @@ def fill_scores(
 
 
 def fill_costs(row: Row, facts: dict[str, Any], baseline: dict[str, Any]) -> None:
-    """What `timing.measure` found of one configuration, and of the stock model."""
+    """Fill in costs by `timing.measure`, absolute and relative to the stock model."""
     report = facts["report"]
     row.final_tokens, row.average_tokens = report.final_tokens, report.average_tokens
     row.flops_g, row.flops_all_g = _giga(report.flops), _giga(report.flops_all)

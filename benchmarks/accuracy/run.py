@@ -178,7 +178,7 @@ def run(
 
 
 def stem(task: str) -> str:
-    """What the names of a task's files begin with."""
+    """Beginning of the names of a task's files."""
     return re.sub(r"[^\w.+-]+", "-", task)
 
 

@@ -82,7 +82,7 @@ R = TypeVar("R", bound=Row)
 
 @dataclass
 class Swept(Generic[R]):
-    """What a sweep found.
+    """Findings of a sweep.
 
     Attributes:
         rows: the stock model first.
@@ -229,7 +229,7 @@ def _batches(items: Questions, size: int, skipped: list[dict[str, str]]) -> Iter
 def _plan(
     model: ImageModel, settings: Settings, total: int, row_type: Callable[..., R]
 ) -> list[_Run[R]]:
-    """What to run, the stock model first; a method that is refused has one row that says why."""
+    """Runs, the stock model first; a method that is refused has one row that says why."""
     runs = [_Run(row_type(BASELINE, [], total, final_tokens=total, flops_share=1.0))]
     for name in settings.methods:
         plain = seeded(name, None, settings.seed)

@@ -79,7 +79,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Facts:
-    """What one batch took.
+    """Time and tokens of one batch.
 
     ``seconds`` begin with the inputs on the device; ``first`` of them end with the first logits.
     ``steps`` are decoded tokens behind the first one. No report without method or image.
@@ -181,7 +181,7 @@ class ChatModel:
         return [found[i] for i in range(len(chats))]
 
     def inputs(self, chats: Sequence[Chat]) -> dict[str, Tensor]:
-        """What the model takes for a left-padded batch, on its device."""
+        """Arguments of the model for a left-padded batch, on its device."""
         prompts = [chat_prompt(self.processor, chat) for chat in chats]
         images = [[load_image(image) for image in images_of(chat)] for chat in chats]
         start = self.processor.tokenizer.bos_token  # some templates write it, the tokenizer too
@@ -241,7 +241,7 @@ class ChatModel:
         return torch.where(ends.any(1), ends.int().argmax(1) + 1, new.shape[1])
 
     def _report(self) -> Report | None:
-        """What the method did to the last batch.
+        """Report of the method on the last batch.
 
         Raises:
             RuntimeError: the tokens that ran are not those that were asked for.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an evaluation engine is told about a model: ``pretrained=...,method=...,keep_ratio=0.25``.
+"""Arguments for models of evaluation engines: ``pretrained=...,method=...,keep_ratio=0.25``.
 
 lmms-eval and VLMEvalKit know names with values only. The names are those of `Loading`, ``method``,
 and the fields of the method. ``method=pitome+fastv`` chains methods; each parameter then says whose
@@ -26,7 +26,7 @@ EMBEDDED = {"tiny-llava": tiny.load_llava, "tiny-llava-next": tiny.load_llava_ne
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """Which model, and how it is loaded.
+    """A model to load, and how.
 
     Attributes:
         pretrained: folder or hub id of a Hugging Face model, or the name of an embedded one:
@@ -118,7 +118,7 @@ def parse(arguments: Mapping[str, Any]) -> tuple[Loading, Chain | None]:
 
 
 def _unknown(key: str, text: str, own: list[str], taken: dict[str, list[str]]) -> str:
-    """What is wrong with an argument that nothing takes."""
+    """Message on an argument that nothing takes."""
     whose = [name for name in taken if key in taken[name]]
     if whose:  # of a chain
         return f"{key}: say whose it is, {' or '.join(f'{name}.{key}' for name in whose)}"

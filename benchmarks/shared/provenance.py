@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a result comes from: versions, machine and model."""
+"""Provenance of a result: versions, machine and model."""
 
 from __future__ import annotations
 

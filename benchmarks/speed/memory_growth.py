@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a prefill needs at most with each method, from a thousand visual tokens to 32 thousand.
+"""Peak memory of a prefill with each method, from a thousand visual tokens to 32 thousand.
 
 ``python -m vtc.benchmarks.speed.memory_growth`` runs every method on one image of N tokens (methods
 for videos on frames of 64) through a mini model of one head of width 32, so that what grows with N

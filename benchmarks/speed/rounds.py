@@ -169,7 +169,7 @@ def take(model: Any, run: Run, decode: int) -> dict[str, float]:
 
 
 def describe(part: dict[str, Any], model: Any, inputs: Inputs) -> None:
-    """What a part says of its model and prompt, measured on them."""
+    """Fill in what a part says of its model and prompt, measured on them."""
     part.update(attention=attention_of(model), weights_bytes=weights_bytes(model))
     if "input_ids" in inputs:
         visual = visual_tokens(model, inputs)

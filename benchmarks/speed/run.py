@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What compression gains in time and memory, on weights that may be random: no answer is looked at.
+"""Gains of compression in time and memory, on weights that may be random: no answer is read.
 
 One process, one attention kernel, stock model and methods in turns. Every round runs all of them in
 an order shuffled anew from the seed; warm-up rounds are not counted. The stock model is timed

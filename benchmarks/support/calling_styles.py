@@ -110,7 +110,7 @@ class Cell:
         return out.sequences, torch.stack(out.logits, 1)
 
     def plain(self, inputs: dict[str, Any], **how: Any) -> tuple[Tensor, Tensor]:
-        """What the wrapped model generates, called plainly."""
+        """Tokens and logits of the wrapped model, called plainly."""
         with compressing(self.model, self.chosen):
             return self.generate(self.model, inputs, **how)
 

@@ -402,7 +402,7 @@ VIDEOS: dict[str, Family] = {
 
 EVERY = TESTED | FAMILIES | VIDEOS
 COLUMNS = [name for name in TESTED | FAMILIES if name != "Gemma 3, no window"]
-"""What the support matrix has columns for: no variants of one class that answer alike."""
+"""Columns of the support matrix: no variants of one class that answer alike."""
 
 
 def build(family: str, attention: str = "sdpa", seed: int = 0, gain: float = 4.0) -> Any:

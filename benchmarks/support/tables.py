@@ -25,7 +25,7 @@ from . import calling_styles, mini_families
 
 
 def seam_table() -> str:
-    """What vtc reads of transformers, and what a release that moves one is told, in Markdown."""
+    """Markdown table of what vtc reads of transformers, and the refusal of a release without it."""
     lines = ["| where | what is said when it is not there |", "|---|---|"]
     for seam in SEAMS:
         said = f"has {seam.name.absent(seam.kind)}, read by {seam.reader}"
@@ -217,7 +217,7 @@ def style_matrix() -> str:
 
 
 def said_of(text: str, style: str, method: str, family: str) -> str | None:
-    """What a table of `style_matrix` says of one cell: None for "yes", else the reason.
+    """Entry of one cell in a table of `style_matrix`: None for "yes", else the reason.
 
     Raises:
         ValueError: it has no such row.

@@ -142,7 +142,7 @@ class ClassFolder(Questions):
 
 
 def _mapping(file: str | Path, classes: Sequence[str]) -> dict[str, str | int]:
-    """What a .json file maps each class to; a text file has a line for each, in their order."""
+    """Value of each class in a .json file; a text file has a line for each, in their order."""
     path = Path(file)
     try:
         text = path.read_text(encoding="utf-8")
@@ -166,7 +166,7 @@ def _mapping(file: str | Path, classes: Sequence[str]) -> dict[str, str | int]:
 
 
 def class_names(classes: Sequence[str], file: str | Path | None = None) -> list[str]:
-    """What the classes are called in prompts.
+    """Names of the classes in prompts.
 
     Args:
         classes: folder names, sorted; without a file, they are the names, "_" being a blank.
@@ -189,7 +189,7 @@ def class_names(classes: Sequence[str], file: str | Path | None = None) -> list[
 def class_outputs(
     classes: Sequence[str], outputs: int, file: str | Path | None = None
 ) -> dict[str, int]:
-    """Which output of a classifier each class is.
+    """Output of a classifier for each class.
 
     Args:
         classes: folder names, sorted; without a file they are the outputs in this order.

@@ -62,7 +62,7 @@ def _describe(row: Row) -> str:
 
 @dataclass(frozen=True)
 class HubSet:
-    """Where a data set lies and what its columns hold.
+    """A data set of the hub, and the roles of its columns.
 
     Attributes:
         repo, config, split: of the hub.

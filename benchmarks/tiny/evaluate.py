@@ -50,7 +50,7 @@ def by_kind(items: Iterable[Item], scores: Iterable[float]) -> dict[str, float]:
 
 
 VIEWS = ("crops", "thumbnail", "blank")
-"""What the LLaVA-NeXT is shown: the image; its first 64 tokens alone, which are the thumbnail; a
+"""Views of the LLaVA-NeXT: the image; its first 64 tokens alone, which are the thumbnail; a
 uniform gray of the image's size."""
 
 

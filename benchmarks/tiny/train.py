@@ -77,7 +77,7 @@ def save_half(state: dict[str, torch.Tensor], path: Path) -> None:
 
 
 class Loop:
-    """What every run has: a LLaVA, an optimizer on a clock, a log, the losses.
+    """Parts of every run: a LLaVA, an optimizer on a clock, a log, the losses.
 
     Subclasses set `model`, `words` (the word embeddings) and `elapsed` (seconds by stage).
     """

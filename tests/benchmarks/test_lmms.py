@@ -230,7 +230,7 @@ def test_clean_lets_go_of_the_model(mini):
 
 
 def installed(folder: Path) -> Path:
-    """What pip leaves of an installed vtc, so that lmms-eval finds its entry point as ever."""
+    """Write the metadata of an installed vtc, so that lmms-eval finds its entry point as ever."""
     info = folder / "visual_token_compression-0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(

@@ -47,7 +47,7 @@ value: Any = st.one_of(
 
 
 def tried(call: Callable[[], Any], *also: type[Exception]) -> Any:
-    """What a call gives; None where it says why not, by a ValueError or one of these."""
+    """Result of a call; None where it says why not, by a ValueError or one of these."""
     try:
         return call()
     except (ValueError, *also) as error:

@@ -126,7 +126,7 @@ def run(monkeypatch, *arguments: object) -> None:
 
 
 def answers(**parameters) -> list[str]:
-    """What the mini model says with VisionZip."""
+    """Answers of the mini model with VisionZip."""
     model = made(VisionZip(**parameters) if parameters else None)
     asked = [user_turn([picture(i)], question) for i, question in enumerate(QUESTIONS)]
     return [a.text for a in model.answer(asked, max_new_tokens=6, do_sample=False)]

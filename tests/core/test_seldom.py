@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What callers, masks, models and caches seldom are: branches that no other test takes."""
+"""Seldom callers, masks, models and caches: branches that no other test takes."""
 
 from __future__ import annotations
 
@@ -348,7 +348,7 @@ def test_a_conversation_without_images_beside_a_cache_method(scope: str) -> None
 
 
 def test_wrap_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing was compiled in this process, there is no graph to forget."""
+    """A process that compiled nothing has no graph to forget."""
     import sys
 
     model = mini_llava.build()

@@ -191,7 +191,7 @@ def test_every_method_on_offer_answers(mini):
 
 
 def answer_of(model: choices.Model, image: Image.Image, question: str, length: int) -> str:
-    """What plain ``generate`` says."""
+    """Answer of plain ``generate``."""
     inputs = model.inputs(image, question)
     out = model.net.generate(**inputs, do_sample=False, max_new_tokens=length)
     new = out[0, inputs["input_ids"].shape[1] :]

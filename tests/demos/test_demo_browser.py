@@ -256,7 +256,7 @@ def ask(address: str, image: Image.Image, length: int = 6) -> list:
 
 
 def page_does(address: str, session: str, name: str, *data: object) -> list:
-    """What an open page is told when it triggers an event of its own; None is what it keeps."""
+    """Updates that an open page gets for an event of its own; None is what it keeps."""
     events = http.get(f"{address}config").json()["dependencies"]
     (number,) = [event["id"] for event in events if event["api_name"] == name]
     call = {"data": data, "fn_index": number, "session_hash": session}

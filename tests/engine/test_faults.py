@@ -27,7 +27,7 @@ from vtc.transformers_contract import cache_left, giving
 
 
 def left_behind(model: Any) -> list[str]:
-    """What engines hold that belongs to a forward, after it."""
+    """State of a forward that engines still hold after it."""
     session = model.vtc
     held = []
     if session.decoder is not None:

@@ -61,7 +61,7 @@ def made(method: str, family: str, keep: Fraction | None = None) -> vtc.Method:
 
 
 def refused(method: str, family: str) -> str | None:
-    """What the reason names where a method cannot run at all."""
+    """Name that the reason gives where a method cannot run at all."""
     chosen = made(method, family)
     if method == "mod":
         return "routers"

@@ -60,7 +60,7 @@ def takes_budget(method: str) -> bool:
 
 
 def refused(method: str) -> str | None:
-    """What a method is refused with, on every family alike."""
+    """Pattern of a method's refusal, on every family alike."""
     chosen = made(method, None)
     if "pixels" in chosen.stages:
         return r"joins 2 x 2 patches.*give the processor a smaller max_pixels, or use.*divprune"

@@ -59,7 +59,7 @@ REFUSED = (
     r"takes the features of all images as one tensor, and they have different numbers",
     r"pool needs the full \d+ x \d+ grid and found \d+ tokens",
 )
-"""What may be refused, at wrap or in the first forward, by what the message says."""
+"""Messages of refusals that may come, at wrap or in the first forward."""
 
 
 class Say:

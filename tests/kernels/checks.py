@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every implementation of a kernel must satisfy, against N x N formulas in float64.
+"""Checks that every implementation of a kernel must pass, against N x N formulas in float64.
 
 Each check takes the module under test: a reference, a Triton kernel, or one broken on purpose.
 """

@@ -58,8 +58,7 @@ def test_a_wrong_kernel_is_not_timed(few, tmp_path):
 
 @pytest.mark.parametrize("kind", ["energy", "best_match", "column_sums", "merge", "compact"])
 def test_eager_formulas_are_those_of_the_kernels(kind):
-    """What a kernel is timed against computes the same, in the cases as the benchmark makes
-    them."""
+    """Formulas that kernels are timed against compute the same, in the cases of the benchmark."""
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 40, 16, generator=g), torch.randn(2, 7, 16, generator=g)
     q, k = torch.randn(2, 4, 9, 8, generator=g), torch.randn(2, 2, 9, 8, generator=g)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What SECURITY.md says: nothing runs that should not, nothing connects, odd files are refused."""
+"""Promises of SECURITY.md: nothing runs or connects that should not, odd files are refused."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of faults share."""
+"""Answers and reports of a model, and their comparison, for tests of faults."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ def slow_bench(out: Path, seconds: float) -> dict:
 
 
 def shared_bench(out: Path, seconds: float = 0.0, fatal: tuple[int, ...] = ()) -> dict | str:
-    """What a process of several gives: its result, or its error."""
+    """Result of a process of several, or its error."""
     with distributed.joined("cpu") as world:
         try:
             return bench(out, Toy(fatal=fatal), world=world, progress=slow(seconds))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of in cache share."""
+"""Naive loops of methods in the KV cache, row by row."""
 
 from __future__ import annotations
 

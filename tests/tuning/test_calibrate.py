@@ -142,7 +142,7 @@ def test_agreement_is_that_of_free_answers(model: Any, samples: Any) -> None:
 
 
 def test_an_answer_ends_with_its_end_token(model: Any, samples: Any) -> None:
-    """What `generate` writes behind it is not compared; the end itself is."""
+    """Tokens that `generate` writes behind it are not compared; the end itself is."""
     with torch.no_grad():
         model.lm_head.weight.mul_(4)
     first = model.generate(**samples[0], max_new_tokens=4, do_sample=False)[:, -4:]
@@ -425,7 +425,7 @@ def test_bad_arguments(model: Any, samples: Any, arguments: dict, message: str) 
 
 
 def test_enough_prompts_are_enough(model: Any) -> None:
-    """What the message asks for: fewer could not pass even with the stock model itself."""
+    """The number in the message suffices; fewer could not pass even with the stock model itself."""
     assert CAP * share_bound(0, 26) < 0.22 < CAP * share_bound(0, 25)
     with pytest.raises(ValueError, match="at least 26"):
         calibrate(model, [mini_llava.prompt(batch=25)], "uniform", 0.22)

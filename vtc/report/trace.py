@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What became of each visual token of a forward, step by step, from what the engines left."""
+"""Fate of each visual token of a forward, step by step, from what the engines left."""
 
 from __future__ import annotations
 

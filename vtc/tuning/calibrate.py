@@ -62,7 +62,7 @@ CAP = 2.0
 
 @dataclass(frozen=True)
 class Point:
-    """What one budget does to the answers; bounds are one-sided, at 95 %.
+    """Effects of one budget on the answers; bounds are one-sided, at 95 %.
 
     Attributes:
         keep_ratio: the budget; final_tokens: visual tokens in the last LLM layer, mean over the
@@ -95,7 +95,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` found.
+    """Findings of `calibrate`.
 
     Attributes:
         method: ready for `vtc.wrap`, with the chosen keep_ratio.

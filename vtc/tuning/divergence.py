@@ -33,7 +33,7 @@ class Answer:
 
     @classmethod
     def of(cls, model: Any, sample: Mapping[str, Any], max_new_tokens: int) -> Answer:
-        """What the model answers, at most so many tokens."""
+        """Let the model answer, with at most so many tokens."""
         out = generate(model, sample, max_new_tokens)
         tokens = out.sequences[:, -len(out.logits) :]
         ends = model.generation_config.eos_token_id
