@@ -24,7 +24,7 @@ MAX_QUESTION = 500
 
 
 @dataclass(frozen=True)
-class Model:
+class PageModel:
     """A model of the page.
 
     Attributes:
@@ -125,7 +125,7 @@ vtc.unwrap(model)
 """
 
 
-def snippet(model: Model, question: str, names: Sequence[str], keep: float, length: int) -> str:
+def snippet(model: PageModel, question: str, names: Sequence[str], keep: float, length: int) -> str:
     """A script that does what the page does with these settings; it reads ``image.png``.
 
     Raises:

@@ -14,7 +14,7 @@ from PIL import Image
 from ..method import PLACES
 from ..registry import known_methods
 from .gallery import Ranking
-from .results import BASELINE, COMPRESSED, Answer, Row, Side
+from .results import BASELINE, COMPRESSED, ComparisonRow, Side, Snapshot
 from .uploads import FORMATS, MAX_BYTES, MAX_PIXELS
 
 ABSENT = "not measured here"
@@ -63,7 +63,7 @@ def about(names: Sequence[str]) -> str:
     return f'<div class="vtc-note">{"".join(lines)}</div>'
 
 
-def outcome(answer: Answer) -> str:
+def outcome(answer: Snapshot) -> str:
     """The status line of an answer."""
     if not answer.done:
         return status(answer.status, "busy")
@@ -113,7 +113,7 @@ FIGURES: tuple[tuple[str, str, Callable[[float], str], Callable[[float, float], 
 )
 
 
-def figures(answer: Answer, rounds: int) -> str:
+def figures(answer: Snapshot, rounds: int) -> str:
     """The numbers of both sides, and how they were taken."""
     before, after = answer.sides[BASELINE], answer.sides[COMPRESSED]
     rows = []
@@ -145,7 +145,7 @@ def _times(rounds: int) -> str:
     )
 
 
-def comparison(rows: Sequence[Row], rounds: int) -> str:
+def comparison(rows: Sequence[ComparisonRow], rounds: int) -> str:
     """Several methods in a table; a method that could not run with its reason."""
     if not rows:
         return ""
@@ -177,7 +177,7 @@ def comparison(rows: Sequence[Row], rounds: int) -> str:
     )
 
 
-def plot(rows: Sequence[Row]) -> Any:
+def plot(rows: Sequence[ComparisonRow]) -> Any:
     """FLOPs and time to first token of each method, in % of the uncompressed model."""
     from matplotlib.figure import Figure
 

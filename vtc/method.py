@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from .views.vision import VisionView
 
 
-Stage = Literal["pixels", "vision", "features", "decoder", "bypass", "cache"]
+StageName = Literal["pixels", "vision", "features", "decoder", "bypass", "cache"]
 
 Answer = Reduction | tuple[Reduction, Tensor] | None
 """Return of a hook: a reduction, or one with the survivors' new hidden states, or nothing."""
 
-STAGE_HOOKS: dict[Stage, str] = {
+STAGE_HOOKS: dict[StageName, str] = {
     "pixels": "on_pixels",
     "vision": "on_vision_layer",
     "features": "on_features",
@@ -206,7 +206,7 @@ class Method:
         """
 
     @property
-    def stages(self) -> frozenset[Stage]:
+    def stages(self) -> frozenset[StageName]:
         """The stages whose hook this class overrides."""
         return frozenset(
             stage
@@ -243,7 +243,7 @@ class Scorer(Method):
     of the LLM sequence after layer ``after_layer``.
     """
 
-    stage: ClassVar[Stage] = "features"
+    stage: ClassVar[StageName] = "features"
 
     def score(self, v: Any) -> Tensor:
         """Importance (B, N) of each visual token, higher is better."""
@@ -255,7 +255,7 @@ class Scorer(Method):
         raise NotImplementedError(f"{type(self).__name__} must define after_layer")
 
     @property
-    def stages(self) -> frozenset[Stage]:
+    def stages(self) -> frozenset[StageName]:
         return frozenset({self.stage})
 
     def decoder_layers(self, depth: int) -> Iterable[int]:

@@ -19,9 +19,9 @@ from ..shared.prompts import Batch
 from .answering import Answers, answer, divergences
 from .batches import Samples
 from .distributed import World
-from .encoder_cache import Encoder, leaves_encoder_alone
+from .encoder_cache import EncoderCache, leaves_encoder_alone
 from .journal import Journal, Line
-from .rows import Row, fill_scores
+from .rows import AccuracyRow, fill_scores
 
 BLANK = "blank image"
 
@@ -30,7 +30,7 @@ BLANK = "blank image"
 class Configuration:
     """Stock model, stock model without seeing, or a method at a budget: one that answers."""
 
-    row: Row
+    row: AccuracyRow
     method: Method | None = None
 
     @property
@@ -65,7 +65,9 @@ class Exam:
         self.model, self.samples, self.journal, self.world = model, samples, journal, world
         self.configurations, self.max_new_tokens = configurations, max_new_tokens
         self.steps = len(configurations) * len(samples.batches)
-        self.encoder = Encoder.of(model, [c.method for c in configurations if c.method is not None])
+        self.encoder = EncoderCache.of(
+            model, [c.method for c in configurations if c.method is not None]
+        )
         self.batch: Batch | None = None
         self.stock: Answers | None = None
 

@@ -14,7 +14,7 @@ from ..metrics.statistics import bootstrap
 
 
 @dataclass
-class Row:
+class AccuracyRow:
     """One method at one budget. Times in milliseconds; shares and ratios are of the stock model.
 
     ``kl`` is the mean KL divergence from the stock model in nats (see `answering`), ``agreement``
@@ -53,7 +53,7 @@ class Row:
 
 
 def fill_scores(
-    row: Row,
+    row: AccuracyRow,
     answers: Sequence[dict[str, Any]],
     asked: Sequence[dict[str, Any]],
     metric: Metric,
@@ -81,7 +81,7 @@ def fill_scores(
         row.summary = metric.summary(predictions, [x["answers"] for x in asked])
 
 
-def fill_costs(row: Row, facts: dict[str, Any], baseline: dict[str, Any]) -> None:
+def fill_costs(row: AccuracyRow, facts: dict[str, Any], baseline: dict[str, Any]) -> None:
     """Fill in costs by `timing.measure`, absolute and relative to the stock model."""
     report = facts["report"]
     row.final_tokens, row.average_tokens = report.final_tokens, report.average_tokens

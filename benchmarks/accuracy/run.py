@@ -43,8 +43,8 @@ from .batches import Samples
 from .distributed import World
 from .evaluation import BLANK, Configuration, Exam
 from .journal import Journal, Line
-from .plan import Settings, header, plan
-from .rows import Row, fill_costs
+from .plan import BenchSettings, header, plan
+from .rows import AccuracyRow, fill_costs
 
 
 def run(
@@ -53,7 +53,7 @@ def run(
     task: str,
     items: Sequence[Any],
     metric: Metric,
-    settings: Settings,
+    settings: BenchSettings,
     progress: Progress = lambda text, done, total: None,
     *,
     out: Path | None = None,
@@ -103,8 +103,8 @@ def run(
         total = round(session.report().visual_tokens)
 
     configurations = [
-        Configuration(Row(BASELINE, [], total)),
-        Configuration(Row(BLANK, [], None)),
+        Configuration(AccuracyRow(BASELINE, [], total)),
+        Configuration(AccuracyRow(BLANK, [], None)),
         *(Configuration(row, method) for row, method in plan(model, inputs, total, settings)),
     ]
     journal = Journal(header(model, task, samples, metric, settings), say)

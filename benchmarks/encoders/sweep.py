@@ -57,7 +57,7 @@ class Settings:
 
 
 @dataclass
-class Row:
+class SweepRow:
     """One method at one budget; tokens are patches, those in front of them not counted.
 
     Attributes:
@@ -77,7 +77,7 @@ class Row:
     error: str | None = None
 
 
-R = TypeVar("R", bound=Row)
+R = TypeVar("R", bound=SweepRow)
 
 
 @dataclass
@@ -150,7 +150,7 @@ def sweep(
 
     Args:
         items: ``items[i]`` raises `BadItem` for an image that cannot be read.
-        row_type: `Row` or a subclass, whose further fields the caller fills.
+        row_type: `SweepRow` or a subclass, whose further fields the caller fills.
         keep: what to keep of an output (B, D), fp32.
         beside: called once with the items of each batch.
 

@@ -69,7 +69,7 @@ def chat_prompt(processor: Any, chat: Chat) -> str:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     """An answer, and tokens of its prompt (image placeholders included) and of itself."""
 
     text: str
@@ -119,21 +119,21 @@ class ChatModel:
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
 
-    def answer(self, chats: Sequence[Chat], **generation: Any) -> list[Answer]:
+    def answer(self, chats: Sequence[Chat], **generation: Any) -> list[Reply]:
         """Answers in the order of the chats; ``generation`` goes to `generate`.
 
         Raises:
             UnsupportedError: a prompt that the processor or the method cannot take.
             RuntimeError: other numbers of tokens ran than the method was asked for.
         """
-        found: dict[int, Answer] = {}
+        found: dict[int, Reply] = {}
         for rows in _alike(chats):
             inputs, out = self._generate([chats[i] for i in rows], **generation)
             new = out.sequences[:, inputs["input_ids"].shape[1] :]
             texts = self.processor.batch_decode(new, skip_special_tokens=True)
             read = inputs["attention_mask"].sum(1).tolist()
             written = self._lengths(new).tolist()
-            answers = [Answer(text.strip(), *n) for text, *n in zip(texts, read, written)]
+            answers = [Reply(text.strip(), *n) for text, *n in zip(texts, read, written)]
             found.update(zip(rows, answers))
         return [found[i] for i in range(len(chats))]
 

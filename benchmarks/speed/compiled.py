@@ -12,7 +12,7 @@ from ...method import Method
 from ...session import wrap
 from ..measure.timing import forward
 from .rounds import STOCK, Run, describe, facts, play, row_of
-from .settings import Settings
+from .settings import SpeedSettings
 from .shapes import Prompt, Shape
 
 WARMUP = 3
@@ -24,7 +24,7 @@ def compare_compiled(
     shape: Shape,
     prompt: Prompt,
     methods: list[Method],
-    settings: Settings,
+    settings: SpeedSettings,
     tick: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Time prefills under ``torch.compile(mode="reduce-overhead")``; fills the part's rows.

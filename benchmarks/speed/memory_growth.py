@@ -42,7 +42,7 @@ FRAME = 64
 """LLM tokens of a frame of the videos."""
 COLUMNS = ("method", "tokens", "peak_bytes")
 
-Row = dict[str, Any]
+GrowthRow = dict[str, Any]
 
 
 def chosen(name: str, tokens: int) -> Method:
@@ -99,14 +99,16 @@ def peak(model: Any, inputs: dict[str, Any]) -> int | None:
 
 
 def measure(
-    names: Iterable[str], tokens: Sequence[int], keep: Callable[[Row], None] = lambda row: None
-) -> list[Row]:
+    names: Iterable[str],
+    tokens: Sequence[int],
+    keep: Callable[[GrowthRow], None] = lambda row: None,
+) -> list[GrowthRow]:
     """A row for each method and N, those of the stock models first.
 
     Args:
         keep: called with each row as it is there.
     """
-    rows: list[Row] = []
+    rows: list[GrowthRow] = []
 
     def note(name: str, n: int, bytes_: int | None) -> None:
         rows.append({"method": name, "tokens": n, "peak_bytes": bytes_})
@@ -138,7 +140,7 @@ def exponent(points: Sequence[tuple[int, int]]) -> float | None:
     return log(b / a) / log(m / n)
 
 
-def by_method(rows: Iterable[Row]) -> dict[str, dict[int, int | None]]:
+def by_method(rows: Iterable[GrowthRow]) -> dict[str, dict[int, int | None]]:
     """Method -> N -> bytes, in the order of the rows, the stock models first."""
     out: dict[str, dict[int, int | None]] = {STOCK: {}}
     for row in rows:
@@ -146,7 +148,7 @@ def by_method(rows: Iterable[Row]) -> dict[str, dict[int, int | None]]:
     return out
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[GrowthRow]) -> str:
     """Markdown: MiB by method and N, the exponent, and the last N in stock models."""
     methods = by_method(rows)
     videos = {row["tokens"] for row in rows if row["method"] == STOCK_VIDEO}
@@ -173,7 +175,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path) -> list[GrowthRow]:
     """Rows of a CSV file."""
     with path.open(newline="") as file:
         return [
@@ -207,7 +209,7 @@ def main() -> None:
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
 
-        def keep(row: Row) -> None:
+        def keep(row: GrowthRow) -> None:
             writer.writerow(row)
             file.flush()
             print(row, flush=True)

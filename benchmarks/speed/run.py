@@ -61,7 +61,7 @@ from ..measure.timing import Progress
 from ..shared.provenance import machine, versions
 from .compiled import compare_compiled
 from .rounds import PAYS, STOCK, Run, describe, free, look, play, reason, row_of, shortest, take
-from .settings import Settings
+from .settings import SpeedSettings
 from .shapes import Prompt, Shape
 from .tables import losses
 
@@ -77,7 +77,7 @@ def compare(
     shape: Shape,
     prompt: Prompt,
     methods: list[Method],
-    settings: Settings,
+    settings: SpeedSettings,
     tick: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Time the stock model and methods on one prompt; fills the part's rows, also when stopped."""
@@ -108,7 +108,9 @@ def compare(
         part["rows"] = [row_of(run, stock) for run in runs]
 
 
-def new_part(shape: Shape, prompt: Prompt, settings: Settings, compiled: bool) -> dict[str, Any]:
+def new_part(
+    shape: Shape, prompt: Prompt, settings: SpeedSettings, compiled: bool
+) -> dict[str, Any]:
     """A part without rows."""
     encoder = shape.encoder
     dtype = str(settings.weights).removeprefix("torch.")
@@ -134,7 +136,7 @@ def new_part(shape: Shape, prompt: Prompt, settings: Settings, compiled: bool) -
 
 
 def run(
-    settings: Settings,
+    settings: SpeedSettings,
     own: Shape | None = None,
     progress: Progress | None = None,
     save: Callable[[dict[str, Any]], None] = lambda result: None,

@@ -26,7 +26,7 @@ COMPILED = (("vit-large", Prompt(batch=32)), ("seven-billion", Prompt()))
 
 
 @dataclass(frozen=True)
-class Settings:
+class SpeedSettings:
     """Settings of a speed run. None: the default of the device, of ``sweep`` and of ``full``.
 
     Attributes:

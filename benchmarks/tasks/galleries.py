@@ -15,7 +15,7 @@ from . import hub, scenes
 from .files import FORMATS
 from .images import find_file, open_image
 from .items import Entry, Questions
-from .rows import FindImage, Row, json_lines, sample, text_of
+from .rows import DataRow, FindImage, json_lines, sample, text_of
 
 SCENES = 200
 """Embedded scenes where no number is asked for."""
@@ -81,7 +81,7 @@ def _captioned_file(path: Path, n: int | None, seed: int) -> Questions:
     return Questions(path.stem, chosen, RECALL, seed, problems)
 
 
-def _captions(row: Row) -> tuple[str, ...]:
+def _captions(row: DataRow) -> tuple[str, ...]:
     values = row.get("captions")
     if not isinstance(values, list) or not values:
         raise ValueError(f'"captions" must be a list of strings, not {values!r:.60}')

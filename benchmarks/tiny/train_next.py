@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from transformers import LlavaNextForConditionalGeneration
 
 from ..tasks import scenes, small_text
-from .data import Encoder
+from .data import PairTokenizer
 from .export import make_next_processor
 from .extract import build_tower
 from .models import VIEW, llava_next_config
@@ -69,7 +69,7 @@ class NextTrainer(Loop):
         model.model.vision_tower.requires_grad_(False)
         self.model = model.to(self.device)
         self.words = model.model.language_model.embed_tokens.weight
-        self.encoder, self.image_processor = Encoder(), make_next_processor().image_processor
+        self.encoder, self.image_processor = PairTokenizer(), make_next_processor().image_processor
         self.pool: dict[tuple[int, int], list[Sample]] = {}
         self.made = 0
         self.elapsed = {"llava": 0.0}

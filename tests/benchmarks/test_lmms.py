@@ -289,7 +289,7 @@ def test_lmms_eval_gives_the_accuracies_of_vtc_bench(tmp_path):
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
 
     model, processor = load_llava()
-    settings = runner.Settings(methods=("visionzip",), keep=(144,), repeats=0, batch_size=8)
+    settings = runner.BenchSettings(methods=("visionzip",), keep=(144,), repeats=0, batch_size=8)
     ours = runner.run(model, processor, "scenes", items, metric("one-word"), settings)["rows"]
     for name, row in zip(("stock", "method"), ours):
         results, samples = result_of(tmp_path / name)

@@ -22,7 +22,7 @@ from vtc.benchmarks.speed import run as speed
 from vtc.benchmarks.speed import shapes as speed_shapes
 from vtc.benchmarks.speed import tables as shown
 from vtc.benchmarks.speed.rounds import STOCK, Run, look, play, row_of, shortest, take
-from vtc.benchmarks.speed.settings import EIGHT, Settings
+from vtc.benchmarks.speed.settings import EIGHT, SpeedSettings
 from vtc.benchmarks.speed.shapes import Prompt, Shape, own
 from vtc.benchmarks.support.mini_models import mini_llava, mini_processor
 from vtc.transformers_contract import CACHE, DynamicCache, LanguageModelOutput
@@ -45,7 +45,7 @@ def shape(model) -> Shape:
 @pytest.fixture(scope="module")
 def result(shape):
     """Every kind of row: 16 image tokens, a prompt long enough for VidKV to pack."""
-    settings = Settings(methods=METHODS, texts=(200,), decode=3, repeats=2)
+    settings = SpeedSettings(methods=METHODS, texts=(200,), decode=3, repeats=2)
     return speed.run(settings, shape, command="vtc speed")
 
 
@@ -123,7 +123,7 @@ def test_the_order_is_random_and_seeded():
 def test_the_order_of_a_result_is_the_one_that_ran(shape, monkeypatch):
     ran = []
     monkeypatch.setattr(speed, "take", lambda model, run, decode: ran.append(run.name) or {})
-    settings = Settings(methods=("fastv", "random"), texts=(8,), repeats=3, seed=5)
+    settings = SpeedSettings(methods=("fastv", "random"), texts=(8,), repeats=3, seed=5)
     (part,) = speed.run(settings, shape)["parts"]
     assert [name for names in part["order"] for name in names] == ran and len(part["order"]) == 4
 
@@ -326,7 +326,7 @@ def test_a_sweep_survives_what_fails(shape, monkeypatch):
 
     monkeypatch.setattr(speed, "take", failing)
     some = Shape("model", "mini", shape.build, inputs)
-    settings = Settings(methods=("fastv",), batches=(1, 2, 3), texts=(8,), decode=1, repeats=1)
+    settings = SpeedSettings(methods=("fastv",), batches=(1, 2, 3), texts=(8,), decode=1, repeats=1)
     written = []
     result = speed.run(settings, some, save=lambda r: written.append(json.dumps(r)))
     first, second, third = result["parts"]
@@ -356,7 +356,7 @@ def interrupted(after: int):
 def test_ctrl_c_leaves_what_was_measured(shape, monkeypatch):
     # Two configurations and the text alone: six calls a part, two of them counted by the stop.
     monkeypatch.setattr(speed, "take", interrupted(6 + 5))
-    settings = Settings(methods=("fastv",), texts=(8, 16), decode=1, repeats=1)
+    settings = SpeedSettings(methods=("fastv",), texts=(8, 16), decode=1, repeats=1)
     result = speed.run(settings, shape)
     first, second = result["parts"]
     assert result["finished"] is False
@@ -370,7 +370,7 @@ def test_ctrl_c_leaves_what_was_measured(shape, monkeypatch):
 
 def test_default_plans():
     def cells(**options) -> list[tuple]:
-        plan = Settings(**options).plan()
+        plan = SpeedSettings(**options).plan()
         return [(s.name, p.batch, p.text_tokens, c) for s, prompts, c in plan for p in prompts]
 
     half, seven = "half-billion", "seven-billion"
@@ -380,16 +380,16 @@ def test_default_plans():
     assert cells(full=True) == [(half, 1, 64, False)]
     grid = cells(device="cuda", sweep=True)
     assert grid == [(s, b, t, False) for s in (half, seven) for b in (1, 8) for t in (64, 1024)]
-    assert Settings(device="cuda").decoded == 64
-    assert Settings().decoded == Settings(device="cuda", sweep=True).decoded == 16
-    chosen = Settings(device="cuda", sweep=True).chosen(speed_shapes.SHAPES[half])
+    assert SpeedSettings(device="cuda").decoded == 64
+    assert SpeedSettings().decoded == SpeedSettings(device="cuda", sweep=True).decoded == 16
+    chosen = SpeedSettings(device="cuda", sweep=True).chosen(speed_shapes.SHAPES[half])
     assert [m.name for m in chosen] == list(EIGHT)
-    towers = Settings().chosen(speed_shapes.SHAPES["vit-large"])
+    towers = SpeedSettings().chosen(speed_shapes.SHAPES["vit-large"])
     assert [(m.name, m.keep_ratio) for m in towers] == [("pitome", 0.2), ("tome", 0.2)]
 
 
 def test_full_is_every_method():
-    chosen = Settings(full=True).chosen(speed_shapes.SHAPES["half-billion"])
+    chosen = SpeedSettings(full=True).chosen(speed_shapes.SHAPES["half-billion"])
     assert [m.name for m in chosen] == list(vtc.methods())
 
 
@@ -425,7 +425,7 @@ def test_text_alone_is_timed_beside_a_method_that_ran(model, shape):
 @pytest.mark.parametrize("options", [{"shapes": ("nine",)}, {"methods": ("fastvv",)}])
 def test_unknown_names_are_refused_at_once(options):
     with pytest.raises(ValueError, match=r"shapes are vit-large|fastv"):
-        Settings(**options)
+        SpeedSettings(**options)
 
 
 @pytest.mark.parametrize(("batch", "text", "images"), [(1, 7, 1), (2, 30, 2)])
@@ -462,7 +462,7 @@ def test_compiled_models_are_timed_one_for_each_method(monkeypatch):
     shape = Shape(
         "model", "mini", lambda device, dtype: mini_llava(), own(built, processor, "", 56).inputs
     )
-    settings = Settings(methods=("fastv", "mod"), repeats=2)
+    settings = SpeedSettings(methods=("fastv", "mod"), repeats=2)
     part = speed.new_part(shape, Prompt(1, 8), settings, compiled=True)
     speed_compiled.compare_compiled(part, shape, Prompt(1, 8), settings.chosen(shape), settings)
     stock, fastv, mod = part["rows"]

@@ -35,7 +35,7 @@ PROCESSOR = mini_processor(MODEL)
 WORDS = ("is there a red circle ?", "what shape ?", "is there a blue square ?", "what colour ?")
 METRIC = Metric("odd", lambda prediction, references: float(len(prediction) % 2))
 """Random weights never answer; any rule will do."""
-SETTINGS = runner.Settings(
+SETTINGS = runner.BenchSettings(
     methods=("fastv", "random", "pitome"),
     keep=(Fraction(1, 2), 4),
     batch_size=4,

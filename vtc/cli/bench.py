@@ -127,7 +127,7 @@ def bench(
     budgets = valid(lambda: tuple(parse_keep(k) for k in keep.split(",") if k.strip()))
     for name in names:
         valid(functools.partial(seeded, name, None, seed))
-    settings = runner.Settings(
+    settings = runner.BenchSettings(
         methods=names,
         keep=budgets,
         flops=flops,

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from ..cache.codecs import Affine, Packing, check_group
 from ..hyperparameters import check_choice, check_count, check_no_budget, check_range, waive
-from ..method import Method, Stage
+from ..method import Method, StageName
 from ..reduction import Reduction, ranks
 from ..registry import register
 from ..views.cache import CacheView
@@ -138,7 +138,7 @@ class ZipVL(Method):
         return self.budget_given
 
     @property
-    def stages(self) -> frozenset[Stage]:
+    def stages(self) -> frozenset[StageName]:
         return frozenset({"bypass" if self.kv == "drop" else "cache"})
 
     def on_bypass(self, v: DecoderView) -> Reduction | None:
