@@ -126,7 +126,7 @@ class Method:
         return None
 
     def on_bypass(self, v: DecoderView) -> Reduction | None:
-        """Visual tokens that take part in layer ``v.layer + 1``; the others jump over it and stay.
+        """Visual tokens that take part in layer ``v.layer + 1``; the others bypass it and stay.
 
         Over its attention only, or over all of it, as `bypass` says; they get no KV there.
         """

@@ -289,9 +289,9 @@ def _is_stock(module: Any) -> bool:
 
 def _encoder(model: Any, sites: Any) -> list[Any]:
     """The module that takes the pixels of whole images, where it is one of transformers."""
-    packed = sites.decoder is not None and sites.decoder.grids is not None
+    flat = sites.decoder is not None and sites.decoder.grids is not None
     entry = sites.vision.entry or sites.vision.tower
-    return [entry] if _is_stock(entry) and sites.vision.blocks and not packed else []
+    return [entry] if _is_stock(entry) and sites.vision.blocks and not flat else []
 
 
 def _language_model(model: Any, sites: Any) -> list[Any]:

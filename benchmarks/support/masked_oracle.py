@@ -147,7 +147,7 @@ def masked(
 
 @contextmanager
 def noting_parts(engine: DecoderEngine) -> Iterator[dict[int, Tensor]]:
-    """(B, L) tokens that take part in each layer of the first prefill, where some jump over it."""
+    """(B, L) tokens that take part in each layer of the first prefill, where some bypass it."""
     stock = engine._step_aside
     parts: dict[int, Tensor] = {}
 
@@ -170,11 +170,11 @@ def noting_parts(engine: DecoderEngine) -> Iterator[dict[int, Tensor]]:
 
 
 @contextmanager
-def jumping(layers: Any, parts: dict[int, Tensor], over: str) -> Iterator[None]:
+def bypassing(layers: Any, parts: dict[int, Tensor], over: str) -> Iterator[None]:
     """A stock decoder in which the others are masked and get nothing from a layer at prefill.
 
     Args:
-        over: what they jump over, "layer" or "attention".
+        over: what they bypass, "layer" or "attention".
     """
 
     def layer_hook(i: int) -> Callable[..., Any]:
@@ -224,7 +224,7 @@ def compare(model: Any, run: Callable[[], Any]) -> tuple[Any, Any, dict[int, Ten
     """Results of ``run`` on a wrapped model, and of the same with its drops turned into masks.
 
     The encoder side stays installed in both, so merged features are the same; only the LLM differs.
-    Tokens that jump over a layer are masked in it and get nothing from it.
+    Tokens that bypass a layer are masked in it and get nothing from it.
     What a method merges inside the LLM is put into the masked run at the place where it was merged.
 
     Returns:
@@ -233,15 +233,15 @@ def compare(model: Any, run: Callable[[], Any]) -> tuple[Any, Any, dict[int, Ten
     engine = model.vtc.decoder
     layers = engine.sites.decoder.layers
     merged: dict[int, tuple[Tensor, Tensor]] = {}
-    jumps = {m.bypass for _, m, _ in engine.on_bypass}
+    bypassed = {m.bypass for _, m, _ in engine.on_bypass}
     with recording(engine, merged) as alive, ExitStack() as stack:
-        parts = stack.enter_context(noting_parts(engine)) if jumps else {}
+        parts = stack.enter_context(noting_parts(engine)) if bypassed else {}
         dropped = run()
     engine.remove()
     try:
         with masked(layers, alive, merged=merged), ExitStack() as stack:
-            for over in jumps:
-                stack.enter_context(jumping(layers, parts, over))
+            for over in bypassed:
+                stack.enter_context(bypassing(layers, parts, over))
             hidden = run()
     finally:
         engine.install()

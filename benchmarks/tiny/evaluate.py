@@ -70,8 +70,8 @@ def accuracy_next(
         inputs = processor(text=prompts, images=images, **options).to(model.device)
         if view == "thumbnail":
             pixels = inputs.pixel_values.to(model.dtype)
-            packed = model.get_image_features(pixels, inputs.image_sizes).pooler_output
-            tokens = [image[: model.config.image_seq_length] for image in packed]
+            features = model.get_image_features(pixels, inputs.image_sizes).pooler_output
+            tokens = [image[: model.config.image_seq_length] for image in features]
             longer = [p.replace("<image>", "<image>" * len(t)) for p, t in zip(prompts, tokens)]
             text = processor.tokenizer(longer, **options).to(model.device)
             embeds = model.get_input_embeddings()(text.input_ids)

@@ -234,7 +234,7 @@ NAMES = sorted(
 EXACT = [m for m in NAMES if m != "vidkv"]
 """All that drop tokens; VidKV packs the KV cache into fewer bits."""
 BUDGETED = [m for m in EXACT if m not in ("mod", "mod-heuristic")]
-"""Those that leave a prompt alone when all of it may stay; MoD lets a share of tokens jump."""
+"""Those that leave a prompt alone when all of it may stay; MoD lets a share of tokens bypass layers."""
 
 
 # ---- strategies ----------------------------------------------------------------------------------

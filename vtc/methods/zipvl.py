@@ -9,7 +9,7 @@ random positions), with a_j the attention that token j gets from them there, mea
     a~_j = a_j / |{c in P : c >= j}|                          how often j could be seen at all
     T   = the p tokens with the largest a~_j
 
-Tokens outside T jump over the attention on the residual and keep their MLP (``kv="drop"``, the
+Tokens outside T bypass the attention on the residual and keep their MLP (``kv="drop"``, the
 later version: their keys and values are not held in this layer). ``kv="mixed"`` is the first
 version's cache: attention of the prompt is complete, every key and value is held, those of T at 4
 bits and the others at 2.

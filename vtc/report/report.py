@@ -26,7 +26,7 @@ class Report:
             LLM layers.
         tokens_per_layer: visual tokens each LLM layer processed (encoder alone: tokens after each
             block, prefix included).
-        attended_per_layer: those in each LLM layer's attention; fewer where tokens jump over it.
+        attended_per_layer: those in each LLM layer's attention; fewer where tokens bypass it.
         kv_tokens: visual tokens in the KV cache after prefill, mean over the layers.
         flops, flops_full: the literature's formula for one row, with and without compression.
         flops_all, flops_all_full: all tokens, encoder and projector included.
