@@ -85,7 +85,7 @@ class Exam:
         others = self.configurations[1:] if configuration.key == BASELINE else ()
         return any(self.pending(number, other) for other in others)
 
-    def hold(self, progress: Callable[[str, int], None]) -> None:
+    def ask_pending(self, progress: Callable[[str, int], None]) -> None:
         """Ask everything that is pending; each process takes its turn at the batches.
 
         Args:

@@ -112,12 +112,12 @@ def run(
     steps = exam.steps + settings.repeats + 1
 
     def opened() -> list[Line]:
-        if world.main and out is not None:
-            journal.open(out / f"{stem(task)}.predictions.jsonl", fresh)
+        if world.is_main and out is not None:
+            journal.open(out / f"{file_stem(task)}.predictions.jsonl", fresh)
         return journal.lines()
 
     def cost() -> None:
-        if world.main:
+        if world.is_main:
             done = itertools.count(exam.steps)
 
             def tick() -> None:
@@ -131,7 +131,7 @@ def run(
         for lines in world.together(opened):
             journal.add(lines)
         try:
-            exam.hold(lambda text, done: progress(text, done, steps))
+            exam.ask_pending(lambda text, done: progress(text, done, steps))
             world.together(cost)
             finished = True
         except KeyboardInterrupt:
@@ -166,18 +166,18 @@ def run(
             "machine": {**machine(model.device), "processes": world.size},
             "rows": [asdict(c.row) for c in configurations if c.row.method != BLANK],
         }
-        if world.main and out is not None:
-            write = functools.partial(_write, result, out / f"{stem(task)}.json", journal, say)
+        if world.is_main and out is not None:
+            write = functools.partial(_write, result, out / f"{file_stem(task)}.json", journal, say)
             if finished:
                 journal.finish(exam.lines(), write, is_open=more)
             elif asked:
                 write()
         # Nobody goes on while the first one writes, and none if another one stops.
-        world.stopped = any(world.share(world.interrupts.asked))
+        world.stopped = any(world.gather(world.interrupts.asked))
     return result
 
 
-def stem(task: str) -> str:
+def file_stem(task: str) -> str:
     """Beginning of the names of a task's files."""
     return re.sub(r"[^\w.+-]+", "-", task)
 

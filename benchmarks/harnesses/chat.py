@@ -78,7 +78,7 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Facts:
+class BatchStats:
     """Time and tokens of one batch.
 
     ``seconds`` begin with the inputs on the device; ``first`` of them end with the first logits.
@@ -115,7 +115,7 @@ class ChatModel:
     def __init__(self, model: Any, processor: Any, method: Method | Chain | None = None) -> None:
         self.model, self.processor = model, processor
         self.session: Any = None if method is None else wrap(model, method).vtc
-        self.facts: list[Facts] = []
+        self.facts: list[BatchStats] = []
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
 
@@ -222,7 +222,7 @@ class ChatModel:
         if len(new) != len(chats):
             raise ValueError("one answer for each prompt: leave num_return_sequences at 1")
         self.facts.append(
-            Facts(
+            BatchStats(
                 samples=len(chats),
                 seconds=seconds,
                 first=first.time - start,
@@ -266,7 +266,7 @@ def _alike(chats: Sequence[Chat]) -> list[list[int]]:
     return [part for part in rows if part]
 
 
-def summarize(facts: Sequence[Facts]) -> dict[str, float]:
+def summarize(facts: Sequence[BatchStats]) -> dict[str, float]:
     """Times, and means over the samples of what the reports say.
 
     ``ttft``: seconds to the first logits of a batch, median over batches; ``tpot``: seconds for

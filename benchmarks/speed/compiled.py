@@ -11,7 +11,7 @@ import torch
 from ...method import Method
 from ...session import wrap
 from ..measure.timing import forward
-from .rounds import STOCK, Run, describe, facts, play, row_of
+from .rounds import STOCK, Run, describe, facts, row_of, time_rounds
 from .settings import SpeedSettings
 from .shapes import Prompt, Shape
 
@@ -57,6 +57,6 @@ def compare_compiled(
     try:
         for run in runs:
             run.attempt(lambda run=run: prepare(run))  # type: ignore[misc]
-        play(runs, take, settings.rounds, WARMUP, settings.seed, part["order"], tick)
+        time_rounds(runs, take, settings.rounds, WARMUP, settings.seed, part["order"], tick)
     finally:
         part["rows"] = [row_of(run, stock) for run in runs]

@@ -60,7 +60,19 @@ from ...method import Method
 from ..measure.timing import Progress
 from ..shared.provenance import machine, versions
 from .compiled import compare_compiled
-from .rounds import PAYS, STOCK, Run, describe, free, look, play, reason, row_of, shortest, take
+from .rounds import (
+    PAYS,
+    STOCK,
+    Run,
+    describe,
+    free_memory,
+    measure_untimed,
+    reason,
+    row_of,
+    text_only,
+    time_call,
+    time_rounds,
+)
 from .settings import SpeedSettings
 from .shapes import Prompt, Shape
 from .tables import losses
@@ -90,14 +102,14 @@ def compare(
     try:
         tick("tokens and memory")
         for run in runs:
-            run.attempt(lambda run=run: look(model, run, decode))  # type: ignore[misc]
-        text = shortest(model, runs, prompt.batch, part["text_tokens"])
+            run.attempt(lambda run=run: measure_untimed(model, run, decode))  # type: ignore[misc]
+        text = text_only(model, runs, prompt.batch, part["text_tokens"])
         if text is not None:
             runs.append(text)
-            text.attempt(lambda: look(model, text, decode))
-        play(
+            text.attempt(lambda: measure_untimed(model, text, decode))
+        time_rounds(
             runs,
-            lambda run: take(model, run, decode),
+            lambda run: time_call(model, run, decode),
             settings.rounds,
             settings.warmup,
             settings.seed,
@@ -187,7 +199,7 @@ def run(
                         compare(part, built(), shape, prompt, methods, settings, tick)
                 except Exception as error:
                     part["error"] = reason(error)
-                free()
+                free_memory()
                 done = per_part * len(parts)
                 result["does_not_pay"] = losses(parts)
                 save(result)

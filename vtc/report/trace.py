@@ -177,7 +177,7 @@ class Trace:
         if index not in self.known:
             row, j = self.units[index]
             if self.depth:
-                every = _Row(self, row).stages()
+                every = _RowTokens(self, row).stages()
             else:
                 assert self.history is not None  # or there would be no images
                 stages = _marked(encoded(self.history, row, "after the encoder"))
@@ -234,7 +234,7 @@ class Trace:
         return [Stage(BEFORE, torch.arange(len(entered)).where(entered, -1))]
 
 
-class _Row:
+class _RowTokens:
     """The n visual tokens of one row of the batch, counted through its images."""
 
     def __init__(self, trace: Trace, row: int) -> None:
