@@ -18,7 +18,7 @@ from .llava import feature_block
 
 
 def _project(projector: Any, x: Tensor) -> Tensor:
-    """What the projector does with one joined patch."""
+    """Project joined patches."""
     x, gate = projector.linear_1(projector.layernorm.forward(x)).chunk(2, dim=-1)
     return projector.linear_2(projector.act(gate) * x)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter says of a model: where blocks, keys and decoder layers are. No method logic."""
+"""Sites that an adapter names: blocks, keys, decoder layers of a model. No method logic."""
 
 from __future__ import annotations
 
@@ -91,9 +91,9 @@ class VisionSites:
 
 @dataclass
 class CropSites:
-    """How a model cuts an image into crops and packs their patches into one sequence.
+    """How a model cuts an image into crops and lays their patches out as one sequence.
 
-    The packed rows of an image are its thumbnail, then the canvas of all crops row by row without
+    The flat rows of an image are its thumbnail, then the canvas of all crops row by row without
     padding, with a newline token at the end of each row. "call" is the named arguments of
     ``base.get_image_features``.
 
@@ -103,7 +103,7 @@ class CropSites:
         images: call -> for each image its (height, width) in pixels and its crops, thumbnail
             included.
         grid: (height, width) -> (rows, columns) of crops, thumbnail not included.
-        pack: the model's own packing of one image: features (crops, N, C), (height, width), a
+        pack: the model's own function for one image: features (crops, N, C), (height, width), a
             newline (C,), the call, and whether a canvas that is too large is resampled ->
             (rows, C).
     """
@@ -136,7 +136,7 @@ class GridSites:
 
     Attributes:
         images: call -> for each image, in the order of its placeholders, the (rows, columns) of
-            *encoder patches* of each of its grids, in packed order. An LLM token's grid has
+            *encoder patches* of each of its grids, in flat order. An LLM token's grid has
             rows // fold and columns // fold; what is left over never reaches the LLM.
         source: the module whose first argument is the features, one row for each LLM token of the
             call in placeholder order, flat (M, C) or batched (B, N, C).
@@ -149,7 +149,7 @@ class GridSites:
             (T, C), each attending to itself alone, rather than each as a row of a batch (B, T, C).
         order: call -> (T,) where in the encoder's sequence each patch lies, for encoders that sort
             them otherwise (windows); None: grid after grid. Only where ``packed``.
-        newlines: rows behind those of each image or video in the packed features, which no method
+        newlines: rows behind those of each image or video in the flat features, which no method
             chooses among.
         shrink: edge of a grid of patches -> edge of its grid of LLM tokens, where the model resizes
             the projected patches bilinearly; ``source`` then takes one row for each patch.
@@ -188,7 +188,7 @@ class DecoderSites:
         tokens_per_image: placeholders of one image where that is fixed, else None.
         feature_block: index of the last encoder block whose output the projector reads.
         hidden, mlp_width, heads, kv_heads, head_dim, vocab: for the cost model.
-        crops: how images of any resolution are packed; None where an image is one grid of patches.
+        crops: how images of any resolution become flat; None where an image is one grid of patches.
         grids: how encoder patches are joined to LLM tokens; None where each of them is one.
         video: whether the model takes videos as well; refused where there are no ``videos``.
         videos: how frames of a video are joined to LLM tokens; a video is what has a budget, and

@@ -37,16 +37,16 @@ def _hidden(call: Call) -> Tensor:
 
 
 def _project(attn: Any, part: int, call: Call, rows: slice) -> Tensor:
-    """Queries or keys (B, H, R, d) from the packed projection."""
+    """Queries or keys (B, H, R, d) from the joint projection."""
     bias = attn.qkv.bias
     bias = None if bias is None else bias.chunk(3)[part]
     y = F.linear(_hidden(call)[:, rows], attn.qkv.weight.chunk(3)[part], bias)
     return y.unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
 
 
-def _split(attn: Any, packed: Tensor, call: Call) -> Tensor:
-    """Keys (B, H, T, d) of the packed projection's output (B, T, 3 C)."""
-    return packed.chunk(3, 2)[KEY].unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
+def _split(attn: Any, joint: Tensor, call: Call) -> Tensor:
+    """Keys (B, H, T, d) of the joint projection's output (B, T, 3 C)."""
+    return joint.chunk(3, 2)[KEY].unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
 
 
 class _Handles:

@@ -18,7 +18,7 @@ from .grids import tile_grids
 
 
 def _project(projector: Any, x: Tensor) -> Tensor:
-    """What the projector does with one joined patch."""
+    """Project joined patches."""
     normed = projector.mm_soft_emb_norm.forward(x)
     return (normed @ projector.mm_input_projection_weight).type_as(x)
 

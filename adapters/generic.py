@@ -17,7 +17,7 @@ from torch import nn
 from ..errors import UnsupportedError
 from . import blip
 from .base import Sites, VisionSites, is_a, language_sites
-from .seams import check, unknown, why_not
+from .seams import check, refusal, unknown_arguments
 
 PROJECTORS = (
     *("multi_modal_projector", "mm_projector", "connector", "projector", "aligner"),
@@ -65,7 +65,7 @@ def _why_joined(model: Any, base: Any, vision: VisionSites | None, projector: An
         return "its image encoder has no adapter"
     if projector is None:
         return "no projector between encoder and LLM was found"
-    extra = unknown(base.get_image_features, FEATURE_ARGUMENTS)
+    extra = unknown_arguments(base.get_image_features, FEATURE_ARGUMENTS)
     if extra:
         return f"its images are cut up or of any size (get_image_features takes {', '.join(extra)})"
     linear = next((m for m in projector.modules() if isinstance(m, nn.Linear)), None)
@@ -118,7 +118,7 @@ def locate(model: Any) -> Sites | None:
     check(model, tower, decoder)
     token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
     if not isinstance(token, int) or not hasattr(base, "get_image_features") or base is model:
-        raise why_not(
+        raise refusal(
             model,
             "where image tokens stand in the prompt is not told by image_token_id and "
             "get_image_features, as in other models of transformers",

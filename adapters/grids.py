@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where calls of ``get_image_features`` and its like for videos say how large the grids are."""
+"""Readers of grid sizes from the arguments of ``get_image_features`` and its like for videos."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 Grids = Callable[[dict[str, Any]], list[list[tuple[int, int]]]]
-"""What `GridSites.images` is."""
+"""Type of `GridSites.images`."""
 
 
 def _tiles(name: str, patch: int, call: dict[str, Any]) -> list[list[tuple[int, int]]]:

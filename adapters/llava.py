@@ -57,7 +57,7 @@ def _images(patch: int, call: dict[str, Any]) -> list[list[tuple[int, int]]]:
 
 
 def pixtral_grids(base: Any, patch: int) -> GridSites:
-    """How a Pixtral tower packs images of any size, every patch a token."""
+    """How a Pixtral tower makes images of any size one sequence, every patch a token."""
     projector = base.multi_modal_projector
     return GridSites(
         partial(_images, patch), source=projector, project=projector.forward, packed=True

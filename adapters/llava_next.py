@@ -63,7 +63,7 @@ def _pack(
 
 
 def crop_sites(base: Any) -> CropSites:
-    """Sites of a model that packs crops with ``base.pack_image_features``."""
+    """Sites of a model that joins crops by ``base.pack_image_features``."""
     side = _edge(base) // base.config.vision_config.patch_size
     return CropSites(
         side=(side, side),

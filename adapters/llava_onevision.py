@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLaVA-OneVision: `LlavaOnevisionForConditionalGeneration`, crops without [CLS], and videos.
 
-Images are packed like LLaVA-NeXT's, except that a canvas of too many patches is resampled
+Images are laid out like LLaVA-NeXT's, except that a canvas of too many patches is resampled
 bilinearly, and that an image beside others in one sample may come without crops. Each frame of a
 video shrinks to half its edges bilinearly behind the projector; a newline ends the video.
 """

@@ -31,7 +31,7 @@ ENCODERS = ("hf_vision", "timm_vit", "open_clip_vit", "blip")
 """Adapter files whose ``locate(model)`` gives `VisionSites`."""
 
 TOWERS = ("pixtral",)
-"""The same for encoders of packed images, which work inside a language model only: alone, nobody
+"""The same for encoders of flat images, which work inside a language model only: alone, nobody
 tells which of the tokens that are left belong to which image."""
 
 FAMILIES: dict[str, tuple[str, ...]] = {
@@ -67,7 +67,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "timm encoders": ("VisionTransformer: vit, deit, dinov2, siglip", "Eva: eva"),
     "open_clip encoders": ("CLIP: ViT-*",),
 }
-"""What the adapters know, for people; `vtc.inspect` tells of any model."""
+"""Families that the adapters know, for people; `vtc.inspect` tells of any model."""
 
 SUPPORTED = (
     f"{'; '.join(FAMILIES)}; others whose seams are like LLaVA's (vtc models has the classes, "

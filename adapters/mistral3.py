@@ -19,7 +19,7 @@ from .llava import feature_block
 
 
 def _project(projector: Any, x: Tensor) -> Tensor:
-    """What the projector does with one joined patch."""
+    """Project joined patches."""
     return projector.linear_2(projector.act(projector.linear_1.forward(x)))
 
 

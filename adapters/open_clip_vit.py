@@ -17,7 +17,7 @@ QUERY, KEY = 0, 1
 
 
 def _weights(attn: Any, part: int) -> tuple[Tensor, Tensor | None]:
-    """Rows of the packed projection, (C, C), and its bias (C,)."""
+    """Rows of the joint projection, (C, C), and its bias (C,)."""
     bias = attn.in_proj_bias
     return attn.in_proj_weight.chunk(3)[part], None if bias is None else bias.chunk(3)[part]
 

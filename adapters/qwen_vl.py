@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: packed towers, a merger of 2 x 2 patches, M-RoPE, DeepStack.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: flat towers, a merger of 2 x 2 patches, M-RoPE, DeepStack.
 
 The tower takes the patches of all images in one sequence without a batch, ordered so that the four
 patches of an LLM token follow each other; Qwen2.5-VL puts the tokens of a window together on top
@@ -33,7 +33,7 @@ QUERY, KEY = 0, 1
 
 
 def _project(attn: Any, part: int, call: Call, rows: slice) -> Tensor:
-    """Queries or keys (1, H, R, d) of the packed sequence, rotary embedding included."""
+    """Queries or keys (1, H, R, d) of the flat sequence, rotary embedding included."""
     args, kwargs = call
     x = (args[0] if args else kwargs["hidden_states"])[rows]
     y = attn.qkv(x).unflatten(1, (3, attn.num_heads, -1))[:, part]
@@ -83,7 +83,7 @@ def _grids(name: str, call: dict[str, Any]) -> list[list[tuple[int, int]]]:
 
 
 def _merge(merger: Any, x: Tensor) -> Tensor:
-    """What the merger does with one joined patch."""
+    """Project joined patches by the merger."""
     if hasattr(merger, "mlp"):
         return merger.mlp.forward(x)
     return merger.linear_fc2(merger.act_fn(merger.linear_fc1.forward(x)))

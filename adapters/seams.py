@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an unknown language model must be like for dropping a token to equal masking it."""
+"""Checks that in an unknown language model dropping a token equals masking it."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ ATTENTION_PARTS = re.compile(r"(q|k|v|o|out|qkv)_proj|dense|rotary_emb|(q|k)_(la
 keys are rotated in part, and methods that compare keys (DART) would depend on padding."""
 
 
-def why_not(model: Any, reason: str) -> UnsupportedError:
+def refusal(model: Any, reason: str) -> UnsupportedError:
     """The refusal of a model, with what is supported."""
     from .locate import SUPPORTED
 
     return UnsupportedError(f"{type(model).__name__}: {reason}; supported: {SUPPORTED}")
 
 
-def unknown(forward: Any, known: set[str]) -> list[str]:
+def unknown_arguments(forward: Any, known: set[str]) -> list[str]:
     """Arguments of a forward that the engine would not shorten with the tokens."""
     return sorted(set(inspect.signature(forward).parameters) - known)
 
@@ -43,21 +43,21 @@ def check(model: Any, tower: Any, decoder: Any) -> None:
     """Refuse language models in which a dropped token is not the same as a masked one."""
     text = model.config.get_text_config()
     if model.config.is_encoder_decoder or text.is_encoder_decoder:
-        raise why_not(model, "an encoder-decoder, whose decoder reads the image by cross-attention")
+        raise refusal(model, "an encoder-decoder, whose decoder reads the image by cross-attention")
     if decoder is None:
-        raise why_not(model, "its language model has no list of layers that could be found")
+        raise refusal(model, "its language model has no list of layers that could be found")
     if tower is None or any(m is decoder for m in tower.modules()):
-        raise why_not(model, "it has no image encoder in front of its language model")
+        raise refusal(model, "it has no image encoder in front of its language model")
     crossing = {n for m in decoder.modules() if "CrossAtt" in (n := type(m).__name__)}
     if crossing:
-        raise why_not(
+        raise refusal(
             model,
             "its language model reads the image by cross-attention "
             f"({', '.join(sorted(crossing))}), so no image tokens stand in the prompt",
         )
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
-        raise why_not(
+        raise refusal(
             model,
             f"layers of type {', '.join(sorted(kinds))} count or mix the tokens that are left, so "
             "dropping one would change the others",
@@ -66,7 +66,7 @@ def check(model: Any, tower: Any, decoder: Any) -> None:
     for layer in decoder.layers:
         others = [type(m).__name__ for m in layer.modules() if isinstance(m, nn.Conv1d)]
         if getattr(layer, "self_attn", None) is None or others:
-            raise why_not(
+            raise refusal(
                 model,
                 f"{type(layer).__name__} mixes tokens otherwise than by self-attention "
                 "(convolution or recurrence), so dropping one would change the others",
@@ -74,26 +74,26 @@ def check(model: Any, tower: Any, decoder: Any) -> None:
     for layer in layers.values():
         parts = [n for n, _ in layer.self_attn.named_children() if not ATTENTION_PARTS.fullmatch(n)]
         if parts:
-            raise why_not(
+            raise refusal(
                 model,
                 f"{type(layer.self_attn).__name__} has other parts than attention in Llama "
                 f"({', '.join(parts)})",
             )
-        others = unknown(layer.forward, LAYER_ARGUMENTS)
+        others = unknown_arguments(layer.forward, LAYER_ARGUMENTS)
         if others or "position_embeddings" not in inspect.signature(layer.forward).parameters:
             what = f"get {', '.join(others)}" if others else "get no rotary tables"
-            raise why_not(
+            raise refusal(
                 model, f"its layers ({type(layer).__name__}) {what}, unlike those of Llama"
             )
-    more = unknown(decoder.forward, DECODER_ARGUMENTS)
+    more = unknown_arguments(decoder.forward, DECODER_ARGUMENTS)
     if more:
-        raise why_not(
+        raise refusal(
             model,
             f"its language model ({type(decoder).__name__}) also gets {', '.join(more)}, which "
             "would not be shortened with the tokens",
         )
     if not _real_tables(decoder):
-        raise why_not(
+        raise refusal(
             model, "its rotary tables are not the pair (cos, sin) that every layer gets in Llama"
         )
 

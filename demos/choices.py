@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be chosen: models, the methods that work on them, budgets; and the same as a snippet."""
+"""Choices of the page: models, the methods that work on them, budgets; and their snippet."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_QUESTION = 500
 
 
 @dataclass(frozen=True)
-class Model:
+class PageModel:
     """A model of the page.
 
     Attributes:
@@ -40,7 +40,7 @@ class Model:
     load: str
 
     def inputs(self, image: Any, question: str) -> Any:
-        """What ``generate`` takes for one question about one image.
+        """Arguments of ``generate`` for one question about one image.
 
         Raises:
             ValueError: no question, one too long, or one with the image placeholder in it.
@@ -125,7 +125,7 @@ vtc.unwrap(model)
 """
 
 
-def snippet(model: Model, question: str, names: Sequence[str], keep: float, length: int) -> str:
+def snippet(model: PageModel, question: str, names: Sequence[str], keep: float, length: int) -> str:
     """A script that does what the page does with these settings; it reads ``image.png``.
 
     Raises:

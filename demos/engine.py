@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo computes, without Gradio.
+"""Computations of the demo, without Gradio.
 
 A request is a generator of snapshots. Nothing of it is kept here: what the caller got is all there
 is of it. All models run on one thread, one request after the other (`demos.worker`).
@@ -20,10 +20,10 @@ from ..benchmarks.measure.allocations import Allocations, watched
 from ..report.overlay import overlay
 from ..report.report import Report
 from ..session import compressing, observe
-from .choices import Model, make, usable
+from .choices import PageModel, make, usable
 from .gallery import Gallery
 from .measuring import Open, Times, Watch, generate, race
-from .results import BASELINE, COMPRESSED, Answer, Row, Side
+from .results import BASELINE, COMPRESSED, ComparisonRow, Side, Snapshot
 from .worker import Say, Worker
 
 MAX_LENGTH, MAX_ROUNDS, MAX_METHODS = 256, 9, 8
@@ -49,7 +49,7 @@ class Engine:
         models: not wrapped; they are wrapped for the length of a generation only.
     """
 
-    def __init__(self, models: Sequence[Model]) -> None:
+    def __init__(self, models: Sequence[PageModel]) -> None:
         self.models = {model.title: model for model in models}
         self.methods = {model.title: usable(model.net) for model in models}
         with watched(torch.device("cpu"), Allocations()):
@@ -70,7 +70,7 @@ class Engine:
         keep: float,
         length: int = 32,
         rounds: int = 3,
-    ) -> Iterator[Answer]:
+    ) -> Iterator[Snapshot]:
         """The answer with and without compression, streamed; then times.
 
         Both sides first answer once, in random order: that is the streamed text, the tokens and
@@ -91,8 +91,8 @@ class Engine:
             COMPRESSED: lambda: compressing(model.net, method),
         }
 
-        def work(say: Say[Answer]) -> None:
-            now = Answer("reading the image", {BASELINE: Side(), COMPRESSED: Side()})
+        def work(say: Say[Snapshot]) -> None:
+            now = Snapshot("reading the image", {BASELINE: Side(), COMPRESSED: Side()})
             say(now)
             inputs = model.inputs(image, question)
             for name in sample(list(sessions), 2):
@@ -127,7 +127,7 @@ class Engine:
         keep: float,
         length: int = 16,
         rounds: int = 2,
-    ) -> Iterator[tuple[str, list[Row]]]:
+    ) -> Iterator[tuple[str, list[ComparisonRow]]]:
         """(status, rows so far) of the stock model and several methods on one question.
 
         A method that cannot do it gets a row that says why. Times as in `answer`.
@@ -146,8 +146,8 @@ class Engine:
                 return observe(model.net)
             return compressing(model.net, methods[name])
 
-        def work(say: Say[tuple[str, list[Row]]]) -> None:
-            rows: list[Row] = []
+        def work(say: Say[tuple[str, list[ComparisonRow]]]) -> None:
+            rows: list[ComparisonRow] = []
 
             def begin(text: str) -> None:
                 say((text, list(rows)))
@@ -161,9 +161,11 @@ class Engine:
                         side = _answer(model, inputs, length, session, lambda side: say(None))
                         report = session.report()
                         merges = any(method.merges for method in session.methods)
-                    rows.append(Row(name, side, _picture(report, image, model.processor, merges)))
+                    rows.append(
+                        ComparisonRow(name, side, _picture(report, image, model.processor, merges))
+                    )
                 except ValueError as error:
-                    rows.append(Row(name, error=str(error)))
+                    rows.append(ComparisonRow(name, error=str(error)))
             runs: dict[str, Open] = {BASELINE: nullcontext}
             for row in rows[1:]:
                 if not row.error:
@@ -177,7 +179,7 @@ class Engine:
 
         return self._worker.run(work)
 
-    def _model(self, title: str) -> Model:
+    def _model(self, title: str) -> PageModel:
         if title not in self.models:
             raise ValueError(f"no such model; there are {', '.join(self.models)}")
         return self.models[title]
@@ -193,7 +195,7 @@ def _check(length: int, rounds: int) -> None:
 
 
 def _answer(
-    model: Model,
+    model: PageModel,
     inputs: Any,
     length: int,
     session: Any,
@@ -220,7 +222,7 @@ def _answer(
 
 
 def _times(
-    model: Model,
+    model: PageModel,
     inputs: Any,
     runs: dict[str, Open],
     length: int,
@@ -247,7 +249,7 @@ def _timed(side: Side, times: Times) -> Side:
 def _picture(
     report: Report, image: Image.Image, processor: Any, merges: bool
 ) -> Image.Image | None:
-    """What a method did to the image; None where vtc cannot tell where its tokens lie."""
+    """Picture of kept or merged patches; None where vtc cannot tell where tokens lie."""
     try:
         return draw(report, image, processor, "groups" if merges else "kept")
     except ValueError:

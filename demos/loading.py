@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..benchmarks.tiny import models
-from .choices import Model
+from .choices import PageModel
 
 EMBEDDED = {
     "load_llava": (
@@ -24,7 +24,7 @@ CAUTION = (
 )
 
 
-def embedded(device: str = "cpu") -> list[Model]:
+def embedded(device: str = "cpu") -> list[PageModel]:
     """The tiny LLaVA and the tiny LLaVA-NeXT."""
     made = []
     for loader, (title, knows) in EMBEDDED.items():
@@ -34,11 +34,11 @@ def embedded(device: str = "cpu") -> list[Model]:
             f"from vtc.benchmarks.tiny.models import {loader}\n\n"
             f"model, processor = {loader}({place})"
         )
-        made.append(Model(title, net, processor, knows, load))
+        made.append(PageModel(title, net, processor, knows, load))
     return made
 
 
-def other(name: str, device: str, dtype: str, trust_remote_code: bool = False) -> Model:
+def other(name: str, device: str, dtype: str, trust_remote_code: bool = False) -> PageModel:
     """A model by folder or hub id, from safetensors alone: nothing pickled is read.
 
     Args:
@@ -62,4 +62,4 @@ def other(name: str, device: str, dtype: str, trust_remote_code: bool = False) -
         f"model = model.to({device!r}).eval()"
     )
     title = name.rstrip("/").rsplit("/", 1)[-1]
-    return Model(title, net.to(device).eval(), processor, "", load)
+    return PageModel(title, net.to(device).eval(), processor, "", load)

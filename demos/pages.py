@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the page shows of a result: tables and cards as HTML, the plot. All text is escaped."""
+"""Results as the page shows them: tables and cards as HTML, the plot. All text is escaped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from ..method import PLACES
 from ..registry import known_methods
 from .gallery import Ranking
-from .results import BASELINE, COMPRESSED, Answer, Row, Side
+from .results import BASELINE, COMPRESSED, ComparisonRow, Side, Snapshot
 from .uploads import FORMATS, MAX_BYTES, MAX_PIXELS
 
 ABSENT = "not measured here"
@@ -32,7 +32,7 @@ def head(note: str) -> str:
 
 
 def limits() -> str:
-    """What is taken as an image."""
+    """A line on the files that are taken as images."""
     kinds = ", ".join(FORMATS).replace("WEBP", "WebP")
     return (
         f'<div class="vtc-note">{kinds}, up to {MAX_BYTES >> 20} MB and '
@@ -47,7 +47,7 @@ def status(text: str, kind: str = "") -> str:
 
 
 def about(names: Sequence[str]) -> str:
-    """What the chosen methods do and where."""
+    """Summaries of the chosen methods, with their stages."""
     known = known_methods()
     lines = []
     for name in names:
@@ -63,7 +63,7 @@ def about(names: Sequence[str]) -> str:
     return f'<div class="vtc-note">{"".join(lines)}</div>'
 
 
-def outcome(answer: Answer) -> str:
+def outcome(answer: Snapshot) -> str:
     """The status line of an answer."""
     if not answer.done:
         return status(answer.status, "busy")
@@ -113,7 +113,7 @@ FIGURES: tuple[tuple[str, str, Callable[[float], str], Callable[[float, float], 
 )
 
 
-def figures(answer: Answer, rounds: int) -> str:
+def figures(answer: Snapshot, rounds: int) -> str:
     """The numbers of both sides, and how they were taken."""
     before, after = answer.sides[BASELINE], answer.sides[COMPRESSED]
     rows = []
@@ -145,7 +145,7 @@ def _times(rounds: int) -> str:
     )
 
 
-def comparison(rows: Sequence[Row], rounds: int) -> str:
+def comparison(rows: Sequence[ComparisonRow], rounds: int) -> str:
     """Several methods in a table; a method that could not run with its reason."""
     if not rows:
         return ""
@@ -177,7 +177,7 @@ def comparison(rows: Sequence[Row], rounds: int) -> str:
     )
 
 
-def plot(rows: Sequence[Row]) -> Any:
+def plot(rows: Sequence[ComparisonRow]) -> Any:
     """FLOPs and time to first token of each method, in % of the uncompressed model."""
     from matplotlib.figure import Figure
 
@@ -206,7 +206,7 @@ def plot(rows: Sequence[Row]) -> Any:
 
 
 def ranking(found: dict[str, Ranking], described: int | None, shown: int) -> str:
-    """What compression did to the ranking; ``described`` is the scene that the text is of."""
+    """Table of the ranking before and after; ``described`` is the scene that the text is of."""
     before, after = found[BASELINE], found[COMPRESSED]
     size = len(before.order)
     same = len(set(before.order[:shown]) & set(after.order[:shown]))

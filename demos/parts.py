@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tabs of the page share: inputs, the status line, how failures are told."""
+"""Parts that the tabs of the page share: inputs, the status line, messages of failures."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def check_upload(path: str | None) -> tuple[Any, str]:
 
 
 def failure(error: Exception) -> str:
-    """What the user is told: the reason if it is theirs, else only that there is one."""
+    """Message of a failure: the reason if it is the user's, else only that there is one."""
     if isinstance(error, ValueError):
         return pages.status(str(error), "bad")
     log.error("a request failed", exc_info=error)

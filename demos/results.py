@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a request has found so far: one answer, both sides, the rows of a comparison."""
+"""Results of a request so far: one answer, both sides, the rows of a comparison."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Snapshot:
     """A snapshot of a request: what is known of both sides, `BASELINE` and `COMPRESSED`."""
 
     status: str
@@ -47,7 +47,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """A configuration of a comparison; ``error`` says why it has no answer."""
 
     name: str

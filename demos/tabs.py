@@ -22,7 +22,7 @@ from .parts import (
     opened,
     question_input,
 )
-from .results import BASELINE, COMPRESSED, Row
+from .results import BASELINE, COMPRESSED, ComparisonRow
 
 COMPARED = ("fastv", "visionzip", "divprune", "pitome", "random")
 ROUNDS = 2
@@ -94,7 +94,7 @@ def comparison_tab(engine: Engine, tab: gr.Tab, source: list[Any]) -> None:
     )
 
 
-def _tiles(rows: list[Row]) -> Iterator[tuple[Any, str]]:
+def _tiles(rows: list[ComparisonRow]) -> Iterator[tuple[Any, str]]:
     for row in rows:
         if row.picture is not None:
             yield row.picture, f"{row.name}, {row.side.tokens:g} tokens: {row.side.text}"

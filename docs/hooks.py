@@ -75,7 +75,7 @@ NEEDS = {
 
 
 def method_page(row: dict[str, str]) -> str:
-    """What a method does, its parameters, published settings, and the models it runs on."""
+    """Page of a method: summary, parameters, published settings, and the models it runs on."""
     name = row["name"]
     cls = known_methods()[name]
     module = sys.modules[cls.__module__]

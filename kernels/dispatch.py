@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which implementation of an operator runs: Triton on CUDA tensors, plain torch everywhere else."""
+"""Choice of an operator's implementation: Triton on CUDA tensors, plain torch everywhere else."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Triton kernels share: a tile of X Y^T with fp32 accumulation."""
+"""Code that the Triton kernels share: a tile of X Y^T with fp32 accumulation."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class HasBudget(Protocol):
-    """What a view asks of the method that it is made for."""
+    """A method as a view asks it for its budget."""
 
     def budget(self, n: int, grid: tuple[int, int] | None = None) -> int:
         """Tokens to keep of the n visual tokens of one image."""

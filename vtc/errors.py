@@ -14,7 +14,7 @@ class UnsupportedError(ValueError):
 
 
 class NotFiniteError(ValueError):
-    """What a method chose tokens by is not a number, or so large that fp32 cannot hold its norm.
+    """Values a method chose tokens by are no numbers, or so large that fp32 cannot hold their norm.
 
     Raised before any answer comes back; the model stays wrapped, and the next call is as usual. Not
     found under `torch.compile` and in captured CUDA graphs, where nothing can be read back: there

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 
 
 class Parameters(Protocol):
-    """What a check reads of a method besides the parameter itself."""
+    """A method as checks read it, besides the parameter itself."""
 
     needs: ClassVar[frozenset[str]]
 

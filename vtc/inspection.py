@@ -23,7 +23,7 @@ from .session import _install, unwrap
 
 @dataclass
 class Inspection:
-    """What `inspect` found.
+    """Findings of `inspect`.
 
     Attributes:
         model: class of the model; family: what the adapter calls it; adapter: the file that knows
@@ -123,7 +123,7 @@ def from_config(name: str) -> nn.Module:
 
 
 def _warnings(sites: Sites, blocker: str | None) -> list[str]:
-    """What keeps every method from working, or limits them all."""
+    """Reasons that keep every method from working, or limit them all."""
     found = [] if blocker is None else [blocker]
     if blocker is None and sites.decoder is not None:
         window = sliding_window(sites.decoder.decoder.config)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layouts: where the tokens of one image or video lie in packed order."""
+"""Layouts: where the tokens of one image or video lie in flat order."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class Region:
 
 @dataclass(frozen=True)
 class CropLayout:
-    """The P patches of one image in packed order: thumbnail, then the canvas row by row.
+    """The P patches of one image in flat order: thumbnail, then the canvas row by row.
 
     Attributes:
         size: (height, width) of the image in pixels.
         side: (rows, columns) of patches of a crop.
         crops: (rows, columns) of crops, without the thumbnail; (0, 0) where it is alone.
         canvas: (rows, columns) of patches of the canvas of all crops, without padding.
-        length: packed rows, newlines included.
-        rows: (P,) packed row of each patch.
+        length: flat rows, newlines included.
+        rows: (P,) flat row of each patch.
         crop: (P,) crop each patch lies in, 0 for the thumbnail, then in raster order.
         place: (P,) where it lies in that crop's grid; of a resampled canvas, the nearest patch.
         source: (S,) the encoder's patches, crop * N + patch, of thumbnail and canvas; another
@@ -99,7 +99,7 @@ def resize(x: Tensor, first: int, grid: tuple[int, int], to: tuple[int, int]) ->
 
 @dataclass(frozen=True)
 class GridLayout:
-    """The tokens of one image in packed order: one grid behind the other, each in raster order.
+    """The tokens of one image in flat order: one grid behind the other, each in raster order.
 
     Attributes:
         patches: (rows, columns) of encoder patches of each grid.
@@ -120,7 +120,7 @@ class GridLayout:
 
     @property
     def length(self) -> int:
-        """Packed rows of the image, newlines included."""
+        """Flat rows of the image, newlines included."""
         return self.tokens + self.newlines
 
     @property

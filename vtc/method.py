@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a compression method is: a frozen dataclass with one hook for each stage it acts in."""
+"""Base of compression methods: a frozen dataclass with one hook for each stage it acts in."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from .views.vision import VisionView
 
 
-Stage = Literal["pixels", "vision", "features", "decoder", "bypass", "cache"]
+StageName = Literal["pixels", "vision", "features", "decoder", "bypass", "cache"]
 
 Answer = Reduction | tuple[Reduction, Tensor] | None
-"""What a hook returns: a reduction, or one with the survivors' new hidden states, or nothing."""
+"""Return of a hook: a reduction, or one with the survivors' new hidden states, or nothing."""
 
-STAGE_HOOKS: dict[Stage, str] = {
+STAGE_HOOKS: dict[StageName, str] = {
     "pixels": "on_pixels",
     "vision": "on_vision_layer",
     "features": "on_features",
@@ -68,7 +68,7 @@ class Method:
     default_ratio: ClassVar[float] = 0.25
     """keep_ratio when no budget is given."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What is needed beyond the stages.
+    """Needs beyond the stages.
 
     Of the model: "cls", a class token in the encoder; "ahead", LLM layers whose queries and keys
     can be computed before they run; "frames", that it takes videos; "ran", that all tokens entered
@@ -87,7 +87,7 @@ class Method:
     merges: ClassVar[bool] = False
     """True when tokens are averaged into survivors rather than dropped."""
     vision_site: ClassVar[Literal["middle", "output"]] = "middle"
-    """Where `on_vision_layer` runs: between attention and MLP, or on the block's output."""
+    """Place of `on_vision_layer`: between attention and MLP, or on the block's output."""
     proportional_attention: ClassVar[bool] = False
     """Encoder blocks add the log of the token sizes to the attention scores of their keys."""
     track_size: ClassVar[bool] = True
@@ -95,7 +95,7 @@ class Method:
     ragged: ClassVar[bool] = False
     """`on_vision_layer` copes with images that have different numbers of tokens (``v.valid``)."""
     bypass: ClassVar[Literal["attention", "layer"]] = "layer"
-    """What the tokens that `on_bypass` leaves out jump over; the MLP still acts in "attention"."""
+    """Part that the tokens left out by `on_bypass` bypass; the MLP still acts in "attention"."""
     packs: ClassVar[bool] = False
     """`on_cache` packs slots rather than evicting them."""
     joint: ClassVar[bool] = False
@@ -130,7 +130,7 @@ class Method:
         return None
 
     def on_bypass(self, v: DecoderView) -> Reduction | None:
-        """Visual tokens that take part in layer ``v.layer + 1``; the others jump over it and stay.
+        """Visual tokens that take part in layer ``v.layer + 1``; the others bypass it and stay.
 
         Over its attention only, or over all of it, as `bypass` says; they get no KV there.
         """
@@ -210,7 +210,7 @@ class Method:
         """
 
     @property
-    def stages(self) -> frozenset[Stage]:
+    def stages(self) -> frozenset[StageName]:
         """The stages whose hook this class overrides."""
         return frozenset(
             stage
@@ -247,7 +247,7 @@ class Scorer(Method):
     of the LLM sequence after layer ``after_layer``.
     """
 
-    stage: ClassVar[Stage] = "features"
+    stage: ClassVar[StageName] = "features"
 
     def score(self, v: Any) -> Tensor:
         """Importance (B, N) of each visual token, higher is better."""
@@ -259,7 +259,7 @@ class Scorer(Method):
         raise NotImplementedError(f"{type(self).__name__} must define after_layer")
 
     @property
-    def stages(self) -> frozenset[Stage]:
+    def stages(self) -> frozenset[StageName]:
         return frozenset({self.stage})
 
     def decoder_layers(self, depth: int) -> Iterable[int]:
@@ -290,7 +290,7 @@ class Chain:
 
 
 def split_answer(answer: Answer) -> tuple[Reduction | None, Tensor | None]:
-    """What a hook returned as (reduction, survivors made by the method); None for what is not."""
+    """Split a hook's answer into (reduction, survivors made by the method), either may be None."""
     return answer if isinstance(answer, tuple) else (answer, None)
 
 

@@ -108,7 +108,7 @@ def compress_inputs(
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
         if llm.mrope:
             axes = _axes(llm.base, ids, mask, inputs).gather(2, index.expand(3, -1, -1))
-            # In front, what tells packed sequences apart, which must have no gaps.
+            # In front, what tells sequences in one row apart, which must have no gaps.
             positions = torch.cat([(keep.long().cumsum(1) - 1).clamp(min=0)[None], axes])
         else:
             positions = positions.gather(1, index)

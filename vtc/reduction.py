@@ -78,7 +78,7 @@ class Reduction:
 
     @classmethod
     def from_keep(cls, keep: Tensor, n: int, valid: Tensor | None = None) -> Reduction:
-        """Prune: the tokens at keep (B, K), ascending, survive; the other of the n are dropped."""
+        """Drop all of the n tokens but those at keep (B, K), ascending."""
         slots = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
         group = keep.new_full((keep.shape[0], n + 1), -1)
         target = keep if valid is None else keep.where(valid, n)  # column n takes the padding slots
@@ -87,7 +87,7 @@ class Reduction:
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Reduction:
-        """Prune: the True tokens of mask (B, N) survive. Rows may keep different numbers."""
+        """Drop all but the True tokens of mask (B, N). Rows may keep different numbers."""
         counts = mask.sum(1)
         k = int(counts.max()) if mask.numel() else 0
         # True entries first, in source order, then whatever fills a short row.
@@ -97,7 +97,7 @@ class Reduction:
 
     @classmethod
     def from_scores(cls, scores: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Reduction:
-        """Prune: the k highest of scores (B, N) survive, ties to the lower index.
+        """Drop all but the k highest of scores (B, N), ties to the lower index.
 
         Args:
             scores: (B, N), ranked in fp32.

@@ -208,7 +208,7 @@ class Seam:
 
     @property
     def title(self) -> str:
-        """What it is, for people: "decoder layer: argument cache, past_key_values"."""
+        """Name for people: "decoder layer: argument cache, past_key_values"."""
         return f"{self.place}: {self.kind} {', '.join(self.name.names)}"
 
     def check(self, there: Any) -> None:
@@ -271,9 +271,9 @@ def _is_stock(module: Any) -> bool:
 
 def _encoder(model: Any, sites: Any) -> list[Any]:
     """The module that takes the pixels of whole images, where it is one of transformers."""
-    packed = sites.decoder is not None and sites.decoder.grids is not None
+    flat = sites.decoder is not None and sites.decoder.grids is not None
     entry = sites.vision.entry or sites.vision.tower
-    return [entry] if _is_stock(entry) and sites.vision.blocks and not packed else []
+    return [entry] if _is_stock(entry) and sites.vision.blocks and not flat else []
 
 
 def _language_model(model: Any, sites: Any) -> list[Any]:
@@ -292,7 +292,7 @@ def _layers(model: Any, sites: Any) -> list[Any]:
 
 
 def _files(model: Any, sites: Any) -> list[Any]:
-    """Where the attention of the LLM is defined, which "eager" takes its function from."""
+    """Modules that define the attention of the LLM, where "eager" takes its function from."""
     layers = [] if sites.decoder is None else sites.decoder.decoder.layers
     eager = [x.self_attn for x in layers if x.self_attn.config._attn_implementation == "eager"]
     return [sys.modules[name] for name in {type(x).__module__ for x in eager}]
@@ -325,7 +325,7 @@ PLACES: dict[str, Callable[[Any, Any], list[Any]]] = {
     "sliding layer of a KV cache": _always(lambda: DynamicSlidingWindowLayer(8)),
     "attention interface": _always(lambda: AttentionInterface),
 }
-"""Where seams are: (model, its `Sites`) -> modules, functions, objects or classes."""
+"""Places of seams: (model, its `Sites`) -> modules, functions, objects or classes."""
 
 
 def check(model: Any, sites: Any) -> None:

@@ -27,7 +27,7 @@ BAD = (
     struct.error,
     zlib.error,
 )
-"""What reading a broken row or image ends in."""
+"""Errors that reading a broken row or image ends in."""
 
 
 class Samples:

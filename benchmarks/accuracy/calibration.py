@@ -30,11 +30,11 @@ from ..shared.prompts import Batch, make_batches
 from ..shared.provenance import describe_model, header
 from ..tasks.items import BadItem, Questions
 from .answering import answer_batch
-from .encoder_cache import Encoder, leaves_encoder_alone
+from .encoder_cache import EncoderCache, leaves_encoder_alone
 
 
 @dataclass(frozen=True)
-class Settings:
+class CalibrationSettings:
     """How calibration is tried.
 
     Attributes:
@@ -68,7 +68,7 @@ class Prompts:
     ) -> None:
         self.model, self.processor, self.task = model, processor, task
         self.chosen = [list(chosen[i : i + size]) for i in range(0, len(chosen), size)]
-        self.encoder: Encoder | None = None
+        self.encoder: EncoderCache | None = None
 
     def batches(self) -> Iterator[Batch]:
         """The batches; the questions of one image lie together."""
@@ -129,7 +129,7 @@ def run(
     model: Any,
     processor: Any,
     task: Questions,
-    settings: Settings,
+    settings: CalibrationSettings,
     command: str = "",
     progress: Progress = lambda text, done, total: None,
     save: Callable[[dict[str, Any]], Any] = lambda result: None,
@@ -167,7 +167,7 @@ def run(
         row: dict[str, Any] = {"method": name, "error": None}
         for prompts in (samples, held.prompts):  # each with a memory of its own
             alone = leaves_encoder_alone(method)
-            prompts.encoder = Encoder.of(model, [method]) if alone else None
+            prompts.encoder = EncoderCache.of(model, [method]) if alone else None
         try:
             found = calibrate(
                 model,
@@ -196,7 +196,7 @@ def run(
 class _HeldOut:
     """The held-out questions, and what budgets lose on them."""
 
-    def __init__(self, prompts: Prompts, settings: Settings) -> None:
+    def __init__(self, prompts: Prompts, settings: CalibrationSettings) -> None:
         self.prompts, self.settings = prompts, settings
         keys = prompts.task.image_keys()
         self.images = [keys[i] for chosen in prompts.chosen for i in chosen]

@@ -97,12 +97,12 @@ class World:
         self.interrupts, self.stopped = Interrupts(), False
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that writes, times and prints."""
         return self.rank == 0
 
-    def share(self, value: T) -> list[T]:
-        """What each process gave, in all of them.
+    def gather(self, value: T) -> list[T]:
+        """Gather the values of all processes, in each of them.
 
         Raises:
             LostError: one of them is gone.
@@ -141,7 +141,7 @@ class World:
         told = None if failure is None else f"{type(failure).__name__}: {failure}"
         stop = isinstance(failure, KeyboardInterrupt)
         try:
-            outcomes = self.share((value, told, stop))
+            outcomes = self.gather((value, told, stop))
         except LostError:
             if failure is None:
                 accept(value)

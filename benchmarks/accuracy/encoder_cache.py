@@ -15,7 +15,7 @@ from ...method import Method
 
 
 @dataclass
-class Encoder:
+class EncoderCache:
     """The stock work of an image encoder, done once for each batch of images.
 
     Attributes:
@@ -31,7 +31,7 @@ class Encoder:
     memory: tuple[int, Any, list[tuple[tuple[Any, ...], dict[str, Any]]]] | None = None
 
     @classmethod
-    def of(cls, model: Any, methods: Sequence[Method]) -> Encoder | None:
+    def of(cls, model: Any, methods: Sequence[Method]) -> EncoderCache | None:
         """The encoder of a model as these methods see it; None where it cannot be remembered."""
         vision = locate(model).vision
         layer = getattr(model.config, "vision_feature_layer", None)

@@ -19,18 +19,18 @@ from ..shared.prompts import Batch
 from .answering import Answers, answer, divergences
 from .batches import Samples
 from .distributed import World
-from .encoder_cache import Encoder, leaves_encoder_alone
+from .encoder_cache import EncoderCache, leaves_encoder_alone
 from .journal import Journal, Line
-from .rows import Row, fill_scores
+from .rows import AccuracyRow, fill_scores
 
 BLANK = "blank image"
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """What answers: the stock model, the stock model without seeing, or a method at a budget."""
+    """Stock model, stock model without seeing, or a method at a budget: one that answers."""
 
-    row: Row
+    row: AccuracyRow
     method: Method | None = None
 
     @property
@@ -65,7 +65,9 @@ class Exam:
         self.model, self.samples, self.journal, self.world = model, samples, journal, world
         self.configurations, self.max_new_tokens = configurations, max_new_tokens
         self.steps = len(configurations) * len(samples.batches)
-        self.encoder = Encoder.of(model, [c.method for c in configurations if c.method is not None])
+        self.encoder = EncoderCache.of(
+            model, [c.method for c in configurations if c.method is not None]
+        )
         self.batch: Batch | None = None
         self.stock: Answers | None = None
 
@@ -83,7 +85,7 @@ class Exam:
         others = self.configurations[1:] if configuration.key == BASELINE else ()
         return any(self.pending(number, other) for other in others)
 
-    def hold(self, progress: Callable[[str, int], None]) -> None:
+    def ask_pending(self, progress: Callable[[str, int], None]) -> None:
         """Ask everything that is pending; each process takes its turn at the batches.
 
         Args:
@@ -198,7 +200,7 @@ class Exam:
         return asked
 
     def skipped(self) -> list[Line]:
-        """What could not be asked, in the order of the batches."""
+        """Questions that could not be asked, in the order of the batches."""
         known = self.journal.skipped
         return [known[i] for chosen in self.samples.batches for i in chosen if i in known]
 

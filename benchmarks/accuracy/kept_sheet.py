@@ -20,7 +20,7 @@ from ..shared.prompts import Batch, make_batches, prompt_of
 from ..tasks.items import BadItem
 from .answering import answer_batch
 from .batches import BAD
-from .plan import Settings
+from .plan import BenchSettings
 
 
 def example(items: Sequence[Any]) -> Any:
@@ -97,7 +97,7 @@ def show_kept(
     processor: Any,
     item: Any,
     total: int,
-    settings: Settings,
+    settings: BenchSettings,
     path: Path,
     size: int = 336,
 ) -> Path:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a benchmark runs, and everything that its answers depend on."""
+"""BenchSettings of a benchmark: all that it runs and that its answers depend on."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ..metrics.scores import Metric
 from ..shared.budgets import SHARES, seeded, token_budgets
 from ..shared.provenance import describe_model
 from .batches import Samples
-from .rows import Row
+from .rows import AccuracyRow
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchSettings:
     """How a benchmark runs.
 
     Attributes:
@@ -51,19 +51,19 @@ class Settings:
 
 
 def plan(
-    model: Any, inputs: dict[str, torch.Tensor], total: int, settings: Settings
-) -> list[tuple[Row, Method | None]]:
+    model: Any, inputs: dict[str, torch.Tensor], total: int, settings: BenchSettings
+) -> list[tuple[AccuracyRow, Method | None]]:
     """A row for each configuration to run, and its method; None where it cannot be made.
 
     Methods that take no budget run once, as they come.
     """
-    plans: list[tuple[Row, Method | None]] = []
+    plans: list[tuple[AccuracyRow, Method | None]] = []
     for name in settings.methods:
         plain = seeded(name, None, settings.seed)
         stages: list[str] = sorted(plain.stages)
         budgets = token_budgets(settings.keep, total) if settings.flops is None else {None: None}
         for tokens, keep in budgets.items():
-            row, method = Row(name, stages, tokens), None
+            row, method = AccuracyRow(name, stages, tokens), None
             try:
                 if settings.flops is None:
                     method = seeded(name, keep, settings.seed)
@@ -76,16 +76,16 @@ def plan(
             plans.append((row, method))
         if settings.flops is None and plans[-1][1] is None:
             del plans[-len(budgets) :]
-            plans.append((Row(name, stages, None), plain))
+            plans.append((AccuracyRow(name, stages, None), plain))
     for row, method in plans:
         row.parameters = "" if method is None else str(method)
     return plans
 
 
 def conditions(
-    model: Any, task: str, samples: Samples, metric: Metric, settings: Settings
+    model: Any, task: str, samples: Samples, metric: Metric, settings: BenchSettings
 ) -> dict[str, Any]:
-    """What answers depend on, for the journal; a run goes on only with the same."""
+    """BenchSettings that answers depend on, for the journal; a run goes on only with the same."""
     digest = hashlib.blake2b(digest_size=8)
     for name, weight in model.named_parameters():  # a few values of each tell checkpoints apart
         plain = type(weight) is torch.nn.Parameter and weight.numel() and not weight.is_meta

@@ -14,7 +14,7 @@ from ..metrics.statistics import bootstrap
 
 
 @dataclass
-class Row:
+class AccuracyRow:
     """One method at one budget. Times in milliseconds; shares and ratios are of the stock model.
 
     ``kl`` is the mean KL divergence from the stock model in nats (see `answering`), ``agreement``
@@ -53,13 +53,13 @@ class Row:
 
 
 def fill_scores(
-    row: Row,
+    row: AccuracyRow,
     answers: Sequence[dict[str, Any]],
     asked: Sequence[dict[str, Any]],
     metric: Metric,
     seed: int,
 ) -> None:
-    """What the answers of one configuration come to.
+    """Fill in scores and divergence of one configuration.
 
     Args:
         answers: its lines of the journal, and ``asked`` those of the stock model, in one order.
@@ -81,8 +81,8 @@ def fill_scores(
         row.summary = metric.summary(predictions, [x["answers"] for x in asked])
 
 
-def fill_costs(row: Row, facts: dict[str, Any], baseline: dict[str, Any]) -> None:
-    """What `timing.measure` found of one configuration, and of the stock model."""
+def fill_costs(row: AccuracyRow, facts: dict[str, Any], baseline: dict[str, Any]) -> None:
+    """Fill in costs by `timing.measure`, absolute and relative to the stock model."""
     report = facts["report"]
     row.final_tokens, row.average_tokens = report.final_tokens, report.average_tokens
     row.flops_g, row.flops_all_g = _giga(report.flops), _giga(report.flops_all)

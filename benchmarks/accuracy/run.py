@@ -42,8 +42,8 @@ from .batches import Samples
 from .distributed import World
 from .evaluation import BLANK, Configuration, Exam
 from .journal import Journal, Line
-from .plan import Settings, conditions, plan
-from .rows import Row, fill_costs
+from .plan import BenchSettings, conditions, plan
+from .rows import AccuracyRow, fill_costs
 
 
 def run(
@@ -52,7 +52,7 @@ def run(
     task: str,
     items: Sequence[Any],
     metric: Metric,
-    settings: Settings,
+    settings: BenchSettings,
     progress: Progress = lambda text, done, total: None,
     *,
     out: Path | None = None,
@@ -102,8 +102,8 @@ def run(
         total = round(session.report().visual_tokens)
 
     configurations = [
-        Configuration(Row(BASELINE, [], total)),
-        Configuration(Row(BLANK, [], None)),
+        Configuration(AccuracyRow(BASELINE, [], total)),
+        Configuration(AccuracyRow(BLANK, [], None)),
         *(Configuration(row, method) for row, method in plan(model, inputs, total, settings)),
     ]
     journal = Journal(conditions(model, task, samples, metric, settings), say)
@@ -111,12 +111,12 @@ def run(
     steps = exam.steps + settings.repeats + 1
 
     def opened() -> list[Line]:
-        if world.main and out is not None:
-            journal.open(out / f"{stem(task)}.predictions.jsonl", fresh)
+        if world.is_main and out is not None:
+            journal.open(out / f"{file_stem(task)}.predictions.jsonl", fresh)
         return journal.lines()
 
     def cost() -> None:
-        if world.main:
+        if world.is_main:
             done = itertools.count(exam.steps)
 
             def tick() -> None:
@@ -130,7 +130,7 @@ def run(
         for lines in world.together(opened):
             journal.add(lines)
         try:
-            exam.hold(lambda text, done: progress(text, done, steps))
+            exam.ask_pending(lambda text, done: progress(text, done, steps))
             world.together(cost)
             finished = True
         except KeyboardInterrupt:
@@ -161,19 +161,19 @@ def run(
             "model": describe_model(model),
             "rows": [asdict(c.row) for c in configurations if c.row.method != BLANK],
         }
-        if world.main and out is not None:
-            write = functools.partial(_write, result, out / f"{stem(task)}.json", journal, say)
+        if world.is_main and out is not None:
+            write = functools.partial(_write, result, out / f"{file_stem(task)}.json", journal, say)
             if finished:
                 journal.finish(exam.lines(), write, is_open=more)
             elif asked:
                 write()
         # Nobody goes on while the first one writes, and none if another one stops.
-        world.stopped = any(world.share(world.interrupts.asked))
+        world.stopped = any(world.gather(world.interrupts.asked))
     return result
 
 
-def stem(task: str) -> str:
-    """What the names of a task's files begin with."""
+def file_stem(task: str) -> str:
+    """Beginning of the names of a task's files."""
     return re.sub(r"[^\w.+-]+", "-", task)
 
 

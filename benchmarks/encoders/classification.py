@@ -22,7 +22,7 @@ from ..measure.timing import Progress
 from ..metrics.statistics import bootstrap
 from ..shared.columns import WHOLE, between, number
 from ..tasks.galleries import ClassFolder
-from .sweep import Row, Settings, Swept, sweep
+from .sweep import Settings, SweepRow, Swept, sweep
 from .tables import COLUMNS as SWEEP_COLUMNS
 from .tables import result_of
 from .towers import Classifier, TwoTower
@@ -31,7 +31,7 @@ TEMPLATES = ("a photo of a {}.",)
 
 
 @dataclass
-class ClassificationRow(Row):
+class ClassificationRow(SweepRow):
     """Accuracy of one method at one budget, and agreement with the stock model."""
 
     accuracy: float | None = None

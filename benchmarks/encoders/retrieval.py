@@ -26,7 +26,7 @@ from ..metrics.scores import hits_at_k
 from ..metrics.statistics import bootstrap
 from ..shared.columns import WHOLE, between, number
 from ..tasks.items import Item, Questions
-from .sweep import Row, Settings, Swept, sweep
+from .sweep import Settings, SweepRow, Swept, sweep
 from .tables import COLUMNS as SWEEP_COLUMNS
 from .tables import result_of
 from .towers import TwoTower
@@ -41,7 +41,7 @@ Recalls = dict[str, dict[str, float]]
 
 
 @dataclass
-class RetrievalRow(Row):
+class RetrievalRow(SweepRow):
     """Recall of one method at one budget, with both ends of its 95 % interval."""
 
     recall: Recalls = field(default_factory=dict)

@@ -57,7 +57,7 @@ class Settings:
 
 
 @dataclass
-class Row:
+class SweepRow:
     """One method at one budget; tokens are patches, those in front of them not counted.
 
     Attributes:
@@ -77,12 +77,12 @@ class Row:
     error: str | None = None
 
 
-R = TypeVar("R", bound=Row)
+R = TypeVar("R", bound=SweepRow)
 
 
 @dataclass
 class Swept(Generic[R]):
-    """What a sweep found.
+    """Findings of a sweep.
 
     Attributes:
         rows: the stock model first.
@@ -150,7 +150,7 @@ def sweep(
 
     Args:
         items: ``items[i]`` raises `BadItem` for an image that cannot be read.
-        row_type: `Row` or a subclass, whose further fields the caller fills.
+        row_type: `SweepRow` or a subclass, whose further fields the caller fills.
         keep: what to keep of an output (B, D), fp32.
         beside: called once with the items of each batch.
 
@@ -229,7 +229,7 @@ def _batches(items: Questions, size: int, skipped: list[dict[str, str]]) -> Iter
 def _plan(
     model: ImageModel, settings: Settings, total: int, row_type: Callable[..., R]
 ) -> list[_Run[R]]:
-    """What to run, the stock model first; a method that is refused has one row that says why."""
+    """Runs, the stock model first; a method that is refused has one row that says why."""
     runs = [_Run(row_type(BASELINE, [], total, final_tokens=total, flops_share=1.0))]
     for name in settings.methods:
         plain = seeded(name, None, settings.seed)

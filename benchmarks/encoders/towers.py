@@ -38,7 +38,7 @@ READS = {
     "map": "attention to all patches",
     "cls+mean": "the class token and the mean of the patches",
 }
-"""What a pooled output is made of."""
+"""Parts that a pooled output is made of."""
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def chat_prompt(processor: Any, chat: Chat) -> str:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     """An answer, and tokens of its prompt (image placeholders included) and of itself."""
 
     text: str
@@ -78,8 +78,8 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What one batch took.
+class BatchStats:
+    """Time and tokens of one batch.
 
     ``seconds`` begin with the inputs on the device; ``first`` of them end with the first logits.
     ``steps`` are decoded tokens behind the first one. No report without method or image.
@@ -115,25 +115,25 @@ class ChatModel:
     def __init__(self, model: Any, processor: Any, method: Method | Chain | None = None) -> None:
         self.model, self.processor = model, processor
         self.session: Any = None if method is None else wrap(model, method).vtc
-        self.facts: list[Facts] = []
+        self.facts: list[BatchStats] = []
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
 
-    def answer(self, chats: Sequence[Chat], **generation: Any) -> list[Answer]:
+    def answer(self, chats: Sequence[Chat], **generation: Any) -> list[Reply]:
         """Answers in the order of the chats; ``generation`` goes to `generate`.
 
         Raises:
             UnsupportedError: a prompt that the processor or the method cannot take.
             RuntimeError: other numbers of tokens ran than the method was asked for.
         """
-        found: dict[int, Answer] = {}
+        found: dict[int, Reply] = {}
         for rows in _alike(chats):
             inputs, out = self._generate([chats[i] for i in rows], **generation)
             new = out.sequences[:, inputs["input_ids"].shape[1] :]
             texts = self.processor.batch_decode(new, skip_special_tokens=True)
             read = inputs["attention_mask"].sum(1).tolist()
             written = self._lengths(new).tolist()
-            answers = [Answer(text.strip(), *n) for text, *n in zip(texts, read, written)]
+            answers = [Reply(text.strip(), *n) for text, *n in zip(texts, read, written)]
             found.update(zip(rows, answers))
         return [found[i] for i in range(len(chats))]
 
@@ -181,7 +181,7 @@ class ChatModel:
         return [found[i] for i in range(len(chats))]
 
     def inputs(self, chats: Sequence[Chat]) -> dict[str, Tensor]:
-        """What the model takes for a left-padded batch, on its device."""
+        """Arguments of the model for a left-padded batch, on its device."""
         prompts = [chat_prompt(self.processor, chat) for chat in chats]
         images = [[load_image(image) for image in images_of(chat)] for chat in chats]
         start = self.processor.tokenizer.bos_token  # some templates write it, the tokenizer too
@@ -222,7 +222,7 @@ class ChatModel:
         if len(new) != len(chats):
             raise ValueError("one answer for each prompt: leave num_return_sequences at 1")
         self.facts.append(
-            Facts(
+            BatchStats(
                 samples=len(chats),
                 seconds=seconds,
                 first=first.time - start,
@@ -241,7 +241,7 @@ class ChatModel:
         return torch.where(ends.any(1), ends.int().argmax(1) + 1, new.shape[1])
 
     def _report(self) -> Report | None:
-        """What the method did to the last batch.
+        """Report of the method on the last batch.
 
         Raises:
             RuntimeError: the tokens that ran are not those that were asked for.
@@ -266,7 +266,7 @@ def _alike(chats: Sequence[Chat]) -> list[list[int]]:
     return [part for part in rows if part]
 
 
-def summarize(facts: Sequence[Facts]) -> dict[str, float]:
+def summarize(facts: Sequence[BatchStats]) -> dict[str, float]:
     """Times, and means over the samples of what the reports say.
 
     ``ttft``: seconds to the first logits of a batch, median over batches; ``tpot``: seconds for

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an evaluation engine is told about a model: ``pretrained=...,method=...,keep_ratio=0.25``.
+"""Arguments for models of evaluation engines: ``pretrained=...,method=...,keep_ratio=0.25``.
 
-lmms-eval and VLMEvalKit know names with values only. The names are those of `Loading`, ``method``,
-and the fields of the method. ``method=pitome+fastv`` chains methods; each parameter then says whose
-it is: ``pitome.keep_ratio=0.5,fastv.keep_ratio=0.2``.
+lmms-eval and VLMEvalKit know names with values only. The names are those of `LoadOptions`,
+``method``, and the fields of the method. ``method=pitome+fastv`` chains methods; each parameter
+then says whose it is: ``pitome.keep_ratio=0.5,fastv.keep_ratio=0.2``.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ EMBEDDED = {"tiny-llava": tiny.load_llava, "tiny-llava-next": tiny.load_llava_ne
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loading:
-    """Which model, and how it is loaded.
+class LoadOptions:
+    """A model to load, and how.
 
     Attributes:
         pretrained: folder or hub id of a Hugging Face model, or the name of an embedded one:
@@ -84,7 +84,7 @@ class Loading:
         return model, processor
 
 
-def parse(arguments: Mapping[str, Any]) -> tuple[Loading, Chain | None]:
+def parse(arguments: Mapping[str, Any]) -> tuple[LoadOptions, Chain | None]:
     """The model and the method that the arguments name; values may be text.
 
     Raises:
@@ -98,7 +98,7 @@ def parse(arguments: Mapping[str, Any]) -> tuple[Loading, Chain | None]:
     classes = {name: type(resolve(name)[0]) for name in names}
     hints = {name: get_type_hints(cls) for name, cls in classes.items()}
     taken = {name: [f.name for f in fields(cls)] for name, cls in classes.items()}
-    own = {f.name for f in fields(Loading)}
+    own = {f.name for f in fields(LoadOptions)}
     loading: dict[str, Any] = {}
     parameters: dict[str, dict[str, Any]] = {name: {} for name in names}
     for key, value in given.items():
@@ -108,17 +108,17 @@ def parse(arguments: Mapping[str, Any]) -> tuple[Loading, Chain | None]:
         if owner in taken and field in taken[owner]:
             parameters[owner][field] = _typed(key, value, hints[owner][field])
         elif key in own:
-            loading[key] = _typed(key, value, get_type_hints(Loading)[key])
+            loading[key] = _typed(key, value, get_type_hints(LoadOptions)[key])
         else:
             raise ValueError(_unknown(key, text, sorted(own | {"method"}), taken))
     if "pretrained" not in loading:
         raise ValueError("pretrained is missing: a folder, a hub id or " + " or ".join(EMBEDDED))
     methods = [resolve(name, **parameters[name])[0] for name in names]
-    return Loading(**loading), chain(*methods) if methods else None
+    return LoadOptions(**loading), chain(*methods) if methods else None
 
 
 def _unknown(key: str, text: str, own: list[str], taken: dict[str, list[str]]) -> str:
-    """What is wrong with an argument that nothing takes."""
+    """Message on an argument that nothing takes."""
     whose = [name for name in taken if key in taken[name]]
     if whose:  # of a chain
         return f"{key}: say whose it is, {' or '.join(f'{name}.{key}' for name in whose)}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a call allocates at most, and which attention kernels it runs."""
+"""Peak of allocated bytes, and attention kernels, of a call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ATTENTION = ("aten::_scaled_dot_product_", "flash_attn")
 
 @dataclass
 class Allocations:
-    """What `watched` found.
+    """Findings of `watched`.
 
     Attributes:
         peak: bytes of tensors held at once, at most, beyond those of before (weights, inputs); None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an answer is worth, a ranking, and a compressed model beside the uncompressed one.
+"""Metrics of answers, of rankings, and of a compressed model beside the uncompressed one.
 
 `METRICS` holds the metrics of answers by name. Each takes a prediction and all reference answers
 and returns 0 to 1; the mean over the questions is the figure that papers print. Where papers and

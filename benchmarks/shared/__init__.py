@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What benchmarks share: prompts, budgets, names, columns, files."""
+"""Parts that benchmarks share: prompts, budgets, names, columns, files."""

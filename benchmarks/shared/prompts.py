@@ -40,7 +40,7 @@ class Batch:
     indices: list[int] = field(default_factory=list)
 
     def inputs(self, model: Any) -> dict[str, torch.Tensor]:
-        """What the model takes, on its device."""
+        """Arguments of the model, on its device."""
         return {
             **{k: v.to(model.device) for k, v in self.text.items()},
             **self.images(model),
@@ -53,7 +53,7 @@ class Batch:
 
 
 def image_key(image: Image.Image) -> str:
-    """What identifies an image: size and content."""
+    """Key of an image, from size and content."""
     digest = hashlib.blake2b(image.tobytes(), digest_size=16)
     return f"{image.mode}{image.size}{digest.hexdigest()}"
 

@@ -11,8 +11,8 @@ import torch
 from ...method import Method
 from ...session import wrap
 from ..measure.timing import forward
-from .rounds import STOCK, Run, describe, facts, play, row_of
-from .settings import Settings
+from .rounds import STOCK, Run, describe, facts, row_of, time_rounds
+from .settings import SpeedSettings
 from .shapes import Prompt, Shape
 
 WARMUP = 3
@@ -24,7 +24,7 @@ def compare_compiled(
     shape: Shape,
     prompt: Prompt,
     methods: list[Method],
-    settings: Settings,
+    settings: SpeedSettings,
     tick: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Time prefills under ``torch.compile(mode="reduce-overhead")``; fills the part's rows.
@@ -57,6 +57,6 @@ def compare_compiled(
     try:
         for run in runs:
             run.attempt(lambda run=run: prepare(run))  # type: ignore[misc]
-        play(runs, take, settings.rounds, WARMUP, settings.seed, part["order"], tick)
+        time_rounds(runs, take, settings.rounds, WARMUP, settings.seed, part["order"], tick)
     finally:
         part["rows"] = [row_of(run, stock) for run in runs]

@@ -64,7 +64,7 @@ COLUMNS = (
 
 
 @dataclass
-class Case:
+class KernelCase:
     """One kernel at one shape: what to run, the same in eager torch, and what it costs."""
 
     kernel: str
@@ -116,7 +116,7 @@ def eager_compact(tensors: Sequence[Tensor], keep: Tensor) -> list[Tensor]:
 # ---- cases ---------------------------------------------------------------------------------------
 
 
-def cases(device: str, dtype: torch.dtype, small: bool = False) -> list[Case]:
+def cases(device: str, dtype: torch.dtype, small: bool = False) -> list[KernelCase]:
     """Encoder and decoder shapes; ``small`` drops what takes seconds on a CPU."""
     g = torch.Generator().manual_seed(0)
     word = torch.finfo(dtype).bits // 8
@@ -138,7 +138,7 @@ def cases(device: str, dtype: torch.dtype, small: bool = False) -> list[Case]:
         a, y = x[:, 0::2], x[:, 1::2]
         half = a.shape[1]
         out.append(
-            Case(
+            KernelCase(
                 "best_match",
                 f"B={b} A={half} B'={y.shape[1]} C={c}",
                 functools.partial(similarity_reduce.best_match, a, y),
@@ -151,7 +151,7 @@ def cases(device: str, dtype: torch.dtype, small: bool = False) -> list[Case]:
     for b, h, kv, t, d in ((8, 16, 16, 577, 64), (1, 32, 8, 2048, 128)):
         q, k = tokens(b, h, t, d), tokens(b, kv, t, d)
         out.append(
-            Case(
+            KernelCase(
                 "column_sums",
                 f"B={b} H={h}/{kv} T={t} d={d}",
                 functools.partial(attention_reduce.column_sums, q, k),
@@ -171,7 +171,7 @@ def cases(device: str, dtype: torch.dtype, small: bool = False) -> list[Case]:
             row[folded[: n - slots]] = folded[n - slots : 2 * (n - slots)]
         group = Reduction.from_merge(target, slots).group.to(device)
         out.append(
-            Case(
+            KernelCase(
                 "merge_tokens",
                 f"B={b} N={n} K={slots} C={c}",
                 functools.partial(merge_tokens.merge, x, size, group, slots),
@@ -188,7 +188,7 @@ def cases(device: str, dtype: torch.dtype, small: bool = False) -> list[Case]:
         keep = torch.rand(b, n, generator=g).argsort(1)[:, :slots].sort(1).values.to(device)
         row = sum(math.prod(x.shape[2:]) * x.element_size() for x in tensors)
         out.append(
-            Case(
+            KernelCase(
                 "compact_tokens",
                 f"B={b} N={n} K={slots} C={c}+1+1+128",
                 functools.partial(compact_tokens.compact, tensors, keep),
@@ -201,9 +201,9 @@ def cases(device: str, dtype: torch.dtype, small: bool = False) -> list[Case]:
     return out
 
 
-def _energy_case(x: Tensor, word: int) -> Case:
+def _energy_case(x: Tensor, word: int) -> KernelCase:
     b, n, c = x.shape
-    return Case(
+    return KernelCase(
         "energy",
         f"B={b} N={n} C={c}",
         lambda: similarity_reduce.energy(x, 0.45),
@@ -221,7 +221,7 @@ def _leaves(out: Any) -> list[Tensor]:
     return [out] if isinstance(out, Tensor) else list(out)
 
 
-def verify(case: Case) -> float:
+def verify(case: KernelCase) -> float:
     """Largest error against the eager formula in fp32, relative to its largest value.
 
     What the tests allow is far stricter than `WRONG`; here a kernel is caught that is wrong on
@@ -313,7 +313,7 @@ def device_name(device: str) -> str:
     return str(machine(torch.device(device)).get("cpu") or "cpu")
 
 
-def roofline(case: Case, name: str) -> tuple[str, float | None]:
+def roofline(case: KernelCase, name: str) -> tuple[str, float | None]:
     """("compute" or "memory", microseconds) at the peaks of the data sheet; empty if unknown."""
     peaks = next((peak for key, peak in PEAKS.items() if key in name), None)
     if peaks is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a prefill needs at most with each method, from a thousand visual tokens to 32 thousand.
+"""Peak memory of a prefill with each method, from a thousand visual tokens to 32 thousand.
 
 ``python -m vtc.benchmarks.speed.memory_growth`` runs every method on one image of N tokens (methods
 for videos on frames of 64) through a mini model of one head of width 32, so that what grows with N
@@ -45,7 +45,7 @@ FRAME = 64
 """LLM tokens of a frame of the videos."""
 COLUMNS = ("method", "tokens", "peak_bytes")
 
-Row = dict[str, Any]
+GrowthRow = dict[str, Any]
 
 
 def chosen(name: str, tokens: int) -> Method:
@@ -102,14 +102,16 @@ def peak(model: Any, inputs: dict[str, Any]) -> int | None:
 
 
 def measure(
-    names: Iterable[str], tokens: Sequence[int], keep: Callable[[Row], None] = lambda row: None
-) -> list[Row]:
+    names: Iterable[str],
+    tokens: Sequence[int],
+    keep: Callable[[GrowthRow], None] = lambda row: None,
+) -> list[GrowthRow]:
     """A row for each method and N, those of the stock models first.
 
     Args:
         keep: called with each row as it is there.
     """
-    rows: list[Row] = []
+    rows: list[GrowthRow] = []
 
     def note(name: str, n: int, bytes_: int | None) -> None:
         rows.append({"method": name, "tokens": n, "peak_bytes": bytes_})
@@ -141,7 +143,7 @@ def exponent(points: Sequence[tuple[int, int]]) -> float | None:
     return log(b / a) / log(m / n)
 
 
-def by_method(rows: Iterable[Row]) -> dict[str, dict[int, int | None]]:
+def by_method(rows: Iterable[GrowthRow]) -> dict[str, dict[int, int | None]]:
     """Method -> N -> bytes, in the order of the rows, the stock models first."""
     out: dict[str, dict[int, int | None]] = {STOCK: {}}
     for row in rows:
@@ -149,7 +151,7 @@ def by_method(rows: Iterable[Row]) -> dict[str, dict[int, int | None]]:
     return out
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[GrowthRow]) -> str:
     """Markdown: MiB by method and N, the exponent, and the last N in stock models."""
     methods = by_method(rows)
     videos = {row["tokens"] for row in rows if row["method"] == STOCK_VIDEO}
@@ -174,7 +176,7 @@ def table(rows: Sequence[Row]) -> str:
     return markdown(fill(made, [name for name, peaks in methods.items() if peaks]))
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path) -> list[GrowthRow]:
     """Rows of a CSV file."""
     with path.open(newline="") as file:
         return [
@@ -203,9 +205,9 @@ def main() -> None:
         return
     resource.setrlimit(resource.RLIMIT_DATA, (int(args.limit * 2**30), resource.RLIM_INFINITY))
     names = args.methods.split(",") if args.methods else list(known_methods())
-    columns, rows = [plain(name) for name in COLUMNS], list[Row]()
+    columns, rows = [plain(name) for name in COLUMNS], list[GrowthRow]()
 
-    def keep(row: Row) -> None:
+    def keep(row: GrowthRow) -> None:
         rows.append(row)
         write_whole(args.out, comma_separated(fill(columns, rows)))
         print(row, flush=True)

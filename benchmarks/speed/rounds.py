@@ -62,7 +62,7 @@ class Run:
         except Exception as error:
             self.error = reason(error)
         if self.error is not None:  # outside, where the error holds no tensors any more
-            free()
+            free_memory()
 
 
 def reason(error: Exception) -> str:
@@ -75,16 +75,16 @@ def reason(error: Exception) -> str:
     return text[0] if known else f"{type(error).__name__}: {text[0]}"
 
 
-def free() -> None:
+def free_memory() -> None:
     """Give memory back that nothing holds any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def play(
+def time_rounds(
     runs: Sequence[Run],
-    take: Callable[[Run], dict[str, float]],
+    time_call: Callable[[Run], dict[str, float]],
     repeats: int,
     warmup: int,
     seed: int,
@@ -106,7 +106,7 @@ def play(
         orders.append([run.name for run in order])
 
         def keep(run: Run, counted: int = counted) -> None:
-            sample = take(run)
+            sample = time_call(run)
             if counted >= 0:
                 run.samples.append(sample)
 
@@ -139,7 +139,7 @@ def parts(report: Report) -> dict[str, float]:
     return {name: ms for name, ms in found.items() if ms is not None}
 
 
-def take(model: Any, run: Run, decode: int) -> dict[str, float]:
+def time_call(model: Any, run: Run, decode: int) -> dict[str, float]:
     """Time one prefill and ``decode`` tokens; the parts of the prefill in a pass of their own.
 
     The stock model is timed without any hook of ours: only its parts are read with `observe`. A
@@ -169,7 +169,7 @@ def take(model: Any, run: Run, decode: int) -> dict[str, float]:
 
 
 def describe(part: dict[str, Any], model: Any, inputs: Inputs) -> None:
-    """What a part says of its model and prompt, measured on them."""
+    """Fill in what a part says of its model and prompt, measured on them."""
     part.update(attention=attention_of(model), weights_bytes=weights_bytes(model))
     if "input_ids" in inputs:
         visual = visual_tokens(model, inputs)
@@ -177,7 +177,7 @@ def describe(part: dict[str, Any], model: Any, inputs: Inputs) -> None:
         part.update(text_tokens=text, image_tokens=visual)
 
 
-def look(model: Any, run: Run, decode: int) -> None:
+def measure_untimed(model: Any, run: Run, decode: int) -> None:
     """Facts of a configuration, untimed: tokens, FLOPs, KV bytes, peak memory, kernels."""
     decode = min(decode, DECODED)
     report, kv, before = None, None, attention_of(model)
@@ -207,7 +207,7 @@ def look(model: Any, run: Run, decode: int) -> None:
     run.row |= {} if report is None else facts(report)
 
 
-def shortest(model: Any, runs: Sequence[Run], batch: int, text: int) -> Run | None:
+def text_only(model: Any, runs: Sequence[Run], batch: int, text: int) -> Run | None:
     """The stock model on text alone, as long as the shortest prompt that a method leaves.
 
     FLOPs leave out that the weights must be read however short the prompt; this shows what can be
@@ -231,7 +231,7 @@ def shortest(model: Any, runs: Sequence[Run], batch: int, text: int) -> Run | No
 # ---- many rounds ---------------------------------------------------------------------------------
 
 
-def spread(values: Sequence[float]) -> tuple[float, float, float]:
+def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
     """20th percentile, median and 80th percentile."""
     low, middle, high = np.percentile(list(values), (20, 50, 80)).tolist()
     return low, middle, high
@@ -243,7 +243,7 @@ def row_of(run: Run, stock: Run) -> dict[str, Any]:
     row |= dict.fromkeys(FACTS) | run.row
 
     def put(name: str, values: list[float]) -> None:
-        low, middle, high = spread(values) if values else (None, None, None)
+        low, middle, high = percentiles(values) if values else (None, None, None)
         row.update({name: middle, f"{name}_low": low, f"{name}_high": high})
 
     for name in TIMES:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What compression gains in time and memory, on weights that may be random: no answer is looked at.
+"""Gains of compression in time and memory, on weights that may be random: no answer is read.
 
 One process, one attention kernel, stock model and methods in turns. Every round runs all of them in
 an order shuffled anew from the seed; warm-up rounds are not counted. The stock model is timed
@@ -59,8 +59,20 @@ from ...method import Method
 from ..measure.timing import Progress
 from ..shared.provenance import header
 from .compiled import compare_compiled
-from .rounds import PAYS, STOCK, Run, describe, free, look, play, reason, row_of, shortest, take
-from .settings import Settings
+from .rounds import (
+    PAYS,
+    STOCK,
+    Run,
+    describe,
+    free_memory,
+    measure_untimed,
+    reason,
+    row_of,
+    text_only,
+    time_call,
+    time_rounds,
+)
+from .settings import SpeedSettings
 from .shapes import Prompt, Shape
 from .tables import losses
 
@@ -76,7 +88,7 @@ def compare(
     shape: Shape,
     prompt: Prompt,
     methods: list[Method],
-    settings: Settings,
+    settings: SpeedSettings,
     tick: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Time the stock model and methods on one prompt; fills the part's rows, also when stopped."""
@@ -89,14 +101,14 @@ def compare(
     try:
         tick("tokens and memory")
         for run in runs:
-            run.attempt(lambda run=run: look(model, run, decode))  # type: ignore[misc]
-        text = shortest(model, runs, prompt.batch, part["text_tokens"])
+            run.attempt(lambda run=run: measure_untimed(model, run, decode))  # type: ignore[misc]
+        text = text_only(model, runs, prompt.batch, part["text_tokens"])
         if text is not None:
             runs.append(text)
-            text.attempt(lambda: look(model, text, decode))
-        play(
+            text.attempt(lambda: measure_untimed(model, text, decode))
+        time_rounds(
             runs,
-            lambda run: take(model, run, decode),
+            lambda run: time_call(model, run, decode),
             settings.rounds,
             settings.warmup,
             settings.seed,
@@ -107,7 +119,9 @@ def compare(
         part["rows"] = [row_of(run, stock) for run in runs]
 
 
-def new_part(shape: Shape, prompt: Prompt, settings: Settings, compiled: bool) -> dict[str, Any]:
+def new_part(
+    shape: Shape, prompt: Prompt, settings: SpeedSettings, compiled: bool
+) -> dict[str, Any]:
     """A part without rows."""
     encoder = shape.encoder
     dtype = str(settings.weights).removeprefix("torch.")
@@ -133,7 +147,7 @@ def new_part(shape: Shape, prompt: Prompt, settings: Settings, compiled: bool) -
 
 
 def run(
-    settings: Settings,
+    settings: SpeedSettings,
     own: Shape | None = None,
     progress: Progress | None = None,
     save: Callable[[dict[str, Any]], None] = lambda result: None,
@@ -180,7 +194,7 @@ def run(
                         compare(part, built(), shape, prompt, methods, settings, tick)
                 except Exception as error:
                     part["error"] = reason(error)
-                free()
+                free_memory()
                 done = per_part * len(parts)
                 result["does_not_pay"] = losses(parts)
                 save(result)

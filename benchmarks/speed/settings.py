@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `vtc speed` times: shapes, prompts and methods, and their defaults."""
+"""Settings of `vtc speed`: shapes, prompts and methods to time, and their defaults."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ COMPILED = (("vit-large", Prompt(batch=32)), ("seven-billion", Prompt()))
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What to time. None: the default of the device, of ``sweep`` and of ``full``.
+class SpeedSettings:
+    """Settings of a speed run. None: the default of the device, of ``sweep`` and of ``full``.
 
     Attributes:
         device: "cpu" or "cuda"; dtype: of the weights.

@@ -64,7 +64,7 @@ class OutOfReach(Exception):
 
 
 @dataclass
-class Cell:
+class StyleCell:
     """One method on one family.
 
     Attributes:
@@ -110,7 +110,7 @@ class Cell:
         return out.sequences, torch.stack(out.logits, 1)
 
     def plain(self, inputs: dict[str, Any], **how: Any) -> tuple[Tensor, Tensor]:
-        """What the wrapped model generates, called plainly."""
+        """Tokens and logits of the wrapped model, called plainly."""
         with compressing(self.model, self.chosen):
             return self.generate(self.model, inputs, **how)
 
@@ -123,7 +123,7 @@ def _model(family: str) -> Any:
 _stock: dict[tuple[str, str], Any] = {}
 
 
-def stock(cell: Cell, run: Callable[[], Any]) -> Any:
+def stock(cell: StyleCell, run: Callable[[], Any]) -> Any:
     """The same on the model without compression, run once for all methods.
 
     Raises:
@@ -149,7 +149,11 @@ def bites(got: Tensor, stock: Tensor, least: float = 1e-3) -> None:
 
 
 def against_oracle(
-    cell: Cell, run: Callable[[Any], Any], model: Any = None, quiet: bool = False, **close: float
+    cell: StyleCell,
+    run: Callable[[Any], Any],
+    model: Any = None,
+    quiet: bool = False,
+    **close: float,
 ) -> Any:
     """The run of a wrapped model, compared with the masked oracle and with the stock model.
 
@@ -172,7 +176,7 @@ def against_oracle(
 # ---- prompts and conversations -----------------------------------------------------------------
 
 
-def one_prompt(cell: Cell) -> None:
+def one_prompt(cell: StyleCell) -> None:
     inputs = cell.prompt([1])
 
     def run(model: Any) -> Any:
@@ -183,22 +187,22 @@ def one_prompt(cell: Cell) -> None:
     against_oracle(cell, run)
 
 
-def left_padding(cell: Cell) -> None:
+def left_padding(cell: StyleCell) -> None:
     inputs = cell.prompt([1, 1], "left")
     against_oracle(cell, lambda model: cell.generate(model, inputs))
 
 
-def right_padding(cell: Cell) -> None:
+def right_padding(cell: StyleCell) -> None:
     inputs = cell.prompt([1, 1], "right")
     against_oracle(cell, lambda model: cell.generate(model, inputs))
 
 
-def several_images(cell: Cell) -> None:
+def several_images(cell: StyleCell) -> None:
     inputs = cell.prompt([1, 2], "left")
     against_oracle(cell, lambda model: cell.generate(model, inputs))
 
 
-def second_turn(cell: Cell) -> None:
+def second_turn(cell: StyleCell) -> None:
     inputs, words = cell.prompt([1]), torch.tensor([[7, 8, 9, 10]])
     how: dict[str, Any] = {"max_new_tokens": STEPS, "do_sample": False}
     how |= {"suppress_tokens": UNSAID}
@@ -221,19 +225,19 @@ def second_turn(cell: Cell) -> None:
 # ---- ways of generating ------------------------------------------------------------------------
 
 
-def beams(cell: Cell) -> None:
+def beams(cell: StyleCell) -> None:
     inputs = cell.prompt([1, 2], "left")
     how = {"num_beams": 2, "num_return_sequences": 2}
     against_oracle(cell, lambda model: cell.generate(model, inputs, **how))
 
 
-def sampling(cell: Cell) -> None:
+def sampling(cell: StyleCell) -> None:
     inputs = cell.prompt([1, 1], "left")
     how = {"do_sample": True, "num_return_sequences": 2, "temperature": 2.0, "top_k": 0}
     against_oracle(cell, lambda model: cell.generate(model, inputs, **how))
 
 
-def assisted(cell: Cell) -> None:
+def assisted(cell: StyleCell) -> None:
     """Drafts of a smaller model; of one row, a limit of transformers."""
     inputs, assistant = cell.prompt([1]), _assistant(cell.family)
     how = {"assistant_model": assistant, "max_new_tokens": 5}
@@ -248,7 +252,7 @@ def _assistant(family: str) -> Any:
     return mini.build(family, seed=5)
 
 
-def prompt_lookup(cell: Cell) -> None:
+def prompt_lookup(cell: StyleCell) -> None:
     inputs = cell.prompt([1])
     how = {"prompt_lookup_num_tokens": 2, "max_new_tokens": 5}
     against_oracle(
@@ -257,12 +261,12 @@ def prompt_lookup(cell: Cell) -> None:
     )
 
 
-def without_cache(cell: Cell) -> None:
+def without_cache(cell: StyleCell) -> None:
     """Every step is a prefill, on a prompt that has grown by a token."""
     inputs = cell.prompt([1])
     for step, token in enumerate(SAID[:2]):
         against_oracle(
-            Cell(f"{cell.style} {step}", cell.method, cell.family),
+            StyleCell(f"{cell.style} {step}", cell.method, cell.family),
             partial(_once, inputs=dict(inputs)),
             quiet=True,
         )
@@ -276,7 +280,7 @@ def _once(model: Any, inputs: dict[str, Any]) -> tuple[Tensor]:
     return (model(**inputs, use_cache=False).logits[:, -1],)
 
 
-def embeds(cell: Cell) -> None:
+def embeds(cell: StyleCell) -> None:
     """``inputs_embeds`` beside the pixels: placeholders are known by their embedding."""
     inputs = cell.prompt([1])
     given = {k: v for k, v in inputs.items() if k != "input_ids"}
@@ -287,7 +291,7 @@ def embeds(cell: Cell) -> None:
 # ---- caches ------------------------------------------------------------------------------------
 
 
-def quantized_cache(cell: Cell) -> None:
+def quantized_cache(cell: StyleCell) -> None:
     """Hugging Face's fp8 cache, with one scale for all tensors: else it depends on who is there.
 
     A rounding may fall to the other side now and then: 1 % of the largest logit is allowed.
@@ -315,12 +319,12 @@ def quantized_cache(cell: Cell) -> None:
         raise AssertionError("nothing was quantized")
 
 
-def chunked_prefill(cell: Cell) -> None:
+def chunked_prefill(cell: StyleCell) -> None:
     inputs = cell.prompt([1])
     against_oracle(cell, lambda model: cell.generate(model, inputs, prefill_chunk_size=7))
 
 
-def compressed_inputs(cell: Cell) -> None:
+def compressed_inputs(cell: StyleCell) -> None:
     """`compress_inputs`, then a static cache and the stock model."""
     inputs = cell.prompt([1, 1], "left")
     short = compress_inputs(cell.model, inputs, cell.chosen)
@@ -342,7 +346,7 @@ class _Force:
         return forced
 
 
-def bf16(cell: Cell) -> None:
+def bf16(cell: StyleCell) -> None:
     """Within 4 units in the last place of the largest logit: the sums run in another order."""
     model, inputs = _half(cell.family), cell.prompt([1])
     inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
@@ -360,7 +364,7 @@ def _half(family: str) -> Any:
     return copy.deepcopy(_model(family)).to(torch.bfloat16)
 
 
-def compiled(cell: Cell) -> None:
+def compiled(cell: StyleCell) -> None:
     """``torch.compile(model, fullgraph=True)`` gives the logits of the same model without it."""
     model, inputs = _shallow(cell.family), cell.prompt([1])
 
@@ -399,7 +403,7 @@ def _shallow(family: str) -> Any:
         return mini.build(family)
 
 
-def training(cell: Cell) -> None:
+def training(cell: StyleCell) -> None:
     """Loss and gradients; the tower gets some."""
     model, inputs = cell.model, cell.prompt([1, 1], "right")
     image = inputs["input_ids"] == mini.IMAGE
@@ -425,7 +429,7 @@ def training(cell: Cell) -> None:
         raise AssertionError("no gradient reaches the tower")
 
 
-def peft(cell: Cell) -> None:
+def peft(cell: StyleCell) -> None:
     """A LoRA on every query and key of tower and decoder."""
     inputs = cell.prompt([1])
     against_oracle(cell, lambda model: cell.generate(model, inputs), _lora(cell.family))
@@ -445,7 +449,7 @@ def _lora(family: str) -> Any:
     return model.eval()
 
 
-def offloaded(cell: Cell) -> None:
+def offloaded(cell: StyleCell) -> None:
     """accelerate moves the weights in for each call; meta devices in between."""
     inputs, model = cell.prompt([1]), _offloaded(cell.family)
     plain = stock(cell, lambda: cell.generate(model, inputs))
@@ -464,7 +468,7 @@ def _offloaded(family: str) -> Any:
     return model
 
 
-STYLES: dict[str, Callable[[Cell], None]] = {
+STYLES: dict[str, Callable[[StyleCell], None]] = {
     "one prompt": one_prompt,
     "batch, padded on the left": left_padding,
     "batch, padded on the right": right_padding,
@@ -497,7 +501,7 @@ def outcome(style: str, method: str, family: str) -> str | None:
     """
     try:
         with torch.no_grad():
-            STYLES[style](Cell(style, method, family))
+            STYLES[style](StyleCell(style, method, family))
     except (UnsupportedError, OutOfReach) as error:
         return str(error)
     return None

@@ -159,11 +159,11 @@ def masked(
 
 
 @contextmanager
-def jumping(layers: Any, parts: dict[int, Tensor], over: str) -> Iterator[None]:
+def bypassing(layers: Any, parts: dict[int, Tensor], over: str) -> Iterator[None]:
     """A stock decoder in which the others are masked and get nothing from a layer at prefill.
 
     Args:
-        over: what they jump over, "layer" or "attention".
+        over: what they bypass, "layer" or "attention".
     """
 
     def layer_hook(i: int) -> Callable[..., Any]:
@@ -213,7 +213,7 @@ def compare(model: Any, run: Callable[[], Any]) -> tuple[Any, Any, dict[int, Ten
     """Results of ``run`` on a wrapped model, and of the same with its drops turned into masks.
 
     The encoder side stays installed in both, so merged features are the same; only the LLM differs.
-    Tokens that jump over a layer are masked in it and get nothing from it.
+    Tokens that bypass a layer are masked in it and get nothing from it.
     What a method merges inside the LLM is put into the masked run at the place where it was merged.
 
     Returns:
@@ -221,15 +221,15 @@ def compare(model: Any, run: Callable[[], Any]) -> tuple[Any, Any, dict[int, Ten
     """
     engine = model.vtc.decoder
     layers = engine.sites.decoder.layers
-    jumps = {m.bypass for _, m, _ in engine.bypass_stage.methods}
+    bypassed = {m.bypass for _, m, _ in engine.bypass_stage.methods}
     with recording(engine) as recorder:
         dropped = run()
     alive, merged = recorder.alive, recorder.merged
     engine.remove()
     try:
         with masked(layers, alive, merged=merged), ExitStack() as stack:
-            for over in jumps:
-                stack.enter_context(jumping(layers, recorder.parts, over))
+            for over in bypassed:
+                stack.enter_context(bypassing(layers, recorder.parts, over))
             hidden = run()
     finally:
         engine.install()

@@ -348,7 +348,7 @@ _gemma: dict[str, Any] = _sixteen | {
 }
 _named: dict[str, Any] = _sixteen | {"images": _by_sample, "tokens": _named_tiles}
 _patches: dict[str, Any] = _sixteen | {"images": _tiles(32), "joins": False}
-_packed: dict[str, Any] = {
+_anyres: dict[str, Any] = {
     "images": _cropped,
     "tokens": lambda size: [IMAGE] * (16 + 4 * (size[1] // 8 + 1)),
     "count": lambda size: [(1, 16 + size[1] // 2)],
@@ -370,8 +370,8 @@ TESTED: dict[str, Family] = {
     "LLaVA, CLIP": Family(LLAVA, lambda: _llava("clip"), has_cls=True, **_patches),
     "LLaVA, SigLIP": Family(LLAVA, lambda: _llava("siglip"), **_patches),
     "LLaVA, DINOv2": Family(LLAVA, lambda: _llava("dinov2"), has_cls=True, **_patches),
-    "LLaVA-NeXT": Family(NEXT, lambda: _crops("LlavaNext"), has_cls=True, **_packed),
-    "LLaVA-OneVision": Family(VISIONS, lambda: _crops("LlavaOnevision"), **_packed),
+    "LLaVA-NeXT": Family(NEXT, lambda: _crops("LlavaNext"), has_cls=True, **_anyres),
+    "LLaVA-OneVision": Family(VISIONS, lambda: _crops("LlavaOnevision"), **_anyres),
     "Qwen2-VL": Family("Qwen2VLForConditionalGeneration", lambda: _qwen("Qwen2VL"), **_qwens),
     "Qwen2.5-VL": Family(
         "Qwen2_5_VLForConditionalGeneration", lambda: _qwen("Qwen2_5_VL"), **_qwens
@@ -414,7 +414,7 @@ VIDEOS: dict[str, Family] = {
         "LlavaNextVideoForConditionalGeneration",
         lambda: _crops("LlavaNextVideo"),
         has_cls=True,
-        **_packed,
+        **_anyres,
     ),
     **{n: TESTED[n] for n in ("LLaVA-OneVision", "Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL")},
 }
@@ -422,7 +422,7 @@ VIDEOS: dict[str, Family] = {
 
 EVERY = TESTED | FAMILIES | VIDEOS
 COLUMNS = [name for name in TESTED | FAMILIES if name != "Gemma 3, no window"]
-"""What the support matrix has columns for: no variants of one class that answer alike."""
+"""Columns of the support matrix: no variants of one class that answer alike."""
 
 
 def build(family: str, attention: str = "sdpa", seed: int = 0, gain: float = 4.0) -> Any:

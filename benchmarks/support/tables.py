@@ -211,7 +211,7 @@ def style_matrix() -> str:
 
 
 def said_of(text: str, style: str, method: str, family: str) -> str | None:
-    """What a table of `style_matrix` says of one cell: None for "yes", else the reason.
+    """Entry of one cell in a table of `style_matrix`: None for "yes", else the reason.
 
     Raises:
         ValueError: it has no such row.

@@ -16,7 +16,7 @@ from .files import FORMATS
 from .images import find_file, open_image
 from .items import Entry, Questions
 from .parquet import ParquetFile
-from .rows import FindImage, Row, json_lines, sample, text_of
+from .rows import DataRow, FindImage, json_lines, sample, text_of
 
 SCENES = 200
 """Embedded scenes where no number is asked for."""
@@ -80,7 +80,7 @@ def _captioned_file(path: Path, n: int | None, seed: int) -> Questions:
     return Questions(path.stem, chosen, RECALL, seed, problems)
 
 
-def _captions(row: Row) -> tuple[str, ...]:
+def _captions(row: DataRow) -> tuple[str, ...]:
     values = row.get("captions")
     if not isinstance(values, list) or not values:
         raise ValueError(f'"captions" must be a list of strings, not {values!r:.60}')
@@ -141,7 +141,7 @@ class ClassFolder(Questions):
 
 
 def _mapping(file: str | Path, classes: Sequence[str]) -> dict[str, str | int]:
-    """What a .json file maps each class to; a text file has a line for each, in their order."""
+    """Value of each class in a .json file; a text file has a line for each, in their order."""
     path = Path(file)
     try:
         text = path.read_text(encoding="utf-8")
@@ -165,7 +165,7 @@ def _mapping(file: str | Path, classes: Sequence[str]) -> dict[str, str | int]:
 
 
 def class_names(classes: Sequence[str], file: str | Path | None = None) -> list[str]:
-    """What the classes are called in prompts.
+    """Names of the classes in prompts.
 
     Args:
         classes: folder names, sorted; without a file, they are the names, "_" being a blank.
@@ -188,7 +188,7 @@ def class_names(classes: Sequence[str], file: str | Path | None = None) -> list[
 def class_outputs(
     classes: Sequence[str], outputs: int, file: str | Path | None = None
 ) -> dict[str, int]:
-    """Which output of a classifier each class is.
+    """Output of a classifier for each class.
 
     Args:
         classes: folder names, sorted; without a file they are the outputs in this order.

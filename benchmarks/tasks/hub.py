@@ -25,8 +25,8 @@ from PIL import Image
 from ..metrics.scores import RECALL
 from .images import Encoded
 from .items import Questions
-from .parquet import Table
-from .rows import Row, check_rows, sample, text_of
+from .parquet import ParquetTable
+from .rows import DataRow, check_rows, sample, text_of
 
 FOLDER = "VTC_DATA"
 """Environment variable: a folder with local copies, each in a subfolder of the task's name."""
@@ -37,15 +37,15 @@ WORD = "\nAnswer the question with a single word."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
-def _question(row: Row) -> str:
+def _question(row: DataRow) -> str:
     return text_of(row, "question")
 
 
-def _capitalized(row: Row) -> str:
+def _capitalized(row: DataRow) -> str:
     return text_of(row, "question").capitalize()
 
 
-def _options(row: Row) -> str:
+def _options(row: DataRow) -> str:
     """ScienceQA: the hint, the question and the options, one a line."""
     context = f"Context: {row['hint']}\n" if row.get("hint") else ""
     options = "\n".join(f"{_letter(i)}. {text}" for i, text in enumerate(row["choices"]))
@@ -56,13 +56,13 @@ def _letter(index: int) -> str:
     return chr(ord("A") + index)
 
 
-def _describe(row: Row) -> str:
+def _describe(row: DataRow) -> str:
     return "Provide a one-sentence caption for the provided image."
 
 
 @dataclass(frozen=True)
 class HubSet:
-    """Where a data set lies and what its columns hold.
+    """A data set of the hub, and the roles of its columns.
 
     Attributes:
         repo, config, split: of the hub.
@@ -79,7 +79,7 @@ class HubSet:
     split: str
     metric: str
     answer: str = "answer"
-    question: Callable[[Row], str] = _question
+    question: Callable[[DataRow], str] = _question
     suffix: str = SHORT
     config: str | None = None
     ids: tuple[str, ...] = ()
@@ -192,10 +192,10 @@ def open_set(
     few = n is not None and known.images is None
     places: dict[str, int] = {}
     with _explained(name, copy):
-        table = Table(_files(known.repo, known.config, split, copy, download=not few))
+        table = ParquetTable(_files(known.repo, known.config, split, copy, download=not few))
         images = table
         if known.images is not None:
-            images = Table(_files(known.repo, known.images, split, copy, download=True))
+            images = ParquetTable(_files(known.repo, known.images, split, copy, download=True))
             ids = images.rows(["id"])
             places = {row["id"]: place for place, row in ids if isinstance(row, dict)}
         groups = _groups(table, n, seed, name) if n is not None and few else None
@@ -205,7 +205,7 @@ def open_set(
     read = cache(images.image) if few else images.image  # fetched once, however often it is asked
     encoded = Encoded(f"{known.images}/{split}" if places else label, read)
 
-    def find_image(number: int, row: Row) -> tuple[Hashable, Callable[[], Image.Image]]:
+    def find_image(number: int, row: DataRow) -> tuple[Hashable, Callable[[], Image.Image]]:
         key = row["image_id"]
         if places and key not in places:
             raise ValueError(f"there is no image {key!r}")
@@ -219,7 +219,7 @@ def open_set(
     return Questions(name, entries, RECALL if captions else found, seed, problems, encoded.key)
 
 
-def _groups(table: Table, n: int, seed: int, name: str) -> list[int]:
+def _groups(table: ParquetTable, n: int, seed: int, name: str) -> list[int]:
     """Row groups to draw n rows from: `SPREAD` of them, and 2 n rows or more."""
     order = list(range(len(table.groups)))
     random.Random(f"{name}/{seed}/groups").shuffle(order)
@@ -283,8 +283,8 @@ def _explained(name: str, copy: Path | None) -> Iterator[None]:
 
 
 def _asked(
-    rows: Iterable[tuple[int, Row | ValueError]], known: HubSet, suffix: str
-) -> Iterator[tuple[int, Row | ValueError]]:
+    rows: Iterable[tuple[int, DataRow | ValueError]], known: HubSet, suffix: str
+) -> Iterator[tuple[int, DataRow | ValueError]]:
     """The rows with the fields that files of one's own have, and `image_id`."""
     seen: Counter[str] = Counter()
     for number, row in rows:
@@ -312,7 +312,7 @@ def _asked(
         )
 
 
-def _joined(row: Row, columns: Iterable[str]) -> str | None:
+def _joined(row: DataRow, columns: Iterable[str]) -> str | None:
     return "-".join(str(row[c]) for c in columns if row.get(c) is not None) or None
 
 

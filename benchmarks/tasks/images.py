@@ -15,7 +15,7 @@ from PIL import Image
 
 from ...report.images import upright_rgb
 from .items import BadItem
-from .rows import Row, text_of
+from .rows import DataRow, text_of
 
 
 def open_image(source: Path | bytes, where: str) -> Image.Image:
@@ -51,7 +51,7 @@ def image_path(source: Path, name: str) -> Path:
     return path
 
 
-def find_file(source: Path, field: str, number: int, row: Row) -> Any:
+def find_file(source: Path, field: str, number: int, row: DataRow) -> Any:
     """Return key and maker of an image that a row gives by its path."""
     path = image_path(source, text_of(row, field))
     key = os.path.normpath(row[field])

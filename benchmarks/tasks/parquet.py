@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from .images import Encoded, find_file, image_path
-from .rows import Row
+from .rows import DataRow
 
 FIELDS = ("question", "answer", "answers", "id", "kind", "metric")
 HELD = 4
 """Row groups whose images are in memory: groups of a hundred rows are a good size."""
 
 
-class Table:
+class ParquetTable:
     """The rows of one or more files with the same columns; numbers count from 1.
 
     Args:
@@ -55,7 +55,7 @@ class Table:
 
     def rows(
         self, columns: Sequence[str], groups: Iterable[int] | None = None
-    ) -> Iterator[tuple[int, Row | ValueError]]:
+    ) -> Iterator[tuple[int, DataRow | ValueError]]:
         """Numbers of the rows, of all row groups or some, with their fields or what is wrong."""
         for group in range(len(self.groups)) if groups is None else groups:
             number = self.starts[group]
@@ -109,7 +109,7 @@ class ParquetFile:
     """
 
     def __init__(self, path: Path):
-        self.path, self.table = path, Table([path])
+        self.path, self.table = path, ParquetTable([path])
         import pyarrow.types as types
 
         schema = self.table.schema
@@ -126,12 +126,12 @@ class ParquetFile:
             )
         self.encoded = Encoded(path.name, partial(self.table.image, source=path))
 
-    def rows(self, fields: Sequence[str] = FIELDS) -> Iterator[tuple[int, Row | ValueError]]:
+    def rows(self, fields: Sequence[str] = FIELDS) -> Iterator[tuple[int, DataRow | ValueError]]:
         """Row numbers, with those of the fields that there are or what is wrong with the row."""
         wanted = (*fields, "image") if self.paths else fields
         return self.table.rows([c for c in self.table.schema.names if c in wanted])
 
-    def find_image(self, number: int, row: Row) -> Any:
+    def find_image(self, number: int, row: DataRow) -> Any:
         """Key and maker of the image of a row, as `files.find_file` returns them."""
         if self.paths:
             return find_file(self.path, "image", number, row)

@@ -18,8 +18,8 @@ from .items import Entry
 DEFAULT_METRIC = "one-word"
 DEFAULT_KIND = "question"
 
-Row = dict[str, Any]
-FindImage = Callable[[int, Row], tuple[Hashable, Callable[[], Image.Image]]]
+DataRow = dict[str, Any]
+FindImage = Callable[[int, DataRow], tuple[Hashable, Callable[[], Image.Image]]]
 """(number, row) -> key of its image, and what makes it. Raises ValueError if there is none."""
 
 
@@ -31,7 +31,7 @@ def sample(entries: list[Entry], n: int | None, seed: int, name: str) -> list[En
     return [entries[i] for i in sorted(chosen)]
 
 
-def text_of(row: Row, field: str) -> str:
+def text_of(row: DataRow, field: str) -> str:
     """Return a field that must be text.
 
     Raises:
@@ -48,7 +48,7 @@ def text_of(row: Row, field: str) -> str:
     return value
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, Row | ValueError]]:
+def json_lines(path: Path) -> Iterator[tuple[int, DataRow | ValueError]]:
     """Line numbers from 1, with the object of the line or what is wrong with it."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -59,7 +59,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, Row | ValueError]]:
 
 def check_rows(
     label: str,
-    rows: Iterable[tuple[int, Row | ValueError]],
+    rows: Iterable[tuple[int, DataRow | ValueError]],
     find_image: FindImage,
     metric: str | None,
 ) -> tuple[list[Entry], str, list[tuple[str, str]]]:
@@ -106,7 +106,7 @@ def check_rows(
     return list(entries.values()), chosen.name, places
 
 
-def _answers(row: Row) -> tuple[str, ...]:
+def _answers(row: DataRow) -> tuple[str, ...]:
     given = [field for field in ("answer", "answers") if row.get(field) is not None]
     if len(given) != 1:
         both = "both are there" if given else "both are missing"
@@ -119,7 +119,7 @@ def _answers(row: Row) -> tuple[str, ...]:
     return tuple(text_of({"answers": value}, "answers") for value in values)
 
 
-def _entry(number: int, row: Row, find_image: FindImage) -> Entry:
+def _entry(number: int, row: DataRow, find_image: FindImage) -> Entry:
     key, load = find_image(number, row)
     question, answers = text_of(row, "question"), _answers(row)
     kind = text_of(row, "kind") if row.get("kind") is not None else DEFAULT_KIND
@@ -129,7 +129,7 @@ def _entry(number: int, row: Row, find_image: FindImage) -> Entry:
     return Entry(key, load, question, answers[0], kind, answers, str(name))
 
 
-def _parse(line: bytes) -> Row | ValueError:
+def _parse(line: bytes) -> DataRow | ValueError:
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:

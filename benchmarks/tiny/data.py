@@ -25,7 +25,7 @@ def shared(shape: tuple[int, ...], dtype) -> np.ndarray:
     return np.frombuffer(memory, dtype, count).reshape(shape)
 
 
-class Encoder:
+class PairTokenizer:
     """Turns questions and answers into fixed-length token rows."""
 
     def __init__(self):
@@ -88,13 +88,13 @@ class ScenePool:
             process.terminate()
 
     def _work(self, worker: int) -> None:
-        encoder = Encoder()
+        encoder = PairTokenizer()
         for index in range(worker, self.size, self.workers):
             self._fill(index, encoder)
             self.done[worker] += 1
         self.done[worker] = self.size  # the last round may be short of one scene
 
-    def _fill(self, index: int, encoder: Encoder) -> None:
+    def _fill(self, index: int, encoder: PairTokenizer) -> None:
         scene = scenes.make_scene(index, self.split, self.seed, self.level(index))
         self.images[index] = np.asarray(scenes.render(scene))
         labels = self.labels[index]
@@ -118,7 +118,7 @@ class ScenePool:
 def easy_arrays(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return images (N, 64, 64, 3), tokens (N, PAIRS, LENGTH) and starts (N, PAIRS) of easy-VQA."""
     paths, grouped = easy_vqa.load_split(split)
-    encoder, rng = Encoder(), random.Random(f"easy-vqa/{split}/training")
+    encoder, rng = PairTokenizer(), random.Random(f"easy-vqa/{split}/training")
     cache: dict[tuple[str, str], tuple[list[int], int]] = {}
     images, tokens, starts = [], [], []
     for image_id, path in paths.items():

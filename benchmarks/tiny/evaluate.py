@@ -50,7 +50,7 @@ def by_kind(items: Iterable[Item], scores: Iterable[float]) -> dict[str, float]:
 
 
 VIEWS = ("crops", "thumbnail", "blank")
-"""What the LLaVA-NeXT is shown: the image; its first 64 tokens alone, which are the thumbnail; a
+"""Views of the LLaVA-NeXT: the image; its first 64 tokens alone, which are the thumbnail; a
 uniform gray of the image's size."""
 
 
@@ -70,8 +70,8 @@ def accuracy_next(
         inputs = processor(text=prompts, images=images, **options).to(model.device)
         if view == "thumbnail":
             pixels = inputs.pixel_values.to(model.dtype)
-            packed = model.get_image_features(pixels, inputs.image_sizes).pooler_output
-            tokens = [image[: model.config.image_seq_length] for image in packed]
+            features = model.get_image_features(pixels, inputs.image_sizes).pooler_output
+            tokens = [image[: model.config.image_seq_length] for image in features]
             longer = [p.replace("<image>", "<image>" * len(t)) for p, t in zip(prompts, tokens)]
             text = processor.tokenizer(longer, **options).to(model.device)
             embeds = model.get_input_embeddings()(text.input_ids)

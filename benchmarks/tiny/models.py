@@ -291,7 +291,7 @@ def pool(last_hidden_state: torch.Tensor, size: torch.Tensor | None = None) -> t
 
 
 class Retrieval(NamedTuple):
-    """What image-text retrieval needs; image embedding = projection(pool(tower(...)))."""
+    """Parts of image-text retrieval; image embedding = projection(pool(tower(...)))."""
 
     vision: Dinov2Model
     text: CLIPTextModelWithProjection

@@ -34,11 +34,11 @@ from .data import LENGTH, ScenePool, easy_arrays
 from .extract import build_tower
 from .models import BOS, ImageProjection, llava_config, make_tokenizer, pool, text_config
 
-PACKED = 16  # pairs behind one image
+PAIRS = 16  # pairs behind one image
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def packed_layout(prefix: int, pairs: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pairs_layout(prefix: int, pairs: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the mask (S, S), True = visible, and positions (S,) of `pairs` blocks behind a
     prefix."""
     block = torch.cat([torch.zeros(prefix), 1 + torch.arange(pairs).repeat_interleave(length)])
@@ -77,7 +77,7 @@ def save_half(state: dict[str, torch.Tensor], path: Path) -> None:
 
 
 class Loop:
-    """What every run has: a LLaVA, an optimizer on a clock, a log, the losses.
+    """Parts of every run: a LLaVA, an optimizer on a clock, a log, the losses.
 
     Subclasses set `model`, `words` (the word embeddings) and `elapsed` (seconds by stage).
     """
@@ -209,7 +209,7 @@ class Loop:
         """Return logits (B, P, 2, V) and targets (B, P, 2) of answer and </s>.
 
         `image` (B, N, D) are the projected patches, `tokens` (B, P, L) the pairs, `starts` (B, P)
-        where their answers stand; `mask` and `positions` are those of `packed_layout`.
+        where their answers stand; `mask` and `positions` are those of `pairs_layout`.
         """
         batch, pairs, length = tokens.shape
         embed = self.model.model.language_model.embed_tokens
@@ -259,7 +259,7 @@ class Trainer(Loop):
         self.features = np.zeros((args.scenes, 768), np.float16)
         self.seen = np.zeros(args.scenes, bool)
 
-        mask, positions = packed_layout(len(self.prefix_ids) + scenes.GRID**2, PACKED, LENGTH)
+        mask, positions = pairs_layout(len(self.prefix_ids) + scenes.GRID**2, PAIRS, LENGTH)
         self.mask, self.positions = (
             mask[None, None].to(self.device),
             positions[None].to(self.device),
@@ -294,7 +294,7 @@ class Trainer(Loop):
         return torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float().contiguous()
 
     def batch(self, count: int, easy: int) -> tuple[Any, ...]:
-        """Return pixels, tokens (B, PACKED, LENGTH), starts (B, PACKED) and the scenes' indices."""
+        """Return pixels, tokens (B, PAIRS, LENGTH), starts (B, PAIRS) and the scenes' indices."""
         index = self.rng.integers(0, max(1, self.scenes.filled()), count - easy)
         pixels = self.pixels(self.scenes.images[index])
         tokens = torch.from_numpy(self.scenes.tokens[index])
@@ -305,7 +305,7 @@ class Trainer(Loop):
             pixels = torch.cat([pixels, self.easy_pixels(images, augment=True)])
             tokens = torch.cat([tokens, self.easy[1][which]])
             starts = torch.cat([starts, self.easy[2][which]])
-        chosen = torch.from_numpy(self.rng.random(starts.shape).argsort(1)[:, :PACKED])
+        chosen = torch.from_numpy(self.rng.random(starts.shape).argsort(1)[:, :PAIRS])
         tokens = tokens.gather(1, chosen[..., None].expand(-1, -1, LENGTH)).long().to(self.device)
         return pixels, tokens, starts.gather(1, chosen).long().to(self.device), index
 
@@ -329,8 +329,8 @@ class Trainer(Loop):
         with torch.no_grad(), self.autocast():
             return self.run_tower((pixels / 255 - self.pixel_mean) / self.pixel_std)
 
-    def packed_logits(self, image, tokens, starts) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `answer_logits` of all 576 patches and PACKED pairs."""
+    def pair_logits(self, image, tokens, starts) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `answer_logits` of all 576 patches and PAIRS pairs."""
         return self.answer_logits(image, tokens, starts, self.mask, self.positions)
 
     def labels(self, index: np.ndarray) -> torch.Tensor:
@@ -376,7 +376,7 @@ class Trainer(Loop):
             self.remember(index, pooled)
             with self.autocast():
                 image = self.projector(features)
-            logits, targets = self.packed_logits(image, tokens, starts)
+            logits, targets = self.pair_logits(image, tokens, starts)
             loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten())
             named, right_patches = self.patch_loss(image[: len(index)], self.labels(index))
             loss = loss + self.args.patch_weight * named
@@ -400,7 +400,7 @@ class Trainer(Loop):
 
     @torch.no_grad()
     def check(self) -> dict[str, float]:
-        """Return packed accuracies on validation scenes and easy-VQA test images, also blank."""
+        """Return accuracies of pairs on validation scenes and easy-VQA test images, also blank."""
         result = {}
         while self.val.filled() < self.val.size:
             time.sleep(0.2)
@@ -417,11 +417,11 @@ class Trainer(Loop):
                     pixels = self.pixels(images[part])
                     if blank:
                         pixels = torch.full_like(pixels, 128)
-                    ids = torch.from_numpy(tokens[part, :PACKED]).long().to(self.device)
-                    start = torch.from_numpy(starts[part, :PACKED]).long().to(self.device)
+                    ids = torch.from_numpy(tokens[part, :PAIRS]).long().to(self.device)
+                    start = torch.from_numpy(starts[part, :PAIRS]).long().to(self.device)
                     with self.autocast():
                         image = self.projector(self.tower_features(pixels)[0])
-                    logits, targets = self.packed_logits(image, ids, start)
+                    logits, targets = self.pair_logits(image, ids, start)
                     right.append((logits.argmax(-1) == targets).all(-1).float().flatten())
                 result[name + ("_blank" if blank else "")] = torch.cat(right).mean().item()
         return result
@@ -487,7 +487,7 @@ class Trainer(Loop):
         pixels, tokens, starts, _ = self.batch(self.args.batch, 0)
         with self.autocast():
             image = self.projector(self.tower_features(pixels)[0])
-        logits, _ = self.packed_logits(image, tokens, starts)
+        logits, _ = self.pair_logits(image, tokens, starts)
         logits.sum().backward()
         self.model.zero_grad()
 

@@ -29,11 +29,11 @@ from torch.nn import functional as F
 from transformers import LlavaNextForConditionalGeneration
 
 from ..tasks import scenes, small_text
-from .data import Encoder
+from .data import PairTokenizer
 from .export import make_next_processor
 from .extract import build_tower
 from .models import VIEW, llava_next_config
-from .train import Loop, load_trained, packed_layout, save_half, trained
+from .train import Loop, load_trained, pairs_layout, save_half, trained
 
 PAIRS = 4  # pairs behind one image
 START = ((224, 112), (112, 224), (112, 112))
@@ -69,7 +69,7 @@ class NextTrainer(Loop):
         model.model.vision_tower.requires_grad_(False)
         self.model = model.to(self.device)
         self.words = model.model.language_model.embed_tokens.weight
-        self.encoder, self.image_processor = Encoder(), make_next_processor().image_processor
+        self.encoder, self.image_processor = PairTokenizer(), make_next_processor().image_processor
         self.pool: dict[tuple[int, int], list[Sample]] = {}
         self.made = 0
         self.elapsed = {"llava": 0.0}
@@ -84,16 +84,16 @@ class NextTrainer(Loop):
             out = self.model.model.vision_tower(pixels.flatten(0, 1), output_hidden_states=True)
         return out.hidden_states[-2][:, 1:].unflatten(0, pixels.shape[:2]).half()
 
-    def pack(
+    def flatten(
         self, features: torch.Tensor, size: tuple[int, int], newline: torch.Tensor
     ) -> torch.Tensor:
-        """Return the image tokens (B, T, D) of features (B, V, 64, D), as the stock model packs
+        """Return the image tokens (B, T, D) of features (B, V, 64, D), as the stock model joins
         them; size: (width, height)."""
         sizes = torch.tensor([size[::-1]]).expand(len(features), -1)
-        packed, _ = self.model.model.pack_image_features(
+        joined, _ = self.model.model.pack_image_features(
             list(features), sizes, "default", image_newline=newline
         )
-        return torch.stack(list(packed))
+        return torch.stack(list(joined))
 
     def centres(self, size: tuple[int, int]) -> np.ndarray:
         """Return centre and size (x, y, w, h) of every image token in pixels of the image, (T, 4).
@@ -120,7 +120,7 @@ class NextTrainer(Loop):
             for x, y, w, h in views
         ]
         coordinates = torch.from_numpy(np.stack(table))[None].float()
-        return self.pack(coordinates, size, torch.full((4,), torch.nan))[0].numpy()
+        return self.flatten(coordinates, size, torch.full((4,), torch.nan))[0].numpy()
 
     @staticmethod
     def best_grid(size: tuple[int, int]) -> tuple[int, int]:
@@ -207,14 +207,14 @@ class NextTrainer(Loop):
             features = torch.stack([s.features for s in samples])
         with self.autocast():
             projected = self.model.model.multi_modal_projector(features.float())
-        image = self.pack(projected, size, self.model.model.image_newline.to(projected.dtype))
+        image = self.flatten(projected, size, self.model.model.image_newline.to(projected.dtype))
         tokens = torch.stack([s.tokens for s in samples]).long()
         tokens = tokens[..., : int((tokens != 0).sum(-1).max())]
         starts = torch.stack([s.starts for s in samples]).long()
         before, total, seen = len(self.prefix_ids), image.shape[1], image
         if keep is not None:
             seen = image.gather(1, keep[..., None].expand(-1, -1, image.shape[-1]))
-        mask, positions = packed_layout(before + seen.shape[1], *tokens.shape[1:])
+        mask, positions = pairs_layout(before + seen.shape[1], *tokens.shape[1:])
         positions = positions.expand(len(image), -1).clone()
         if keep is not None and not compact:
             positions[:, before : before + seen.shape[1]] = before + keep
@@ -285,7 +285,7 @@ class NextTrainer(Loop):
 
     @torch.no_grad()
     def check(self) -> None:
-        """Log packed accuracies on validation images, and write the weights."""
+        """Log accuracies of pairs on validation images, and write the weights."""
         result: dict[str, float] = {}
         for name, sizes in {"small": list(small_text.SIZES), "scenes": [SCENE]}.items():
             right: dict[str, list[float]] = {}

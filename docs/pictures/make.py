@@ -78,7 +78,7 @@ def by_stage() -> dict[str, list[str]]:
 
 
 def stages() -> str:
-    """Where in a model each hook of a method runs."""
+    """Drawing of the stages of a model at which hooks of a method run."""
     from vtc.method import PLACES, STAGE_HOOKS
 
     parts = []
@@ -171,7 +171,7 @@ FLOORS: tuple[tuple[tuple[str, str, str], ...], ...] = (
 
 STEPS = {"session": "1", "adapters/": "1", "engine/vision/": "2 3", "engine/": "3",
          "methods/": "3 5", "engine/llm/": "4 5", "cache/": "6", "report/": "7"}  # fmt: skip
-"""Where the numbered steps of docs/architecture.md happen."""
+"""Places of the numbered steps of docs/architecture.md."""
 
 
 def architecture() -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gather several aligned tensors by one keep list, padded or packed; differentiable."""
+"""Gather several aligned tensors by one keep list, padded or flat; differentiable."""
 
 from __future__ import annotations
 
@@ -17,21 +17,19 @@ def _run(
     keep: Tensor,
     destination: Tensor | None,
     rows: int,
-    packed: bool,
+    flat: bool,
 ) -> list[Tensor]:
     # Nothing to copy from without tokens: all slots are padding.
     if keep.numel() == 0 or any(x.shape[1] == 0 for x in tensors):
         return [x.new_zeros(rows, *x.shape[2:]) for x in tensors]
-    return implementation("compact_tokens", keep).compact(tensors, keep, destination, rows, packed)
+    return implementation("compact_tokens", keep).compact(tensors, keep, destination, rows, flat)
 
 
 _compact = torch.library.custom_op("vtc::compact_tokens", _run, mutates_args=())
 
 
 @_compact.register_fake
-def _(
-    tensors: list[Tensor], keep: Tensor, destination: Any, rows: int, packed: bool
-) -> list[Tensor]:
+def _(tensors: list[Tensor], keep: Tensor, destination: Any, rows: int, flat: bool) -> list[Tensor]:
     return [x.new_empty(rows, *x.shape[2:]) for x in tensors]
 
 
@@ -66,7 +64,7 @@ _compact.register_autograd(_backward, setup_context=_save)
 
 
 def _destination(valid: Tensor) -> Tensor:
-    """Place of every valid slot of valid (B, K) in the packed sequence; -1 on padding."""
+    """Place of every valid slot of valid (B, K) in the flat sequence; -1 on padding."""
     places = valid.flatten().cumsum(0).view(valid.shape) - 1
     return places.masked_fill(~valid, -1)
 
@@ -88,7 +86,7 @@ def compact(tensors: Sequence[Tensor], keep: Tensor, valid: Tensor | None = None
     return [x.view(*keep.shape, *x.shape[1:]) for x in out]
 
 
-def pack(
+def compact_flat(
     tensors: Sequence[Tensor],
     keep: Tensor,
     valid: Tensor | None = None,

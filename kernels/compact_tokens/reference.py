@@ -14,22 +14,22 @@ def compact(
     keep: Tensor,
     destination: Tensor | None,
     rows: int,
-    packed: bool,
+    flat: bool,
 ) -> list[Tensor]:
     """Rows of each tensor (B, N, ...) at keep (B, K), written to ``destination`` of (rows, ...).
 
     destination (B, K) holds -1 on slots that are not copied; None means 0, 1, 2 ... Without
-    ``packed`` every slot has its own row, which holds zeros where nothing is copied.
+    ``flat`` every slot has its own row, which holds zeros where nothing is copied.
     """
     out = []
     for x in tensors:
         batch, n = x.shape[:2]
         index = keep + torch.arange(batch, device=keep.device)[:, None] * n
-        flat = x.reshape(batch * n, *x.shape[2:])
+        joined = x.reshape(batch * n, *x.shape[2:])
         if destination is None:
-            out.append(flat.index_select(0, index.flatten()))
+            out.append(joined.index_select(0, index.flatten()))
             continue
         live = destination >= 0
-        moved = flat.index_select(0, index[live])
-        out.append(flat.new_zeros(rows, *x.shape[2:]).index_copy_(0, destination[live], moved))
+        moved = joined.index_select(0, index[live])
+        out.append(joined.new_zeros(rows, *x.shape[2:]).index_copy_(0, destination[live], moved))
     return out

@@ -62,7 +62,7 @@ def compact_kernel(
     width3,
     K,
     SCATTER: tl.constexpr,
-    PACKED: tl.constexpr,
+    FLAT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
@@ -76,7 +76,7 @@ def compact_kernel(
     if SCATTER:
         destination = tl.load(destination_ptr + batch * K + slots, mask=slot_ok, other=-1)
         live = destination >= 0
-        if PACKED:  # else padding has a place of its own, and gets zeros
+        if FLAT:  # else padding has a place of its own, and gets zeros
             target = destination
             target_ok = live
     which = tl.program_id(2)
@@ -150,7 +150,7 @@ def compact(
     keep: Tensor,
     destination: Tensor | None,
     rows: int,
-    packed: bool,
+    flat: bool,
 ) -> list[Tensor]:
     """See `reference.compact`."""
     batch, k = keep.shape
@@ -174,7 +174,7 @@ def compact(
             *(x.shape[2] for x in xs),
             k,
             SCATTER=destination is not None,
-            PACKED=packed,
+            FLAT=flat,
             **chosen,
         )
     return out

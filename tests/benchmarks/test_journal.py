@@ -55,7 +55,7 @@ def same_files(a: Path, b: Path) -> None:
 
 
 def unfinished(folder: Path, whole: Path, lines: int, torn: str = "") -> None:
-    """What a kill leaves after so many lines of a run."""
+    """Write the files that a kill leaves after so many lines of a run."""
     folder.mkdir(exist_ok=True)
     first, *rest = predictions(whole).read_text().splitlines(keepends=True)
     header = {**json.loads(first), "open": True}

@@ -30,7 +30,7 @@ from vtc.benchmarks.accuracy import run as runner
 from vtc.benchmarks.harnesses import lmms_entry, lmms_model, lmms_tasks
 from vtc.benchmarks.harnesses.chat import user_turn
 from vtc.benchmarks.harnesses.lmms_model import VTC, SimpleVTC, generation_of
-from vtc.benchmarks.harnesses.model_args import Loading, parse
+from vtc.benchmarks.harnesses.model_args import LoadOptions, parse
 from vtc.benchmarks.metrics.scores import metric
 from vtc.benchmarks.tasks.items import score
 from vtc.benchmarks.tasks.registry import Task
@@ -46,7 +46,7 @@ METHOD = {"method": "visionzip", "keep_tokens": 4}
 def mini(monkeypatch):
     """Make a plug-in whose model is a mini LLaVA and whose task has four documents."""
     stock = made()
-    monkeypatch.setattr(Loading, "load", lambda self, device: (stock.model, stock.processor))
+    monkeypatch.setattr(LoadOptions, "load", lambda self, device: (stock.model, stock.processor))
     gen_metrics.reset_logged_metrics()
 
     def make(cls, **arguments):
@@ -230,7 +230,7 @@ def test_clean_lets_go_of_the_model(mini):
 
 
 def installed(folder: Path) -> Path:
-    """What pip leaves of an installed vtc, so that lmms-eval finds its entry point as ever."""
+    """Write the metadata of an installed vtc, so that lmms-eval finds its entry point as ever."""
     info = folder / "visual_token_compression-0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(
@@ -289,7 +289,7 @@ def test_lmms_eval_gives_the_accuracies_of_vtc_bench(tmp_path):
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
 
     model, processor = load_llava()
-    settings = runner.Settings(methods=("visionzip",), keep=(144,), repeats=0, batch_size=8)
+    settings = runner.BenchSettings(methods=("visionzip",), keep=(144,), repeats=0, batch_size=8)
     ours = runner.run(model, processor, "scenes", items, metric("one-word"), settings)["rows"]
     for name, row in zip(("stock", "method"), ours):
         results, samples = result_of(tmp_path / name)
@@ -366,5 +366,5 @@ def test_model_args_of_the_docs_are_right():
     for line in shown:
         loading, _ = parse(simple_parse_args_string(line))
         assert loading.pretrained
-    for field in fields(Loading):
+    for field in fields(LoadOptions):
         assert f"`{field.name}`" in text, f"docs/engines.md does not tell of {field.name}"

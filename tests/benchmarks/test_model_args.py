@@ -12,7 +12,7 @@ import torch
 import transformers
 from chats import qwen_processor
 
-from vtc.benchmarks.harnesses.model_args import Loading, parse
+from vtc.benchmarks.harnesses.model_args import LoadOptions, parse
 from vtc.benchmarks.support.mini_models import mini_llava, mini_processor
 from vtc.methods.cdpruner import CDPruner
 from vtc.methods.fastv import FastV
@@ -47,7 +47,7 @@ from vtc.registry import known_methods
 )  # fmt: skip
 def test_methods(given, methods):
     loading, chain = parse({"pretrained": "x", **given})
-    assert loading == Loading(pretrained="x")
+    assert loading == LoadOptions(pretrained="x")
     if methods is None:
         assert chain is None
         return
@@ -104,7 +104,7 @@ def test_a_model_is_needed():
 
 
 def test_no_parameter_of_a_method_has_the_name_of_an_argument_of_the_model():
-    own = {field.name for field in fields(Loading)} | {"method", "max_new_tokens"}
+    own = {field.name for field in fields(LoadOptions)} | {"method", "max_new_tokens"}
     for name, cls in known_methods().items():
         assert not own & {field.name for field in fields(cls)}, name
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 import vtc
 from vtc.benchmarks.accuracy import journal
-from vtc.benchmarks.harnesses.model_args import Loading, parse
+from vtc.benchmarks.harnesses.model_args import LoadOptions, parse
 from vtc.benchmarks.pages import read as report
 from vtc.benchmarks.shared.budgets import parse_keep, seeded
 from vtc.benchmarks.tasks import files, galleries
@@ -47,7 +47,7 @@ value: Any = st.one_of(
 
 
 def tried(call: Callable[[], Any], *also: type[Exception]) -> Any:
-    """What a call gives; None where it says why not, by a ValueError or one of these."""
+    """Result of a call; None where it says why not, by a ValueError or one of these."""
     try:
         return call()
     except (ValueError, *also) as error:
@@ -138,7 +138,7 @@ name = st.one_of(st.sampled_from(NAMES), text)
         st.one_of(
             st.sampled_from(FIELDS),
             st.tuples(name, st.sampled_from(FIELDS)).map(".".join),
-            st.sampled_from([f.name for f in fields(Loading)]),
+            st.sampled_from([f.name for f in fields(LoadOptions)]),
             text,
         ),
         value,
@@ -151,7 +151,7 @@ def test_model_args(method: str, arguments: dict[str, Any]) -> None:
     if made is None:
         return
     loading, chain = made
-    assert isinstance(loading, Loading)
+    assert isinstance(loading, LoadOptions)
     if chain is None:
         assert arguments.get("method", method).strip().lower() in ("", "none")
     else:

@@ -319,7 +319,7 @@ def test_rows_of_a_sweep(loaded: dict[str, Any]) -> None:
         loaded["siglip"],
         gallery(7),
         settings("tome", "random", "fastv", "vispruner", keep=(Fraction(1, 2), 16), repeats=1),
-        sweep.Row,
+        sweep.SweepRow,
         beside=lambda batch: [item.id for item in batch],
     )
     rows = found.rows
@@ -358,7 +358,7 @@ def test_rows_of_a_sweep(loaded: dict[str, Any]) -> None:
 def test_methods_that_change_nothing_say_so(
     loaded: dict[str, Any], name: str, idle: tuple[str, ...], busy: tuple[str, ...]
 ) -> None:
-    found = sweep.sweep(loaded[name], gallery(2), settings(*idle, *busy), sweep.Row)
+    found = sweep.sweep(loaded[name], gallery(2), settings(*idle, *busy), sweep.SweepRow)
     for row, output in zip(found.rows[1:], found.outputs[1:], strict=True):
         if row.method in idle:
             assert "changes nothing" in row.error
@@ -371,7 +371,7 @@ def test_methods_that_change_nothing_say_so(
 
 def test_budgets_out_of_reach_are_rows_with_errors(loaded: dict[str, Any]) -> None:
     found = sweep.sweep(
-        loaded["clip"], gallery(2), settings("pitome", keep=(1, Fraction(1, 2))), sweep.Row
+        loaded["clip"], gallery(2), settings("pitome", keep=(1, Fraction(1, 2))), sweep.SweepRow
     )
     half, one = found.rows[1:]
     assert half.error is None
@@ -387,11 +387,11 @@ def test_nan_is_an_error_of_its_row(loaded: dict[str, Any]) -> None:
         return out / 0 if len(pixels) == 1 and hasattr(model.vision, "vtc") else out
 
     broken = dataclasses.replace(model, forward=forward)
-    found = sweep.sweep(broken, gallery(4), settings("tome"), sweep.Row)
+    found = sweep.sweep(broken, gallery(4), settings("tome"), sweep.SweepRow)
     assert found.rows[0].error is None and found.outputs[0].shape == (4, 16)
     assert "NaN" in found.rows[1].error and found.outputs[1] is None
     with pytest.raises(ValueError, match="NaN"):
-        sweep.sweep(broken, gallery(1), settings("tome"), sweep.Row)
+        sweep.sweep(broken, gallery(1), settings("tome"), sweep.SweepRow)
 
 
 class Interrupting(Questions):
@@ -427,7 +427,7 @@ def test_progress_reaches_its_end(loaded: dict[str, Any]) -> None:
         loaded["clip"],
         gallery(7),
         settings("tome", repeats=2),
-        sweep.Row,
+        sweep.SweepRow,
         progress=lambda *what: told.append(what),
     )
     assert [done for _, done, _ in told] == [0, 1, 2, 3, 4, 5]

@@ -19,7 +19,7 @@ from PIL import Image
 import vtc
 from vtc.benchmarks.accuracy import answering, kept_sheet, tables
 from vtc.benchmarks.accuracy import run as runner
-from vtc.benchmarks.accuracy.encoder_cache import Encoder, leaves_encoder_alone
+from vtc.benchmarks.accuracy.encoder_cache import EncoderCache, leaves_encoder_alone
 from vtc.benchmarks.measure import timing
 from vtc.benchmarks.metrics import scores as metrics
 from vtc.benchmarks.metrics import statistics
@@ -29,7 +29,7 @@ from vtc.benchmarks.support import mini_families
 from vtc.benchmarks.support.mini_models import mini_llava, mini_processor
 from vtc.session import observe
 
-SETTINGS = runner.Settings(
+SETTINGS = runner.BenchSettings(
     methods=("fastv", "divprune", "pitome", "random"),
     keep=(Fraction(1), Fraction(1, 2), 4),
     batch_size=4,
@@ -104,7 +104,7 @@ def test_sharing_the_encoder_between_methods_changes_no_answer(model, processor,
     (batch,) = prompts.make_batches(processor, make_items(images=2, questions=3), 6)
     chosen = seeded_or_plain(method, 6)
     fresh = dict(batch.text, pixel_values=batch.vision["pixel_values"][batch.image_of])
-    encoder = Encoder.of(model, [budgets.seeded(m, None, 0) for m in vtc.methods()])
+    encoder = EncoderCache.of(model, [budgets.seeded(m, None, 0) for m in vtc.methods()])
     with torch.no_grad():
         model(**fresh)  # transformers hooks its towers at the first call
     before = dict(vars(model.model.vision_tower))
@@ -129,7 +129,7 @@ def test_sharing_the_encoder_between_methods_changes_no_answer(model, processor,
 
 
 def test_only_towers_read_at_one_layer_are_remembered():
-    assert Encoder.of(mini_families.build("Qwen2-VL"), []) is None
+    assert EncoderCache.of(mini_families.build("Qwen2-VL"), []) is None
 
 
 def test_rows_are_complete_and_consistent(result):
@@ -196,7 +196,7 @@ def test_a_system_that_does_not_tell_its_cpu(monkeypatch, tmp_path):
 
 
 def test_accuracy_does_not_depend_on_the_run(result):
-    settings = runner.Settings(
+    settings = runner.BenchSettings(
         methods=("random",), keep=(4,), batch_size=2, max_new_tokens=3, repeats=0
     )
     again = bench(None, make_items(), settings)
@@ -214,7 +214,7 @@ def test_accuracy_does_not_depend_on_the_run(result):
 
 def test_a_method_that_cannot_run_keeps_its_row_and_says_why():
     model = mini_llava("siglip")
-    settings = runner.Settings(methods=("fastervlm", "random"), keep=(8,), repeats=1)
+    settings = runner.BenchSettings(methods=("fastervlm", "random"), keep=(8,), repeats=1)
     args = (model, mini_processor(model), "toy", make_items(1, 2), METRIC, settings)
     result = runner.run(*args)
     bad, good = result["rows"][1:]
@@ -323,7 +323,7 @@ def test_pictures_and_tables(model, processor, result, tmp_path):
 
 
 def test_methods_without_a_budget_and_those_that_cannot_run():
-    settings = runner.Settings(
+    settings = runner.BenchSettings(
         methods=("mod", "random", "vidkv"), keep=(Fraction(1, 2),), repeats=0
     )
     result = bench(None, make_items(1, 2), settings)
@@ -339,7 +339,7 @@ def test_methods_without_a_budget_and_those_that_cannot_run():
 
 def test_equal_flops():
     names = ("fastv", "divprune", "random", "prefixkv")
-    settings = runner.Settings(methods=names, flops=0.6, repeats=0)
+    settings = runner.BenchSettings(methods=names, flops=0.6, repeats=0)
     result = bench(None, make_items(1, 2), settings)
     *found, cache = result["rows"][1:]
     for row in found:  # a token more or less on 16

@@ -21,8 +21,16 @@ from vtc.benchmarks.speed import rounds as speed_rounds
 from vtc.benchmarks.speed import run as speed
 from vtc.benchmarks.speed import shapes as speed_shapes
 from vtc.benchmarks.speed import tables as shown
-from vtc.benchmarks.speed.rounds import STOCK, Run, look, play, row_of, shortest, take
-from vtc.benchmarks.speed.settings import EIGHT, Settings
+from vtc.benchmarks.speed.rounds import (
+    STOCK,
+    Run,
+    measure_untimed,
+    row_of,
+    text_only,
+    time_call,
+    time_rounds,
+)
+from vtc.benchmarks.speed.settings import EIGHT, SpeedSettings
 from vtc.benchmarks.speed.shapes import Prompt, Shape, own
 from vtc.benchmarks.support.mini_models import mini_llava, mini_processor
 from vtc.transformers_contract import CACHE, DynamicCache, LanguageModelOutput
@@ -45,7 +53,7 @@ def shape(model) -> Shape:
 @pytest.fixture(scope="module")
 def result(shape):
     """Every kind of row: 16 image tokens, a prompt long enough for VidKV to pack."""
-    settings = Settings(methods=METHODS, texts=(200,), decode=3, repeats=2)
+    settings = SpeedSettings(methods=METHODS, texts=(200,), decode=3, repeats=2)
     return speed.run(settings, shape, command="vtc speed")
 
 
@@ -109,7 +117,7 @@ def test_rows_hold_together(result):
 
 def played(seed: int, names: str = "abcdef") -> list[list[str]]:
     orders: list[list[str]] = []
-    play([Run(n, None, {}) for n in names], lambda run: {}, 4, 1, seed, orders)
+    time_rounds([Run(n, None, {}) for n in names], lambda run: {}, 4, 1, seed, orders)
     return orders
 
 
@@ -122,8 +130,8 @@ def test_the_order_is_random_and_seeded():
 
 def test_the_order_of_a_result_is_the_one_that_ran(shape, monkeypatch):
     ran = []
-    monkeypatch.setattr(speed, "take", lambda model, run, decode: ran.append(run.name) or {})
-    settings = Settings(methods=("fastv", "random"), texts=(8,), repeats=3, seed=5)
+    monkeypatch.setattr(speed, "time_call", lambda model, run, decode: ran.append(run.name) or {})
+    settings = SpeedSettings(methods=("fastv", "random"), texts=(8,), repeats=3, seed=5)
     (part,) = speed.run(settings, shape)["parts"]
     assert [name for names in part["order"] for name in names] == ran and len(part["order"]) == 4
 
@@ -151,7 +159,7 @@ def test_a_fake_clock_is_read_right_and_warm_up_left_out(monkeypatch):
     model = Ticking()
     monkeypatch.setattr(timing.time, "perf_counter", lambda: model.now)
     run = Run("x", None, {"input_ids": torch.ones(3, 1, dtype=torch.long)})
-    play([run], lambda run: take(model, run, 4), 3, 2, 0, [])
+    time_rounds([run], lambda run: time_call(model, run, 4), 3, 2, 0, [])
     assert len(run.samples) == 3
     for sample in run.samples:
         assert sample["ttft_ms"] == pytest.approx(10)
@@ -206,7 +214,7 @@ def test_the_stock_model_is_timed_without_hooks(model, shape, monkeypatch, name)
             return real(model, *args)
 
         monkeypatch.setattr(speed_rounds, which, spy)
-    sample = take(model, run_of(shape, model, name), 2)
+    sample = time_call(model, run_of(shape, model, name), 2)
     if name is None:
         # The second forward, which is observed, gives the parts alone.
         assert calls == [("forward", False), ("timed_decode", False), ("forward", True)]
@@ -227,7 +235,7 @@ def test_decoding_runs_on_the_cache_that_the_method_left(model, shape, monkeypat
         return ms
 
     monkeypatch.setattr(speed_rounds, "timed_decode", spy)
-    take(model, run_of(shape, model, name, text=200), 3)
+    time_call(model, run_of(shape, model, name, text=200), 3)
     (cache,) = caches
     lengths = [layer.keys.shape[2] for layer in cache.layers]
     assert [int(layer.get_seq_length()) for layer in cache.layers] == [219] * 4  # logical
@@ -246,7 +254,7 @@ def test_a_changed_attention_implementation_is_an_error(model, shape, monkeypatc
     answers = iter([{"a": "sdpa"}, {"a": "eager"}, {"a": "sdpa"}])
     monkeypatch.setattr(speed_rounds, "attention_of", lambda model: next(answers))
     run = run_of(shape, model, "fastv")
-    run.attempt(lambda: look(model, run, 0))
+    run.attempt(lambda: measure_untimed(model, run, 0))
     assert "changed the attention implementation" in run.error
 
 
@@ -261,12 +269,12 @@ def test_kernels_that_differ_are_seen(model, shape):
     model.set_attn_implementation("eager")
     try:
         run = run_of(shape, model, None)
-        look(model, run, 0)
+        measure_untimed(model, run, 0)
     finally:
         model.set_attn_implementation("sdpa")
     assert run.row["kernels"] == ()
     stock = run_of(shape, model, None)
-    look(model, stock, 0)
+    measure_untimed(model, stock, 0)
     assert stock.row["kernels"] and row_of(run, stock)["same_kernels"] is False
 
 
@@ -298,11 +306,11 @@ def test_peak_on_a_gpu_is_that_of_its_allocator(monkeypatch):
 
 def test_peak_of_a_model_that_allocates_more(model, shape):
     usual, more = (run_of(shape, model, "fastv") for _ in range(2))
-    look(model, usual, 2)
+    measure_untimed(model, usual, 2)
     block = model.model.language_model.layers[3]
     hook = block.register_forward_hook(lambda *_: torch.empty(MEGA).sum() and None)
     try:
-        look(model, more, 2)
+        measure_untimed(model, more, 2)
     finally:
         hook.remove()
     extra = more.row["peak_bytes"] - usual.row["peak_bytes"]
@@ -322,11 +330,11 @@ def test_a_sweep_survives_what_fails(shape, monkeypatch):
     def failing(model, run, decode):
         if run.name == STOCK and len(run.inputs["input_ids"]) == 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB.")
-        return take(model, run, decode)
+        return time_call(model, run, decode)
 
-    monkeypatch.setattr(speed, "take", failing)
+    monkeypatch.setattr(speed, "time_call", failing)
     some = Shape("model", "mini", shape.build, inputs)
-    settings = Settings(methods=("fastv",), batches=(1, 2, 3), texts=(8,), decode=1, repeats=1)
+    settings = SpeedSettings(methods=("fastv",), batches=(1, 2, 3), texts=(8,), decode=1, repeats=1)
     written = []
     result = speed.run(settings, some, save=lambda r: written.append(json.dumps(r)))
     first, second, third = result["parts"]
@@ -341,22 +349,22 @@ def test_a_sweep_survives_what_fails(shape, monkeypatch):
 
 
 def interrupted(after: int):
-    """`take`, until Ctrl-C."""
+    """`time_call`, until Ctrl-C."""
     calls = []
 
     def stop(model, run, decode):
         calls.append(run)
         if len(calls) > after:
             raise KeyboardInterrupt
-        return take(model, run, decode)
+        return time_call(model, run, decode)
 
     return stop
 
 
 def test_ctrl_c_leaves_what_was_measured(shape, monkeypatch):
     # Two configurations and the text alone: six calls a part, two of them counted by the stop.
-    monkeypatch.setattr(speed, "take", interrupted(6 + 5))
-    settings = Settings(methods=("fastv",), texts=(8, 16), decode=1, repeats=1)
+    monkeypatch.setattr(speed, "time_call", interrupted(6 + 5))
+    settings = SpeedSettings(methods=("fastv",), texts=(8, 16), decode=1, repeats=1)
     result = speed.run(settings, shape)
     first, second = result["parts"]
     assert result["finished"] is False
@@ -370,7 +378,7 @@ def test_ctrl_c_leaves_what_was_measured(shape, monkeypatch):
 
 def test_default_plans():
     def cells(**options) -> list[tuple]:
-        plan = Settings(**options).plan()
+        plan = SpeedSettings(**options).plan()
         return [(s.name, p.batch, p.text_tokens, c) for s, prompts, c in plan for p in prompts]
 
     half, seven = "half-billion", "seven-billion"
@@ -380,16 +388,16 @@ def test_default_plans():
     assert cells(full=True) == [(half, 1, 64, False)]
     grid = cells(device="cuda", sweep=True)
     assert grid == [(s, b, t, False) for s in (half, seven) for b in (1, 8) for t in (64, 1024)]
-    assert Settings(device="cuda").decoded == 64
-    assert Settings().decoded == Settings(device="cuda", sweep=True).decoded == 16
-    chosen = Settings(device="cuda", sweep=True).chosen(speed_shapes.SHAPES[half])
+    assert SpeedSettings(device="cuda").decoded == 64
+    assert SpeedSettings().decoded == SpeedSettings(device="cuda", sweep=True).decoded == 16
+    chosen = SpeedSettings(device="cuda", sweep=True).chosen(speed_shapes.SHAPES[half])
     assert [m.name for m in chosen] == list(EIGHT)
-    towers = Settings().chosen(speed_shapes.SHAPES["vit-large"])
+    towers = SpeedSettings().chosen(speed_shapes.SHAPES["vit-large"])
     assert [(m.name, m.keep_ratio) for m in towers] == [("pitome", 0.2), ("tome", 0.2)]
 
 
 def test_full_is_every_method():
-    chosen = Settings(full=True).chosen(speed_shapes.SHAPES["half-billion"])
+    chosen = SpeedSettings(full=True).chosen(speed_shapes.SHAPES["half-billion"])
     assert [m.name for m in chosen] == list(vtc.methods())
 
 
@@ -418,14 +426,14 @@ def test_a_processor_with_other_image_tokens_is_refused(shape):
 def test_text_alone_is_timed_beside_a_method_that_ran(model, shape):
     stock, failed = run_of(shape, model, None), run_of(shape, model, "fastv")
     failed.error = "out of memory"
-    assert shortest(model, [stock, failed], 1, 8) is None
-    assert shortest(model.model.vision_tower, [stock], 1, 8) is None
+    assert text_only(model, [stock, failed], 1, 8) is None
+    assert text_only(model.model.vision_tower, [stock], 1, 8) is None
 
 
 @pytest.mark.parametrize("options", [{"shapes": ("nine",)}, {"methods": ("fastvv",)}])
 def test_unknown_names_are_refused_at_once(options):
     with pytest.raises(ValueError, match=r"shapes are vit-large|fastv"):
-        Settings(**options)
+        SpeedSettings(**options)
 
 
 @pytest.mark.parametrize(("batch", "text", "images"), [(1, 7, 1), (2, 30, 2)])
@@ -462,7 +470,7 @@ def test_compiled_models_are_timed_one_for_each_method(monkeypatch):
     shape = Shape(
         "model", "mini", lambda device, dtype: mini_llava(), own(built, processor, "", 56).inputs
     )
-    settings = Settings(methods=("fastv", "mod"), repeats=2)
+    settings = SpeedSettings(methods=("fastv", "mod"), repeats=2)
     part = speed.new_part(shape, Prompt(1, 8), settings, compiled=True)
     speed_compiled.compare_compiled(part, shape, Prompt(1, 8), settings.chosen(shape), settings)
     stock, fastv, mod = part["rows"]
@@ -569,7 +577,7 @@ def test_json_is_all_there_is_on_stdout(folder, tmp_path):
 
 
 def test_an_interrupted_command_says_so(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(speed, "take", interrupted(4))
+    monkeypatch.setattr(speed, "time_call", interrupted(4))
     done = mine(folder, tmp_path)
     assert done.exit_code == 130 and "interrupted" in done.output
     assert json.loads((tmp_path / "speed.json").read_text())["finished"] is False

@@ -19,7 +19,7 @@ from vtc.benchmarks.metrics.scores import METRICS, RECALL
 from vtc.benchmarks.tasks import easy_vqa, hub
 from vtc.benchmarks.tasks import rows as rows_of
 from vtc.benchmarks.tasks.items import BadItem, Entry, Item, Questions
-from vtc.benchmarks.tasks.parquet import Table
+from vtc.benchmarks.tasks.parquet import ParquetTable
 from vtc.benchmarks.tasks.registry import TASKS, Task, open_task
 
 
@@ -433,7 +433,7 @@ def test_parquet_structs_may_hold_paths(table):
 def test_parquet_reads_no_images_before_they_are_wanted(table, monkeypatch):
     path = table(image=[picture(i) for i in range(6)], question=["?"] * 6, answer=["x"] * 6)
     read = []
-    monkeypatch.setattr(Table, "image", lambda self, n, source: read.append(n) or picture(n))
+    monkeypatch.setattr(ParquetTable, "image", lambda self, n, source: read.append(n) or picture(n))
     task = open_task(path)
     assert read == []
     assert tone(task[2]) == 3 and read == [3]
@@ -646,8 +646,8 @@ def test_a_sample_is_spread_over_all_files(copy, monkeypatch):
     assert hub.SPREAD < len(many) <= 20  # as many groups as have 200 rows
     assert len(opened(400)) == len(opened(999)) == 400
     read = []
-    real = Table.image
-    monkeypatch.setattr(Table, "image", lambda self, n: read.append(n) or real(self, n))
+    real = ParquetTable.image
+    monkeypatch.setattr(ParquetTable, "image", lambda self, n: read.append(n) or real(self, n))
     task = opened(5)
     assert read == []
     _ = task[:], task[:], task.image_keys()

@@ -9,7 +9,7 @@ import pytest
 from vtc.benchmarks.tasks.registry import Task
 from vtc.benchmarks.tiny import models
 from vtc.benchmarks.tiny.models import ASSETS, load_llava, load_retrieval, make_tokenizer
-from vtc.benchmarks.tiny.train import packed_layout
+from vtc.benchmarks.tiny.train import pairs_layout
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,8 @@ def test_any_question_tokenises():
     assert tokenizer.decode(ids) == "<s> user : <image> what ' <unk> the red <unk> ? assistant :"
 
 
-def test_packed_pairs_see_the_image_and_themselves():
-    mask, positions = packed_layout(3, 2, 2)
+def test_pairs_see_the_image_and_themselves():
+    mask, positions = pairs_layout(3, 2, 2)
     expected = [
         [1, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0],

@@ -16,7 +16,7 @@ from chats import made, picture
 import vtc
 from vtc.benchmarks.harnesses import vlmevalkit
 from vtc.benchmarks.harnesses.chat import user_turn
-from vtc.benchmarks.harnesses.model_args import Loading
+from vtc.benchmarks.harnesses.model_args import LoadOptions
 from vtc.methods.visionzip import VisionZip
 
 QUESTIONS = ["what colour ?", "is there a red circle ?", "what shape is a square ?", "yes or no ?"]
@@ -102,7 +102,7 @@ def clone(tmp_path, monkeypatch):
         stock = made()
         return stock.model, stock.processor
 
-    monkeypatch.setattr(Loading, "load", load)
+    monkeypatch.setattr(LoadOptions, "load", load)
     yield root
     for name in [n for n in sys.modules if n.split(".")[0] == "vlmeval"]:
         del sys.modules[name]
@@ -126,7 +126,7 @@ def run(monkeypatch, *arguments: object) -> None:
 
 
 def answers(**parameters) -> list[str]:
-    """What the mini model says with VisionZip."""
+    """Answers of the mini model with VisionZip."""
     model = made(VisionZip(**parameters) if parameters else None)
     asked = [user_turn([picture(i)], question) for i, question in enumerate(QUESTIONS)]
     return [a.text for a in model.answer(asked, max_new_tokens=6, do_sample=False)]

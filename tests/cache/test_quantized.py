@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from naive_in_cache import Row
+from naive_in_cache import NaiveRow
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -49,7 +49,7 @@ def test_packed_layer_by_hand(dtype: torch.dtype) -> None:
         values_high=Affine(2), important=important, rank=rank,
     )  # fmt: skip
     rows = [
-        Row(keys[r, :, s:].clone(), values[r, :, s:].clone(), group, ask)
+        NaiveRow(keys[r, :, s:].clone(), values[r, :, s:].clone(), group, ask)
         for r, s in enumerate(skip)
     ]
     before = cache_bytes(cache)

@@ -170,15 +170,15 @@ def test_packed_bits_of_pruned_tokens() -> None:
 
 @pytest.mark.parametrize("reader", READERS, ids=lambda m: m.name)
 @torch.no_grad()
-def test_layers_jumped_over_cannot_be_read(reader: Method) -> None:
+def test_bypassed_layers_cannot_be_read(reader: Method) -> None:
     """Refused at wrap, naming both; what does not meet runs."""
     model, inputs = mini_llava.build(), mini_llava.prompt([1, 2], pad="left")
     layers = [i for i in reader.decoder_layers(5) if i >= 0]
-    for jumps in (ZipVL(), ZipVL(keep_tokens=4), MoD(routers={layers[0]: torch.ones(48)})):
-        for methods in ((reader, jumps), (jumps, reader)):
+    for bypassing in (ZipVL(), ZipVL(keep_tokens=4), MoD(routers={layers[0]: torch.ones(48)})):
+        for methods in ((reader, bypassing), (bypassing, reader)):
             with pytest.raises(vtc.UnsupportedError, match="jump over") as refused:
                 vtc.wrap(model, vtc.chain(*methods))
-            assert reader.name in str(refused.value) and jumps.name in str(refused.value)
+            assert reader.name in str(refused.value) and bypassing.name in str(refused.value)
     apart = MoD(routers={4: torch.ones(48)})
     for methods in ((reader, apart), (reader, ZipVL(keep_ratio=1.0))):
         with vtc.compressing(model, vtc.chain(*methods)):
@@ -191,7 +191,7 @@ def test_layers_jumped_over_cannot_be_read(reader: Method) -> None:
     ids=lambda m: m.name,
 )
 @torch.no_grad()
-def test_what_reads_no_layer_behind_it_goes_with_jumps(method: Method) -> None:
+def test_what_reads_no_layer_behind_it_goes_with_bypassing(method: Method) -> None:
     model, inputs = mini_llava.build(), mini_llava.prompt([1, 2], pad="left")
     with vtc.compressing(model, vtc.chain(method, ZipVL(tau=0.7))):
         assert torch.isfinite(model(**inputs).logits).all()
@@ -199,7 +199,7 @@ def test_what_reads_no_layer_behind_it_goes_with_jumps(method: Method) -> None:
 
 @torch.no_grad()
 def test_every_method_says_what_it_reads() -> None:
-    """A registered method that reads the layer just run says so, or it fails behind a jump."""
+    """A registered method that reads the layer just run says so, or it fails behind a bypass."""
     model, inputs = mini_llava.build(), mini_llava.prompt(2)
     for name in sorted(vtc.methods()):
         method = seeded(name, None, 0)
@@ -228,7 +228,7 @@ def test_packed_slots_cannot_be_evicted() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look(Method):
+class LookAtLayer(Method):
     """Write down what the layer that has just run shows of the tokens that are left."""
 
     seen: list = field(default_factory=list)
@@ -251,7 +251,7 @@ class Look(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TooEarly(Look):
+class TooEarly(LookAtLayer):
     name: ClassVar[str] = "test-too-early"
 
     def decoder_layers(self, depth: int) -> tuple[int, ...]:
@@ -273,7 +273,7 @@ def test_there_is_no_attention_before_the_first_layer() -> None:
 def test_behind_a_drop_at_the_same_layer_views_show_the_tokens_left(pad: str | None) -> None:
     model = mini_llava.build()
     inputs = mini_llava.prompt([1, 2] if pad else 2, pad=pad)
-    before, behind = Look(), Look()
+    before, behind = LookAtLayer(), LookAtLayer()
     chain = vtc.chain(Random(keep_tokens=12), before, FastV(k=2, keep_tokens=6), behind)
     with vtc.compressing(model, chain):
         model(**inputs)

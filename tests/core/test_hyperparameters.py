@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the checks of hyper-parameters let through, and what they say of the rest."""
+"""Checks of hyper-parameters: values that pass, and messages on the rest."""
 
 from __future__ import annotations
 

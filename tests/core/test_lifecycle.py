@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens to a model while it is wrapped: it goes on right, or says what is wrong."""
+"""Events in the life of a wrapped model: it goes on right, or says what is wrong."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def test_select_composes(case):
 
 @given(chains(2))
 def test_expand_composes(case):
-    """What is dropped in either step comes back as zeros."""
+    """Tokens dropped in either step come back as zeros."""
     (a, b), generator = case
     y = torch.randn(b.batch, b.count, 2, generator=generator)
     assert torch.equal(a.expand(b.expand(y)), a.then(b).expand(y))
@@ -194,7 +194,7 @@ def test_half_precision_is_accumulated_in_fp32(case, dtype):
 
 @given(maps())
 def test_sums_and_sizes_conserve_mass(case):
-    """What is not dropped is all there, once; padding slots hold nothing."""
+    """Tokens that are not dropped are all there, once; padding slots hold nothing."""
     r, generator = case
     x = torch.randint(-9, 9, (r.batch, r.source_count, 2), generator=generator)
     size = torch.randint(1, 9, (r.batch, r.source_count), generator=generator).float()

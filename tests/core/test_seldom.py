@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What callers, masks, models and caches seldom are: branches that no other test takes."""
+"""Seldom callers, masks, models and caches: branches that no other test takes."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_every_kind_of_mask_hides_the_same(padded: bool, filled: bool) -> None:
 
 
 def test_flash_attention_gets_no_positions_and_a_flat_mask() -> None:
-    """It would read gaps in positions as the ends of packed sequences."""
+    """It would read gaps in positions as the ends of sequences that share a row."""
     config = SimpleNamespace(_attn_implementation="flash_attention_2")
     decoder = nn.Module()
     decoder.config = config  # type: ignore[assignment]
@@ -130,10 +130,10 @@ def test_padding_of_images_joins_any_mask_of_a_reader() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Jump(Depths):
+class Bypass(Depths):
     """Lets the tokens of largest norm into layer 1."""
 
-    name: ClassVar[str] = "test-jump"
+    name: ClassVar[str] = "test-bypass"
 
     def bypass_layers(self, depth: int) -> tuple[int, ...]:
         return (1,)
@@ -161,9 +161,9 @@ def test_attention_that_cannot_be_gathered(config: dict[str, Any], why: str) -> 
         refusals.check_language_model(sites(**config), False)
 
 
-def test_two_that_let_tokens_jump() -> None:
-    both = vtc.chain(Jump(), vtc.methods()["mod-heuristic"]())
-    with pytest.raises(vtc.UnsupportedError, match=r"test-jump and mod.* both let tokens jump"):
+def test_two_with_a_bypass() -> None:
+    both = vtc.chain(Bypass(), vtc.methods()["mod-heuristic"]())
+    with pytest.raises(vtc.UnsupportedError, match=r"test-bypass and mod.* both let tokens jump"):
         vtc.wrap(mini_llava.build(), both)
 
 
@@ -177,12 +177,12 @@ def test_methods_that_look_ahead_need_the_parts_of_a_llama_layer() -> None:
 
 
 @pytest.mark.parametrize("layers", [(), (-1,), (1.5,)])
-def test_layers_to_jump_over_are_counts(layers: Any) -> None:
+def test_layers_to_bypass_are_counts(layers: Any) -> None:
     with pytest.raises(ValueError, match="0-based LLM layers"):
         vtc.methods()["mod-heuristic"](layers=layers)
 
 
-def test_layers_to_jump_over_must_exist() -> None:
+def test_layers_to_bypass_must_exist() -> None:
     with pytest.raises(vtc.UnsupportedError, match="acts in LLM layer 9 and there are 5"):
         vtc.wrap(mini_llava.build(), vtc.methods()["mod-heuristic"](layers=(9,)))
 
@@ -348,7 +348,7 @@ def test_a_conversation_without_images_beside_a_cache_method(scope: str) -> None
 
 
 def test_wrap_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing was compiled in this process, there is no graph to forget."""
+    """A process that compiled nothing has no graph to forget."""
     import sys
 
     model = mini_llava.build()

@@ -31,7 +31,7 @@ PROMPTS = [
 
 
 def at_once(jobs: list[Callable[[], Any]], times: int) -> list[list[Any]]:
-    """What each job gives each time, all running in threads of their own."""
+    """Results of each job each time, all running in threads of their own."""
     start = Barrier(len(jobs))
 
     def work(job: Callable[[], Any]) -> list[Any]:

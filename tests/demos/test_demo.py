@@ -43,7 +43,7 @@ def picture(seed: int = 0, size: tuple[int, int] = (72, 56)) -> Image.Image:
 @pytest.fixture(scope="module")
 def mini():
     net = mini_llava()
-    model = choices.Model(TITLE, net, mini_processor(net), "noise", "raise SystemExit")
+    model = choices.PageModel(TITLE, net, mini_processor(net), "noise", "raise SystemExit")
     made = Engine([model])
     yield made
     made.close()
@@ -190,8 +190,8 @@ def test_every_method_on_offer_answers(mini):
 # ---- answers -----------------------------------------------------------------------------------
 
 
-def answer_of(model: choices.Model, image: Image.Image, question: str, length: int) -> str:
-    """What plain ``generate`` says."""
+def answer_of(model: choices.PageModel, image: Image.Image, question: str, length: int) -> str:
+    """Answer of plain ``generate``."""
     inputs = model.inputs(image, question)
     out = model.net.generate(**inputs, do_sample=False, max_new_tokens=length)
     new = out[0, inputs["input_ids"].shape[1] :]
@@ -352,7 +352,7 @@ def test_without_knowing_where_tokens_lie_there_is_a_row_and_no_picture():
             return super().__call__(images=[ImageOps.mirror(image) for image in images], **more)
 
     processor.__class__ = Mirroring
-    made = Engine([choices.Model(TITLE, net, processor, "", "")])
+    made = Engine([choices.PageModel(TITLE, net, processor, "", "")])
     try:
         _, rows = last(made.compare(TITLE, picture(), QUESTION, ["fastv"], 0.25, 2, rounds=0))
     finally:
@@ -518,7 +518,7 @@ def test_a_port_that_is_taken_is_one_clear_line(monkeypatch):
         raise OSError("Cannot find empty port\nin range")
 
     net = mini_llava()
-    tiny = [choices.Model("mini", net, mini_processor(net), "", "")]
+    tiny = [choices.PageModel("mini", net, mini_processor(net), "", "")]
     monkeypatch.setattr(loading, "embedded", lambda device: tiny)
     monkeypatch.setattr("vtc.demos.server.serving", taken)
     monkeypatch.setattr("signal.signal", lambda *args: None)
@@ -534,7 +534,7 @@ def test_the_command_serves_until_it_is_told_to_stop(monkeypatch, host, open_to_
     """Also a SIGTERM is a polite end; who opens the page to others is told so."""
     pytest.importorskip("gradio")
     net, seen = mini_llava(), []
-    tiny = [choices.Model("mini", net, mini_processor(net), "", "")]
+    tiny = [choices.PageModel("mini", net, mini_processor(net), "", "")]
     folders = set(Path(tempfile.gettempdir()).glob("vtc-demo-*"))
 
     def sleep(seconds: float) -> None:

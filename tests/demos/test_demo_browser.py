@@ -57,7 +57,7 @@ def site():
 def small():
     """The page with a random model that takes milliseconds: (address, engine)."""
     net = mini_llava()
-    engine = Engine([choices.Model("mini", net, mini_processor(net), "noise", "model = ...")])
+    engine = Engine([choices.PageModel("mini", net, mini_processor(net), "noise", "model = ...")])
     with server.serving(engine) as address:
         yield address, engine
     engine.close()
@@ -256,7 +256,7 @@ def ask(address: str, image: Image.Image, length: int = 6) -> list:
 
 
 def page_does(address: str, session: str, name: str, *data: object) -> list:
-    """What an open page is told when it triggers an event of its own; None is what it keeps."""
+    """Updates that an open page gets for an event of its own; None is what it keeps."""
     events = http.get(f"{address}config").json()["dependencies"]
     (number,) = [event["id"] for event in events if event["api_name"] == name]
     call = {"data": data, "fn_index": number, "session_hash": session}
@@ -423,7 +423,7 @@ def test_the_page_loads_nothing_from_elsewhere(small):
 def test_it_listens_on_this_machine_only_and_cleans_up(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     net = mini_llava()
-    engine = Engine([choices.Model("mini", net, mini_processor(net), "", "")])
+    engine = Engine([choices.PageModel("mini", net, mini_processor(net), "", "")])
     folders = set(Path(tempfile.gettempdir()).glob("vtc-demo-*"))
     try:
         with server.serving(engine) as address:

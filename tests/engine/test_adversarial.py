@@ -141,7 +141,7 @@ def test_any_mix_of_patterns(
 
 @pytest.mark.parametrize("name", methods())
 def test_extremes_are_right_or_reported(name: str) -> None:
-    """What overflows inside the model is an error that says so; nothing else is."""
+    """Overflow inside the model is an error that says so; nothing else is."""
     for dtype in DTYPES:
         for pattern in EXTREME.values():
             try:

@@ -20,10 +20,10 @@ from vtc.transformers_contract import cache_left, giving
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prune(vtc.Method):
+class DropLeastAttended(vtc.Method):
     """Drops the visual tokens that the prompt attends to least, after the given layers."""
 
-    name: ClassVar[str] = "test-prune"
+    name: ClassVar[str] = "test-drop"
     after: tuple[int, ...] = (1,)
     share: float = 0.7
 
@@ -68,7 +68,7 @@ def test_generate(attention: str, after: tuple, batch: str, how: dict) -> None:
         batch_of = dict(images_per_row=2, batch=1)  # a limit of Hugging Face
     else:
         batch_of = BATCHES[batch]
-    model = vtc.wrap(mini.build("clip", "qwen2", attention), Prune(after=after))
+    model = vtc.wrap(mini.build("clip", "qwen2", attention), DropLeastAttended(after=after))
     inputs = mini.prompt(**batch_of)
 
     def run() -> tuple:
@@ -86,7 +86,7 @@ def test_generate(attention: str, after: tuple, batch: str, how: dict) -> None:
 @pytest.mark.parametrize("after", SCHEDULES)
 @torch.no_grad()
 def test_manual_loop(attention: str, after: tuple) -> None:
-    model = vtc.wrap(mini.build("clip", "llama", attention), Prune(after=after))
+    model = vtc.wrap(mini.build("clip", "llama", attention), DropLeastAttended(after=after))
     inputs = mini.prompt(1, batch=2)
     (got, cache), (want, full), alive = compare(model, lambda: greedy_loop(model, inputs))
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
@@ -100,7 +100,7 @@ def test_manual_loop(attention: str, after: tuple) -> None:
 @torch.no_grad()
 def test_second_turn(attention: str, after: tuple, image: bool) -> None:
     """A conversation on one cache: the second turn, with an image that is compressed as well."""
-    model = vtc.wrap(mini.build("clip", "llama", attention), Prune(after=after))
+    model = vtc.wrap(mini.build("clip", "llama", attention), DropLeastAttended(after=after))
     first, second = mini.prompt(1, batch=2, seed=1), mini.prompt(1 if image else 0, batch=2, seed=2)
     if not image:
         second = {"input_ids": torch.tensor([[7, 8, 9], [10, 11, 12]])}
@@ -130,7 +130,7 @@ def test_second_turn(attention: str, after: tuple, image: bool) -> None:
 
 @torch.no_grad()
 def test_reordering_the_cache_takes_the_map_along() -> None:
-    model = vtc.wrap(mini.build(), Prune(after=(0, 2)))
+    model = vtc.wrap(mini.build(), DropLeastAttended(after=(0, 2)))
     inputs = mini.prompt([1, 1], pad="left")
 
     def decode(swap: list[int]) -> torch.Tensor:
@@ -157,7 +157,7 @@ def test_reordering_the_cache_takes_the_map_along() -> None:
 
 @torch.no_grad()
 def test_two_generations_interleave() -> None:
-    model = vtc.wrap(mini.build(), Prune(after=(0, 2)))
+    model = vtc.wrap(mini.build(), DropLeastAttended(after=(0, 2)))
     a, b = mini.prompt(1, batch=1, seed=1), mini.prompt(2, batch=1, seed=2)
     want_a, want_b = greedy_loop(model, a)[0], greedy_loop(model, b)[0]
     states = [model(**x, use_cache=True) for x in (a, b)]
@@ -183,7 +183,7 @@ def test_a_crash_leaves_nothing_behind() -> None:
 
     model, inputs = mini.build(), mini.prompt(1)
     stock, before = model(**inputs).logits, snapshot(model)
-    vtc.wrap(model, vtc.chain(Prune(after=(0,), share=1.0), Crash()))
+    vtc.wrap(model, vtc.chain(DropLeastAttended(after=(0,), share=1.0), Crash()))
     with pytest.raises(RuntimeError, match="boom"):
         model(**inputs)
     text = {"input_ids": torch.tensor([[5, 6, 7]])}
@@ -196,7 +196,7 @@ def test_a_crash_leaves_nothing_behind() -> None:
 
 @torch.no_grad()
 def test_without_cache(attention: str) -> None:
-    model = vtc.wrap(mini.build("clip", "llama", attention), Prune(after=(0, 2)))
+    model = vtc.wrap(mini.build("clip", "llama", attention), DropLeastAttended(after=(0, 2)))
     inputs = mini.prompt([1, 2], pad="left")
     got, want, alive = compare(model, lambda: model(**inputs, use_cache=False).logits)
     rows = alive[4] & inputs["attention_mask"].bool()
@@ -208,7 +208,7 @@ def test_labels_give_a_loss() -> None:
     model, inputs = mini.build(), mini.prompt(1)
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == mini.IMAGE, -100)
     stock = model(**inputs, labels=labels).loss
-    vtc.wrap(model, Prune(after=(1,)))
+    vtc.wrap(model, DropLeastAttended(after=(1,)))
     got, want, _ = compare(model, lambda: model(**inputs, labels=labels))
     # Only the row in front of the image predicts a label through a token that may be gone.
     assert got.logits.shape == want.logits.shape
@@ -218,7 +218,7 @@ def test_labels_give_a_loss() -> None:
 
 @torch.no_grad()
 def test_quantized_cache() -> None:
-    model = vtc.wrap(mini.build(), Prune(after=(0, 2)))
+    model = vtc.wrap(mini.build(), DropLeastAttended(after=(0, 2)))
     inputs = mini.prompt(1, batch=2)
     config = model.config.get_text_config()
     try:
@@ -234,7 +234,7 @@ def test_quantized_cache() -> None:
 
 @torch.no_grad()
 def test_crop_only_what_was_never_compressed() -> None:
-    model = vtc.wrap(mini.build(), Prune(after=(0,)))
+    model = vtc.wrap(mini.build(), DropLeastAttended(after=(0,)))
     inputs = mini.prompt(1, batch=1)
     logits, cache = greedy_loop(model, inputs, 4)
     cache.crop(-2)
@@ -249,7 +249,7 @@ def test_crop_only_what_was_never_compressed() -> None:
 
 @torch.no_grad()
 def test_refused_before_compute() -> None:
-    model = vtc.wrap(mini.build(), Prune())
+    model = vtc.wrap(mini.build(), DropLeastAttended())
     inputs = mini.prompt(1, batch=1)
     config = model.config.get_text_config()
     with pytest.raises(vtc.UnsupportedError, match="DynamicCache"):
@@ -261,7 +261,7 @@ def test_refused_before_compute() -> None:
     text = windowed.config.get_text_config()
     text.sliding_window, text._attn_implementation = 8, "flash_attention_2"
     with pytest.raises(vtc.UnsupportedError, match=r"sliding window of 8 tokens.*sdpa"):
-        vtc.wrap(windowed, Prune())
+        vtc.wrap(windowed, DropLeastAttended())
 
 
 @torch.no_grad()
@@ -269,7 +269,7 @@ def test_text_only_prompt_passes_through() -> None:
     model = mini.build()
     text = {"input_ids": torch.randint(4, 60, (2, 7))}
     stock = model.generate(**text, max_new_tokens=4, do_sample=False)
-    vtc.wrap(model, Prune())
+    vtc.wrap(model, DropLeastAttended())
     assert torch.equal(model.generate(**text, max_new_tokens=4, do_sample=False), stock)
 
 
@@ -352,7 +352,7 @@ def test_compact_positions() -> None:
     model = mini.build()
     for pad, images in ((None, 1), ("left", [1, 1])):
         inputs = mini.prompt(images, batch=2, pad=pad)
-        vtc.wrap(model, Prune(after=(-1,), share=0.5, positions="compact"))
+        vtc.wrap(model, DropLeastAttended(after=(-1,), share=0.5, positions="compact"))
         engine = model.vtc.decoder
         with recording(engine) as seen:
             got = model.generate(
@@ -387,7 +387,7 @@ def test_views_tell_the_truth() -> None:
     seen: dict[str, torch.Tensor] = {}
 
     @dataclass(frozen=True, kw_only=True)
-    class Look(vtc.Method):
+    class LookAtSublayers(vtc.Method):
         name: ClassVar[str] = "look"
         needs: ClassVar[frozenset[str]] = frozenset({"sublayers"})
 
@@ -401,7 +401,7 @@ def test_views_tell_the_truth() -> None:
     for attention, pad in (("sdpa", "left"), ("eager", "left"), ("sdpa", None)):
         inputs = mini.prompt([1, 1], pad=pad)
         model = mini.build("clip", "qwen2", attention)
-        vtc.wrap(model, Look())
+        vtc.wrap(model, LookAtSublayers())
         model(**inputs)
         vtc.unwrap(model)
         reference = mini.build("clip", "qwen2", "eager")
@@ -427,7 +427,7 @@ def test_views_tell_the_truth() -> None:
 @torch.no_grad()
 def test_scratch_follows_the_survivors() -> None:
     @dataclass(frozen=True, kw_only=True)
-    class Remember(Prune):
+    class Remember(DropLeastAttended):
         name: ClassVar[str] = "remember"
 
         def on_decoder_layer(self, v: Any) -> Reduction | None:
@@ -436,7 +436,7 @@ def test_scratch_follows_the_survivors() -> None:
             v.scratch["mark"] = v.position.clone()
             return super().on_decoder_layer(v)
 
-    model = vtc.wrap(mini.build(), vtc.chain(Remember(after=(0, 2)), Prune(after=(1,))))
+    model = vtc.wrap(mini.build(), vtc.chain(Remember(after=(0, 2)), DropLeastAttended(after=(1,))))
     model(**mini.prompt([1, 2], pad="left"))
 
 
@@ -463,7 +463,7 @@ def test_scratch_crosses_from_encoder_to_llm() -> None:
             assert (v.scratch["norm"][there] > 0).all()
             seen.append(v.layer)
 
-    model = vtc.wrap(mini.build(), vtc.chain(Carry(), Prune(after=(1,))))
+    model = vtc.wrap(mini.build(), vtc.chain(Carry(), DropLeastAttended(after=(1,))))
     inputs = mini.prompt([2, 1, 1], pad="left")
     model(**inputs)
     model.generate(**inputs, max_new_tokens=2, num_beams=3)
@@ -511,7 +511,7 @@ def test_merging_between_layers() -> None:
 @torch.no_grad()
 def test_embeds_instead_of_ids() -> None:
     model, inputs = mini.build(), mini.prompt(1, batch=1)
-    vtc.wrap(model, Prune(after=(1,)))
+    vtc.wrap(model, DropLeastAttended(after=(1,)))
     want = model(**inputs).logits
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     got = model(inputs_embeds=embeds, pixel_values=inputs["pixel_values"]).logits
@@ -521,7 +521,7 @@ def test_embeds_instead_of_ids() -> None:
 
 @torch.no_grad()
 def test_lazily_created_cache() -> None:
-    model, inputs = vtc.wrap(mini.build(), Prune(after=(1,))), mini.prompt(1, batch=1)
+    model, inputs = vtc.wrap(mini.build(), DropLeastAttended(after=(1,))), mini.prompt(1, batch=1)
     want = greedy_loop(model, inputs)[0]
     got, cache = greedy_loop(model, inputs, cache=DynamicCache())
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)

@@ -29,7 +29,7 @@ __all__ = ["counting"]  # fixtures
 
 
 def left_behind(model: Any) -> list[str]:
-    """What engines hold that belongs to a forward, after it."""
+    """State of a forward that engines still hold after it."""
     session = model.vtc
     held = []
     if session.decoder is not None:

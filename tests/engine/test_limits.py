@@ -129,7 +129,7 @@ def test_loops_are_seen() -> None:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is held at once, small beside what is measured."""
+    """Blocks held at once, made small beside what is measured."""
     monkeypatch.setattr(similarity_reference, "BLOCK", 1 << 12)
     monkeypatch.setattr(_common, "BLOCK", 1 << 12)
     monkeypatch.setattr(attention_reference, "BLOCK", 1 << 12)

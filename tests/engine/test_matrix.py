@@ -112,7 +112,7 @@ class First(Scorer):
 def run(style: str, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(calling_styles.METHODS, "test", method)
     with torch.no_grad():
-        calling_styles.STYLES[style](calling_styles.Cell(style, "test", "LLaVA, CLIP"))
+        calling_styles.STYLES[style](calling_styles.StyleCell(style, "test", "LLaVA, CLIP"))
 
 
 NOT_HERE = ("chunked prefill", "`torch.compile(fullgraph=True)`")

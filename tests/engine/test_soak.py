@@ -126,7 +126,7 @@ def request_of(rng: random.Random, family: str) -> Request:
 
 
 def answer(model: Any, request: Request) -> list[Tensor] | str:
-    """What comes back, or the words of a refusal."""
+    """Results of a call, or the words of a refusal."""
     try:
         return WAYS[request.how](model, request)
     except ValueError as error:  # UnsupportedError is one, a budget out of reach another
@@ -143,7 +143,7 @@ def same(got: Any, want: Any, what: str) -> None:
 
 
 def counted(model: Any) -> dict[str, Any]:
-    """What the report says, but for the times."""
+    """Contents of the report, but for the times."""
     report = model.vtc.report().to_dict()
     return {name: value for name, value in report.items() if "_ms" not in name}
 

@@ -89,7 +89,7 @@ class Drop(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look(Method):
+class ShowViews(Method):
     """Change nothing; show every view to a function."""
 
     see: Callable[[Any], Any]
@@ -104,7 +104,7 @@ class Look(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LookBehind(Look):
+class LookBehind(ShowViews):
     name = "test-look-behind"
 
     def on_vision_layer(self, v: Any) -> None:
@@ -443,7 +443,7 @@ def test_nothing_to_do_is_the_stock_model(name: str) -> None:
     before = snapshot(model)
     sites = locate_vision(model)
     looks: list[Any] = []
-    with engine(sites, Fold(blocks=()), Look(see=looks.append)) as e:
+    with engine(sites, Fold(blocks=()), ShowViews(see=looks.append)) as e:
         out = mini.run(model, pixels)
         assert e.state.reduction is None
         assert e.state.counts == [N + sites.prefix] * DEPTH
@@ -514,7 +514,7 @@ def test_a_crashed_forward_leaves_nothing_behind(name: str) -> None:
         if bad and v.layer == 2:
             raise RuntimeError(bad[0])
 
-    with engine(sites, Fold(proportional_attention=True), Look(see=see)):
+    with engine(sites, Fold(proportional_attention=True), ShowViews(see=see)):
         want = mini.run(model, pixels)
         bad.append("crash")
         with pytest.raises(RuntimeError, match="crash"):
@@ -582,7 +582,7 @@ def test_chained_methods_see_what_is_left(name: str) -> None:
             stock.update(key=v.key, rows=v.attention)
 
     fold = Fold(blocks=(0,))
-    with engine(sites, Look(see=see_stock), fold, Look(see=see)):
+    with engine(sites, ShowViews(see=see_stock), fold, ShowViews(see=see)):
         mini.run(model, pixels)
     into = fold.into(2, p, N + p, 0)
     r = Reduction.from_merge(into)
@@ -616,7 +616,7 @@ def test_notes_follow_the_tokens(name: str) -> None:
         seen.append(v.index)
 
     mask = torch.rand(1, N, generator=torch.Generator().manual_seed(0)).expand(2, -1) < 0.5
-    chain = (Look(see=see), Fold(), LookBehind(see=see_behind), Behind(mask=mask))
+    chain = (ShowViews(see=see), Fold(), LookBehind(see=see_behind), Behind(mask=mask))
     with engine(sites, *chain) as e:
         mini.run(model, pixels)
         state = e.state
@@ -636,8 +636,8 @@ def test_encoder_methods_have_been_called_in_order() -> None:
     seen: list[tuple[str, int]] = []
     mini = ENCODERS["timm-vit"]
     model = mini()
-    first = Look(see=lambda v: seen.append(("a", v.layer)))
-    second = Look(see=lambda v: seen.append(("b", v.layer)))
+    first = ShowViews(see=lambda v: seen.append(("a", v.layer)))
+    second = ShowViews(see=lambda v: seen.append(("b", v.layer)))
     with engine(locate_vision(model), first, second):
         model(images())
     assert seen == [(s, i) for i in range(DEPTH) for s in "ab"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-NeXT and LLaVA-OneVision: crops, packing, newlines; the six invariants for every method."""
+"""LLaVA-NeXT and LLaVA-OneVision: crops, newlines; the six invariants for every method."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def cases(methods: list[str]) -> list:
     ]
 
 
-def jumps(method: str) -> bool:
-    """Whether tokens jump over layers: test_in_cache.py has an oracle for those."""
+def bypasses(method: str) -> bool:
+    """Whether tokens bypass layers: test_in_cache.py has an oracle for those."""
     return "bypass" in made(method).stages
 
 
@@ -128,7 +128,7 @@ def logits_and_steps(model, inputs) -> tuple[torch.Tensor, torch.Tensor | None, 
 # ---- invariants --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method, family", cases([m for m in METHODS if not jumps(m)]))
+@pytest.mark.parametrize("method, family", cases([m for m in METHODS if not bypasses(m)]))
 @torch.no_grad()
 def test_dropped_is_masked(method: str, family: str) -> None:
     """Invariants 3, 4 and 5: several images, padded crops, SDPA and eager, forward and generate."""
@@ -219,7 +219,7 @@ def test_batch_mates_do_not_matter(method: str, family: str) -> None:
             torch.testing.assert_close(together[r][real], alone[0], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method, family", cases([m for m in METHODS if not jumps(m)]))
+@pytest.mark.parametrize("method, family", cases([m for m in METHODS if not bypasses(m)]))
 @torch.no_grad()
 def test_beams(method: str, family: str) -> None:
     """Features encoded once and repeated for every beam; two images of a row stay in order."""
@@ -357,10 +357,10 @@ def test_packed_bits_of_crops(family: str) -> None:
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method, family", cases([m for m in METHODS if jumps(m)]))
+@pytest.mark.parametrize("method, family", cases([m for m in METHODS if bypasses(m)]))
 @torch.no_grad()
-def test_newlines_never_jump(method: str, family: str) -> None:
-    """Text and newlines take part in every layer, whatever patches jump over it."""
+def test_newlines_bypass_nothing(method: str, family: str) -> None:
+    """Text and newlines take part in every layer, whatever patches bypass it."""
     model = mini.build(family)
     sizes = [TALL, LARGE]
     inputs = mini.prompt([sizes], family, between=0)
@@ -377,7 +377,7 @@ def test_newlines_never_jump(method: str, family: str) -> None:
 
 
 def reference_layout(size: tuple[int, int]) -> list[tuple[int, int] | None]:
-    """Packed rows of LLaVA-NeXT by hand: (crop, patch), or None for a newline."""
+    """Flat rows of LLaVA-NeXT by hand: (crop, patch), or None for a newline."""
     g, (_, columns), (y, x) = mini.GRID, mini.grid_of(size), mini.canvas_of(size)
     rows: list[tuple[int, int] | None] = [(0, p) for p in range(g * g)]
     for r in range(y.start, y.stop):
@@ -413,7 +413,7 @@ def test_layout_is_that_of_the_model(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("family", mini.FAMILIES)
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_lifted_features_are_the_packed_ones(size: tuple[int, int], family: str) -> None:
+def test_lifted_features_are_the_flat_ones(size: tuple[int, int], family: str) -> None:
     """On random features, resampled or not."""
     model = mini.build(family)
     sites = locate(model).decoder.crops
@@ -422,11 +422,11 @@ def test_lifted_features_are_the_packed_ones(size: tuple[int, int], family: str)
     assert layout.canvas == mini.shape_of(size, family)
     assert layout.resampled == (family == "onevision" and size == LARGE)
     x = torch.randn(crops, mini.PATCHES, 5, generator=torch.Generator().manual_seed(0))
-    packed = sites.pack(x, size, torch.zeros(5), {}, True)
-    torch.testing.assert_close(layout.lift(x.flatten(0, 1)[layout.source]), packed[layout.rows])
-    assert not packed[[i for i in range(len(packed)) if i not in set(layout.rows.tolist())]].any()
+    flat = sites.pack(x, size, torch.zeros(5), {}, True)
+    torch.testing.assert_close(layout.lift(x.flatten(0, 1)[layout.source]), flat[layout.rows])
+    assert not flat[[i for i in range(len(flat)) if i not in set(layout.rows.tolist())]].any()
     near = x[layout.crop, layout.place]
-    assert layout.resampled or torch.equal(near, packed[layout.rows])
+    assert layout.resampled or torch.equal(near, flat[layout.rows])
 
 
 def test_crops_of_padding_alone_are_no_regions() -> None:
@@ -479,7 +479,7 @@ def test_split_packed() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe(vtc.Method):
+class CropProbe(vtc.Method):
     """Notes what it is shown; keeps the whole thumbnail and the first patches of all else."""
 
     seen: list
@@ -512,7 +512,7 @@ def test_views_show_each_crop(family: str) -> None:
     hook = stock.model.multi_modal_projector.register_forward_pre_hook(
         lambda m, args: given.append(args[0])
     )
-    packed = stock.get_image_features(**images).pooler_output
+    flat = stock.get_image_features(**images).pooler_output
     hook.remove()
     (features,) = given
     pixels = [p[: 1 + math.prod(mini.grid_of(s))] for p, s in zip(images["pixel_values"], sizes)]
@@ -522,7 +522,7 @@ def test_views_show_each_crop(family: str) -> None:
 
     model = mini.build(family)
     seen: list = []
-    vtc.wrap(model, Probe(seen=seen, keep_ratio=0.5))
+    vtc.wrap(model, CropProbe(seen=seen, keep_ratio=0.5))
     model(**inputs)
     sites, start = locate(stock).decoder.crops, 0
     wanted = []  # (grid, features, projected, received, cls) of each region
@@ -541,7 +541,7 @@ def test_views_show_each_crop(family: str) -> None:
                 (
                     region.grid,
                     lifted(features)[p],
-                    packed[i][layout.rows][p],
+                    flat[i][layout.rows][p],
                     lifted(received)[p],
                     cls,
                 )
@@ -654,7 +654,7 @@ class FoldAll(vtc.Method):
 @pytest.mark.parametrize("family", mini.FAMILIES)
 @torch.no_grad()
 def test_merged_features_are_projected(family: str) -> None:
-    """The mean of a region's features, projected; of packed rows where a canvas is resampled."""
+    """The mean of a region's features, projected; of flat rows where a canvas is resampled."""
     model = mini.build(family)
     images = {
         k: v for k, v in mini.prompt([[WIDE, LARGE]], family).items() if k[:2] in ("pi", "im")
@@ -668,14 +668,14 @@ def test_merged_features_are_projected(family: str) -> None:
     features, project = seen[0], model.model.multi_modal_projector
     for own in (False, True):
         with vtc.compressing(model, FoldAll(own=own)):
-            packed = model.get_image_features(**images).pooler_output
+            flat = model.get_image_features(**images).pooler_output
         start = 0
         for i, size in enumerate((WIDE, LARGE)):
             crops = 1 + math.prod(mini.grid_of(size))
             layout = layout_of(locate(model).decoder.crops, size, crops, {})
             mine = features[start : start + crops]
             start += crops
-            left = packed[i][layout.rows]
+            left = flat[i][layout.rows]
             alive = (~left[:, 0].isnan()).nonzero()[:, 0].tolist()
             regions = layout.regions()
             assert alive == sorted(int(r.patches[0]) for r in regions)
@@ -690,7 +690,7 @@ def test_merged_features_are_projected(family: str) -> None:
                 got = left[int(region.patches[0])]
                 torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
             newlines = [r for r in range(layout.length) if r not in set(layout.rows.tolist())]
-            torch.testing.assert_close(packed[i][newlines], stock[i][newlines])
+            torch.testing.assert_close(flat[i][newlines], stock[i][newlines])
 
 
 @dataclass(frozen=True, kw_only=True)

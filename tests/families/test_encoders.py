@@ -157,7 +157,7 @@ def test_unfused_attention_weights() -> None:
 
 
 def test_key_mean_without_a_key_projection() -> None:
-    """open_clip's packed projection: only the averaged weights are applied."""
+    """open_clip's joint projection: only the averaged weights are applied."""
     model = ENCODERS["open-clip"]()
     sites = locate_vision(model)
     for site in sites.blocks:

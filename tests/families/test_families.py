@@ -61,7 +61,7 @@ def made(method: str, family: str, keep: Fraction | None = None) -> vtc.Method:
 
 
 def refused(method: str, family: str) -> str | None:
-    """What the reason names where a method cannot run at all."""
+    """Name that the reason gives where a method cannot run at all."""
     chosen = made(method, family)
     if method == "mod":
         return "routers"
@@ -246,7 +246,7 @@ def test_mustdrop_names_its_way_around_the_encoder(family: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe(vtc.Method):
+class GridProbe(vtc.Method):
     """Notes what it is shown and keeps all."""
 
     seen: list
@@ -277,11 +277,11 @@ def test_views_hold_what_the_encoder_saw(family: str) -> None:
         keys.append(block.key((args, kwargs), slice(None)).transpose(1, 2))  # (B, T, H, d)
 
     handle = block.attn.register_forward_hook(note, with_kwargs=True)
-    method = Probe(seen=[])
+    method = GridProbe(seen=[])
     names = ("pixel_values", "pixel_attention_mask", "image_sizes")
     images = {k: inputs[k] for k in names if k in inputs}
-    packed = model.get_image_features(**images).pooler_output
-    packed = torch.cat(list(packed)).reshape(-1, packed[0].shape[-1])
+    features = model.get_image_features(**images).pooler_output
+    features = torch.cat(list(features)).reshape(-1, features[0].shape[-1])
     try:
         with vtc.compressing(model, method):
             model.get_image_features(**images)
@@ -319,7 +319,7 @@ def test_views_hold_what_the_encoder_saw(family: str) -> None:
             close(shown[i]["cls"], folded(mine[:, 0, prefix:]))
         flat = key.flatten(1).T  # (H d, patches)
         close(shown[i]["key"], folded(flat).T.reshape(r * c, *key.shape[1:]) / fold**2)
-        close(shown[i]["projected"], packed[token : token + r * c])
+        close(shown[i]["projected"], features[token : token + r * c])
         token += r * c
 
 
@@ -333,7 +333,7 @@ def test_groups() -> None:
 
 
 def test_patches_in_the_order_of_windows() -> None:
-    """Groups behind one another, sorted by windows within their grid, in a packed sequence."""
+    """Groups behind one another, sorted by windows within their grid, in a flat sequence."""
     shapes = [(2, 4), (4, 2)]
     order = torch.tensor([4, 5, 6, 7, 0, 1, 2, 3, *range(8, 16)])
     sites = GridSites(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from mini_generic import FAMILIES, IDS, IMAGE, TEXT, VISION, Family, clip_llama, text, vision
+from mini_generic import FAMILIES, IDS, IMAGE, TEXT, VISION, GenericFamily, clip_llama, text, vision
 from snapshot import snapshot
 from torch import Tensor, nn
 
@@ -45,7 +45,7 @@ class Front(Scorer):
         return v.tokens.float().norm(dim=-1)
 
 
-def methods(family: Family) -> list[Method]:
+def methods(family: GenericFamily) -> list[Method]:
     half = Fraction(1, 2)
     made = [
         Front(keep_ratio=half),
@@ -59,7 +59,7 @@ def methods(family: Family) -> list[Method]:
 
 
 @EVERY
-def test_dropped_is_masked(family: Family) -> None:
+def test_dropped_is_masked(family: GenericFamily) -> None:
     """Prefill logits and every greedy step; as many tokens kept as asked for, and reported."""
     for method in methods(family):
         model = family.build()
@@ -94,7 +94,7 @@ def test_dropped_is_masked(family: Family) -> None:
 
 
 @EVERY
-def test_keeping_all_is_stock_and_unwrap_restores(family: Family) -> None:
+def test_keeping_all_is_stock_and_unwrap_restores(family: GenericFamily) -> None:
     model = family.build()
     stock, before = model(**family.inputs(model, [1, 2])).logits, snapshot(model)
     vtc.wrap(model, "fastv", keep_ratio=1.0)
@@ -108,7 +108,7 @@ def test_keeping_all_is_stock_and_unwrap_restores(family: Family) -> None:
 
 
 @EVERY
-def test_what_was_found_is_said(family: Family) -> None:
+def test_what_was_found_is_said(family: GenericFamily) -> None:
     model = family.build()
     sites = locate(model)
     assert sites.family == family.name and family.name in sites.notes[0]

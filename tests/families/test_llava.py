@@ -32,8 +32,8 @@ def drops(method: str) -> bool:
     return bool(made(method).stages & CHOOSING)
 
 
-def jumps(method: str) -> bool:
-    """Whether tokens jump over layers: test_in_cache.py has an oracle for those."""
+def bypasses(method: str) -> bool:
+    """Whether tokens bypass layers: test_in_cache.py has an oracle for those."""
     return "bypass" in made(method).stages
 
 
@@ -63,7 +63,7 @@ INPUTS = {
 }
 
 
-@pytest.mark.parametrize("method, tower, decoder", cases([m for m in METHODS if not jumps(m)]))
+@pytest.mark.parametrize("method, tower, decoder", cases([m for m in METHODS if not bypasses(m)]))
 @torch.no_grad()
 def test_dropped_is_masked(method: str, tower: str, decoder: str) -> None:
     """Invariants 3, 4 and 5, padded or not, one and two images, SDPA and eager."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL: M-RoPE, packed towers, DeepStack; the invariants."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL: M-RoPE, flat towers, DeepStack; the invariants."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ import vtc
 from vtc.adapters.locate import locate
 from vtc.benchmarks.shared.budgets import seeded
 from vtc.benchmarks.support.masked_oracle import (
+    bypassing,
     compare,
-    jumping,
     logits_and_steps,
     masked,
     noting_parts,
@@ -60,7 +60,7 @@ def takes_budget(method: str) -> bool:
 
 
 def refused(method: str) -> str | None:
-    """What a method is refused with, on every family alike."""
+    """Pattern of a method's refusal, on every family alike."""
     chosen = made(method, None)
     if "pixels" in chosen.stages:
         return r"joins 2 x 2 patches.*give the processor a smaller max_pixels, or use.*divprune"
@@ -69,7 +69,7 @@ def refused(method: str) -> str | None:
     return r"\[CLS\].*methods that do without: .*divprune" if "cls" in chosen.needs else None
 
 
-def jumps(method: str) -> bool:
+def bypasses(method: str) -> bool:
     return "bypass" in made(method).stages
 
 
@@ -113,7 +113,7 @@ def result(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None
     return logits_and_steps(model, inputs, STEPS)
 
 
-@pytest.mark.parametrize("method, family", cases([m for m in METHODS if not jumps(m)]))
+@pytest.mark.parametrize("method, family", cases([m for m in METHODS if not bypasses(m)]))
 @torch.no_grad()
 def test_dropped_is_masked(method: str, family: str) -> None:
     """Invariants 3, 4 and 5: several images of different sizes, padding, SDPA and eager."""
@@ -181,7 +181,7 @@ def test_batch_mates_do_not_matter(method: str, family: str) -> None:
     check_rows_alone(vtc.wrap(mini.build(family), made(method)))
 
 
-@pytest.mark.parametrize("method, family", cases([m for m in METHODS if not jumps(m)]))
+@pytest.mark.parametrize("method, family", cases([m for m in METHODS if not bypasses(m)]))
 @torch.no_grad()
 def test_beams(method: str, family: str) -> None:
     """Features encoded once and repeated for every beam; two images of a row stay in order."""
@@ -223,14 +223,14 @@ def test_adaptive_counts(method: str, family: str) -> None:
     check_rows_alone(model)
 
 
-# ---- tokens that jump over layers ---------------------------------------------------------------
+# ---- tokens that bypass layers -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pad", ["left", "right"])
 @pytest.mark.parametrize("family", mini.FAMILIES)
-@pytest.mark.parametrize("method", ["mod", *(m for m in METHODS if jumps(m))])
+@pytest.mark.parametrize("method", ["mod", *(m for m in METHODS if bypasses(m))])
 @torch.no_grad()
-def test_jumping_is_masked(method: str, family: str, pad: str) -> None:
+def test_bypassing_is_masked(method: str, family: str, pad: str) -> None:
     """Tokens that a layer leaves out are masked in it, and it gives them nothing; they come
     back."""
     g = torch.Generator().manual_seed(1)
@@ -245,7 +245,7 @@ def test_jumping_is_masked(method: str, family: str, pad: str) -> None:
     assert any(not part.all() for part in parts.values())
     layers = model.model.language_model.layers
     engine.remove()
-    with jumping(layers, parts, chosen.bypass):
+    with bypassing(layers, parts, chosen.bypass):
         want, want_steps, _ = result(model, inputs)
     engine.install()
     real = inputs["attention_mask"].bool()
@@ -302,10 +302,10 @@ def test_packed_bits(family: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prune(vtc.Method):
+class DropBehind(vtc.Method):
     """Drops the visual tokens that the prompt attends to least, after the given layers."""
 
-    name: ClassVar[str] = "test-prune"
+    name: ClassVar[str] = "test-drop"
     after: tuple[int, ...] = (1,)
     share: float = 0.6
 
@@ -325,7 +325,7 @@ def test_deepstack_follows_the_survivors(after: tuple[int, ...]) -> None:
     for attention, pad in (("sdpa", "left"), ("eager", "right"), ("sdpa", None)):
         model = mini.build("qwen3", attention)
         inputs = mini.prompt(ROWS if pad else [[SQUARE, WIDE], [WIDE, SQUARE]], pad=pad)
-        vtc.wrap(model, Prune(after=after))
+        vtc.wrap(model, DropBehind(after=after))
         (got, steps, _), (want, want_steps, _), alive = compare(
             model, lambda model=model, inputs=inputs: result(model, inputs)
         )
@@ -391,7 +391,7 @@ def test_deepstack_in_every_layer_is_refused() -> None:
     model = mini.build("qwen3")
     model.config.get_text_config().num_hidden_layers = 3
     with pytest.raises(vtc.UnsupportedError, match="DeepStack"):
-        vtc.wrap(model, Prune())
+        vtc.wrap(model, DropBehind())
 
 
 # ---- ways of calling ---------------------------------------------------------------------------
@@ -412,7 +412,7 @@ def test_deepstack_in_every_layer_is_refused() -> None:
 )
 @torch.no_grad()
 def test_generate(family: str, after: tuple[int, ...], how: dict) -> None:
-    model = vtc.wrap(mini.build(family), Prune(after=after))
+    model = vtc.wrap(mini.build(family), DropBehind(after=after))
     alone = "prompt_lookup_num_tokens" in how  # a limit of Hugging Face
     inputs = mini.prompt([[WIDE, TINY]] if alone else ROWS, pad=None if alone else "left")
     # Without a cache, every step chooses anew.
@@ -435,7 +435,7 @@ def test_generate(family: str, after: tuple[int, ...], how: dict) -> None:
 @torch.no_grad()
 def test_manual_loop(family: str, after: tuple[int, ...]) -> None:
     """Positions of decoded tokens are the logical length and the model's own shift."""
-    model = vtc.wrap(mini.build(family, "eager"), Prune(after=after))
+    model = vtc.wrap(mini.build(family, "eager"), DropBehind(after=after))
     inputs = mini.prompt([[SQUARE, WIDE], [WIDE, SQUARE]])
     (got, cache), (want, full), alive = compare(model, lambda: greedy_loop(model, inputs))
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
@@ -449,7 +449,7 @@ def test_manual_loop(family: str, after: tuple[int, ...]) -> None:
 @torch.no_grad()
 def test_second_turn(family: str, image: bool) -> None:
     """A conversation on one cache: the second turn, with an image that is compressed as well."""
-    model = vtc.wrap(mini.build(family), Prune(after=(0, 2)))
+    model = vtc.wrap(mini.build(family), DropBehind(after=(0, 2)))
     first = mini.prompt([[WIDE], [ROW]][:1] * 2, seed=1)
     second: dict[str, Tensor] = {"input_ids": torch.tensor([[7, 8, 9], [10, 11, 12]])}
     if image:
@@ -484,14 +484,14 @@ def test_attention_ahead(family: str) -> None:
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     @dataclass(frozen=True, kw_only=True)
-    class Look(vtc.Method):
+    class LookAhead(vtc.Method):
         name: ClassVar[str] = "test-look"
 
         def on_decoder_layer(self, v: Any) -> None:
             ahead = v.attention("prompt", ahead=True) if v.layer < 4 else None
             seen[v.layer] = (v.attention("prompt") if v.layer >= 0 else None, ahead)
 
-    model = vtc.wrap(mini.build(family), vtc.chain(Prune(after=(1,)), Look()))
+    model = vtc.wrap(mini.build(family), vtc.chain(DropBehind(after=(1,)), LookAhead()))
     model(**mini.prompt(ROWS, pad="left"))
     for layer in (0, 2, 3):  # tokens leave between what was seen ahead of layer 1 and behind it
         torch.testing.assert_close(seen[layer][0], seen[layer - 1][1], atol=1e-5, rtol=1e-5)
@@ -504,7 +504,7 @@ def test_refused_before_compute(family: str) -> None:
     inputs = mini.prompt([[SQUARE]])
     with pytest.raises(vtc.UnsupportedError, match=r'time, height and width.*positions="original"'):
         vtc.wrap(model, "fastv", positions="compact")
-    vtc.wrap(model, Prune())
+    vtc.wrap(model, DropBehind())
     config = model.config.get_text_config()
     with pytest.raises(vtc.UnsupportedError, match="DynamicCache"):
         model(**inputs, **giving(model, StaticCache(config=config, max_cache_len=64)))
@@ -517,7 +517,7 @@ def test_refused_before_compute(family: str) -> None:
 def test_text_only_prompt_passes_through() -> None:
     model, text = mini.build(), {"input_ids": torch.randint(7, 60, (2, 7))}
     stock = model.generate(**text, max_new_tokens=4, do_sample=False)
-    vtc.wrap(model, Prune())
+    vtc.wrap(model, DropBehind())
     assert torch.equal(model.generate(**text, max_new_tokens=4, do_sample=False), stock)
 
 
@@ -555,7 +555,7 @@ def test_compressed_inputs(family: str, how: dict) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look(vtc.Method):
+class LookAtFeatures(vtc.Method):
     """Notes what the features stage sees of each image."""
 
     name: ClassVar[str] = "test-features"
@@ -613,10 +613,10 @@ def test_what_methods_see_of_the_tower(family: str) -> None:
     sizes = [[WIDE, TINY], [TALL, WIDE]]
     model, inputs = mini.build(family, "eager"), mini.prompt(sizes, pad="left")
     stock = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
-    Look.seen.clear()
-    with vtc.compressing(model, Look()):
+    LookAtFeatures.seen.clear()
+    with vtc.compressing(model, LookAtFeatures()):
         model(**inputs)
-    seen = dict(Look.seen)
+    seen = dict(LookAtFeatures.seen)
     nearest = {0: 1, 1: 1, 2: 3, 3: 3} if family == "qwen2.5" else {i: i for i in range(4)}
     counts = inputs["image_grid_thw"].prod(1).tolist()
     for i, size in enumerate(size for row in sizes for size in row):

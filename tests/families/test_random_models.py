@@ -19,7 +19,7 @@ from random_models import (
     EXACT,
     Case,
     Geometry,
-    Prompt,
+    RandomPrompt,
     build,
     cases,
     inputs_of,
@@ -59,7 +59,7 @@ REFUSED = (
     r"takes the features of all images as one tensor, and they have different numbers",
     r"pool needs the full \d+ x \d+ grid and found \d+ tokens",
 )
-"""What may be refused, at wrap or in the first forward, by what the message says."""
+"""Messages of refusals that may come, at wrap or in the first forward."""
 
 
 class Say:
@@ -170,11 +170,11 @@ def check_masked(case: Case, model: Any, inputs: dict, session: Any) -> None:
         rows = real[:, -1] if case.model.window else slice(None)
         torch.testing.assert_close(steps[rows, 0], first[rows], **CLOSE)
         torch.testing.assert_close(steps[rows, 1:], want_steps[rows, 1:], **CLOSE)
-    jumps = any("bypass" in m.stages for m in session.methods)
+    bypassing = any("bypass" in m.stages for m in session.methods)
     for i, length in enumerate(lengths):
         held = alive.cached[real.shape[1]][i] if alive.cached else alive[i]
         assert length <= held.sum(1).max()
-        assert jumps or (held & real).sum(1).max() <= length
+        assert bypassing or (held & real).sum(1).max() <= length
     model(**inputs)
     check_counts(case, end, inputs, session)
 
@@ -288,7 +288,7 @@ def choices(session: Any, case: Case) -> list:
 def test_a_prompt_that_ends_in_a_dropped_token_was_answered_from_zeros() -> None:
     """As on the compressed prompt, the last token left is the one to go on from."""
     rows = ((3, ((1, 0),)), (1, ((1, 2), (1, 0))))
-    case = Case(PLAIN, Prompt(rows, "left"), (("divprune", 3),), "generate")
+    case = Case(PLAIN, RandomPrompt(rows, "left"), (("divprune", 3),), "generate")
     model, inputs = build(case.model), inputs_of(case)
     method = replace(methods_of(case)[0], positions="compact")
     how = {"max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
@@ -317,7 +317,7 @@ def test_methods_that_had_no_layer_to_act_in_did_nothing_or_said_nonsense() -> N
 @torch.no_grad()
 def test_an_image_so_narrow_that_no_column_of_its_crops_is_left(name: str) -> None:
     """GlobalCom2 resized its thumbnail to nothing."""
-    prompt = Prompt(((1, (((5, 110), 1),)), (1, (((110, 4), 2),))), "left")
+    prompt = RandomPrompt(((1, (((5, 110), 1),)), (1, (((110, 4), 2),))), "left")
     case = Case(
         replace(PLAIN, family="LLaVA-NeXT", blocks=3), prompt, ((name, Fraction(1, 2)),), "generate"
     )
@@ -339,7 +339,7 @@ def run(model: Any, inputs: dict, session: Any) -> Any:
 @torch.no_grad()
 def test_the_report_asked_for_more_than_a_chain_leaves_of_images_of_two_sizes() -> None:
     """4 of each image, then half of each: 4 of 4 x 4 and 1 of 1 x 2, not half of all 18."""
-    prompt = Prompt(((1, (((4, 4), 1), ((1, 2), 1))),), "left")
+    prompt = RandomPrompt(((1, (((4, 4), 1), ((1, 2), 1))),), "left")
     chain = (("divprune", 4), ("random", Fraction(1, 2)))
     case = Case(replace(PLAIN, family="Qwen2.5-VL", heads=4, kv_heads=2), prompt, chain, "forward")
     model, inputs = build(case.model), inputs_of(case)

@@ -57,7 +57,7 @@ def test_every_family_has_every_seam(family: str) -> None:
 
 @torch.no_grad()
 def test_calls_of_layers() -> None:
-    """What a decoder layer is handed: the one place where tokens leave."""
+    """Arguments of a decoder layer: the one place where tokens leave."""
     model, inputs, seen = mini.build(), mini.prompt([1, 2], pad="left"), {}
 
     def note(name: str) -> Callable[..., None]:
@@ -229,7 +229,7 @@ def move(seam: Seam, model: Any, monkeypatch: Any) -> None:
 
 
 def refused(model: Any, method: str = "fastv") -> str:
-    """What `vtc.wrap` says; the model is as it was."""
+    """Refusal of `vtc.wrap`; the model is as it was."""
     with pytest.raises(vtc.UnsupportedError) as caught:
         vtc.wrap(model, method, keep_ratio=0.5)
     assert "vtc" not in vars(model) and not model._forward_pre_hooks

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every implementation of a kernel must satisfy, against N x N formulas in float64.
+"""Checks that every implementation of a kernel must pass, against N x N formulas in float64.
 
 Each check takes the module under test: a reference, a Triton kernel, or one broken on purpose.
 """
@@ -235,7 +235,7 @@ def check_merge(impl, batch, n, c, dtype, device="cpu", sized=True):
 
 
 def check_compact(impl, batch, n, c, dtype, device="cpu"):
-    """Five aligned tensors of four widths and types: padded, ragged and packed, to the bit."""
+    """Five aligned tensors of four widths and types: padded, ragged and flat, to the bit."""
     g = torch.Generator().manual_seed(n + c)
     tensors = [
         features(batch, n, c, dtype, device),
@@ -248,9 +248,9 @@ def check_compact(impl, batch, n, c, dtype, device="cpu"):
     keep = torch.rand(batch, n, generator=g).argsort(1)[:, :k].sort(1).values
     valid = torch.arange(k) < ragged(batch, k)[:, None]
     own = torch.arange(batch * k).view(batch, k).where(valid, -1)
-    packed = (valid.flatten().cumsum(0) - 1).view(batch, k).where(valid, -1)
+    flat = (valid.flatten().cumsum(0) - 1).view(batch, k).where(valid, -1)
     rows = torch.arange(batch)[:, None]
-    to = [t.to(device) for t in (keep, own, packed)]
+    to = [t.to(device) for t in (keep, own, flat)]
     full = impl.compact(tensors, to[0], None, batch * k, False)
     padded = impl.compact(tensors, to[0], to[1], batch * k, False)
     tight = impl.compact(tensors, to[0], to[2], int(valid.sum()), True)

@@ -13,7 +13,7 @@ from vtc.kernels import attention_reduce, compact_tokens, merge_tokens, similari
 
 def case(run):
     x = torch.randn(2, 40, 16)
-    return bench.Case(
+    return bench.KernelCase(
         "energy",
         "B=2 N=40 C=16",
         functools.partial(run, x, 0.45),
@@ -58,8 +58,7 @@ def test_a_wrong_kernel_is_not_timed(few, tmp_path):
 
 @pytest.mark.parametrize("kind", ["energy", "best_match", "column_sums", "merge", "compact"])
 def test_eager_formulas_are_those_of_the_kernels(kind):
-    """What a kernel is timed against computes the same, in the cases as the benchmark makes
-    them."""
+    """Formulas that kernels are timed against compute the same, in the cases of the benchmark."""
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 40, 16, generator=g), torch.randn(2, 7, 16, generator=g)
     q, k = torch.randn(2, 4, 9, 8, generator=g), torch.randn(2, 2, 9, 8, generator=g)
@@ -77,11 +76,11 @@ def test_eager_formulas_are_those_of_the_kernels(kind):
         "merge": (merge_tokens.merge, bench.eager_merge, (x, size, group, 30)),
         "compact": (compact_tokens.compact, bench.eager_compact, ([x, size, group], keep)),
     }[kind]
-    right = bench.Case(kind, "", functools.partial(run, *inputs), eager, inputs, 1, 1)
+    right = bench.KernelCase(kind, "", functools.partial(run, *inputs), eager, inputs, 1, 1)
     assert bench.verify(right) < 1e-5
     if kind != "compact":
         wrong = functools.partial(run, *(inputs[0].flip(1), *inputs[1:]))
-        assert bench.verify(bench.Case(kind, "", wrong, eager, inputs, 1, 1)) > bench.WRONG
+        assert bench.verify(bench.KernelCase(kind, "", wrong, eager, inputs, 1, 1)) > bench.WRONG
 
 
 def test_the_roofline_names_what_binds():

@@ -72,7 +72,7 @@ def merge_case(name, c, dtype):
 def compact_case(name, width, word):
     types = {f"{p}{i}_ptr": f"*{word}" for p in ("x", "out") for i in range(4)}
     types |= {"keep_ptr": "*i64", "destination_ptr": "*i64"}
-    flags = {"SCATTER": True, "PACKED": True}
+    flags = {"SCATTER": True, "FLAT": True}
     return f"compact-{name}-{word}", compact.compact_kernel, types, flags, compact.config(width)
 
 

@@ -137,7 +137,7 @@ def test_gradients_of_compacted_tokens():
             lambda x, y, live=live: tuple(compact_tokens.compact([x, y], keep, live)), (x, y)
         )
     assert torch.autograd.gradcheck(
-        lambda x, y: tuple(compact_tokens.pack([x, y], keep, valid)[0]), (x, y)
+        lambda x, y: tuple(compact_tokens.compact_flat([x, y], keep, valid)[0]), (x, y)
     )
 
 
@@ -153,18 +153,18 @@ def test_gradients_where_no_token_is_or_none_is_asked_for():
     assert torch.equal(padding, torch.zeros(2, 4, 3))
     padding.sum().backward()
     assert none.grad is None or none.grad.shape == (2, 0, 3)
-    (packed,), boundaries = compact_tokens.pack([none.detach()], keep, valid)
-    assert packed.shape == (0, 3) and boundaries.tolist() == [0, 0, 0]
+    (flat,), boundaries = compact_tokens.compact_flat([none.detach()], keep, valid)
+    assert flat.shape == (0, 3) and boundaries.tolist() == [0, 0, 0]
 
 
-def test_packed_rows_and_their_boundaries():
+def test_flat_rows_and_their_boundaries():
     x = torch.arange(12).view(2, 6)
     keep = torch.tensor([[0, 2, 5], [1, 4, 0]])
     valid = torch.tensor([[True, True, True], [True, True, False]])
-    (packed,), boundaries = compact_tokens.pack([x], keep, valid)
-    assert packed.tolist() == [0, 2, 5, 7, 10] and boundaries.tolist() == [0, 3, 5]
-    (packed,), boundaries = compact_tokens.pack([x], keep)
-    assert packed.tolist() == [0, 2, 5, 7, 10, 6] and boundaries.tolist() == [0, 3, 6]
+    (flat,), boundaries = compact_tokens.compact_flat([x], keep, valid)
+    assert flat.tolist() == [0, 2, 5, 7, 10] and boundaries.tolist() == [0, 3, 5]
+    (flat,), boundaries = compact_tokens.compact_flat([x], keep)
+    assert flat.tolist() == [0, 2, 5, 7, 10, 6] and boundaries.tolist() == [0, 3, 6]
     (padded,) = compact_tokens.compact([x], keep, valid)
     assert padded.tolist() == [[0, 2, 5], [7, 10, 0]]
 

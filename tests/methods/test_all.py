@@ -159,7 +159,7 @@ def test_fixed_budgets_compile_without_a_graph_break(name):
         run, x = method.on_features, v.features
         fields = ("count", "total", "grid", "projected")
 
-    class View:
+    class SequenceView:
         in_sequence = VisionView.in_sequence
 
         def __init__(self, x):
@@ -178,13 +178,13 @@ def test_fixed_budgets_compile_without_a_graph_break(name):
             return method.budget(self.total, self.grid)
 
     if name in FEATURES:
-        View.row = projections(2, N).attention(slice(0, 1))[:, :, 0]
-        View.keys = v.key(-2)
+        SequenceView.row = projections(2, N).attention(slice(0, 1))[:, :, 0]
+        SequenceView.keys = v.key(-2)
     for field in fields:
-        setattr(View, field, getattr(v, field))
+        setattr(SequenceView, field, getattr(v, field))
 
     def step(x):
-        reduction = run(View(x))
+        reduction = run(SequenceView(x))
         return reduction.merge(x)[0], reduction.group
 
     torch._dynamo.reset()

@@ -356,13 +356,13 @@ def test_encoder_and_key_set_by_hand() -> None:
     stock = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[1]
     seen: list[Any] = []
 
-    class Watch(MustDrop):
+    class WatchedMustDrop(MustDrop):
         def on_features(self, v: Any) -> None:
             super().on_features(v)
             row = v.cls_attention(-1).mean(1)
             seen.extend(zip(v.index, v.features, v.scratch["key"], row, strict=True))
 
-    vtc.wrap(model, Watch(keep_tokens=2, key_ratio=0.2, **LOUD["clip"]))
+    vtc.wrap(model, WatchedMustDrop(keep_tokens=2, key_ratio=0.2, **LOUD["clip"]))
     model(**inputs)
     vtc.unwrap(model)
     lengths = set()

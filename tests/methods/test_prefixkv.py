@@ -120,7 +120,7 @@ def hide(cache: Any, length: int) -> dict[int, Tensor]:
 @pytest.mark.parametrize("scope", ["visual", "all"])
 @torch.no_grad()
 def test_prefixkv_second_turn(scope: Any) -> None:
-    """What the first turn evicted is masked in the second; the budget is that of both."""
+    """Slots that the first turn evicted are masked in the second; the budget is that of both."""
     method = PrefixKV(keep_ratio=0.4, scope=scope)
     first, second = (mini.prompt(1, batch=2, seed=s) for s in (1, 2))
     length = first["input_ids"].shape[1]

@@ -91,11 +91,11 @@ def test_class_similarity_of_a_thumbnail():
     seen = []
 
     @dataclass(frozen=True, kw_only=True)
-    class Spy(PruMerge):
+    class SpyPruMerge(PruMerge):
         def on_features(self, v):
             seen.append((v.total, v.cls_similarity(-1), v.cls_logits(-1).sum(1)))
 
-    with vtc.compressing(anyres.build("next"), Spy(keep_tokens=14)) as session:
+    with vtc.compressing(anyres.build("next"), SpyPruMerge(keep_tokens=14)) as session:
         session.model(**anyres.prompt([[anyres.WIDE], [anyres.SQUARE]]))
     thumbnails = [(a, logits) for total, a, logits in seen if total == anyres.PATCHES]
     assert thumbnails

@@ -140,7 +140,7 @@ def test_todre_pools_the_crops_of_an_image() -> None:
     inputs = mini_anyres.prompt([[mini_anyres.SQUARE]])
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    class Spy(ToDRE):
+    class SpyToDRE(ToDRE):
         def on_features(self, v: FeaturesView) -> Any:
             done = super().on_features(v)
             assert v.count == 80 and v.crops is not None
@@ -149,7 +149,7 @@ def test_todre_pools_the_crops_of_an_image() -> None:
             return done
 
     for k in (1, 2, 6):
-        vtc.wrap(model, Spy(keep_tokens=k))
+        vtc.wrap(model, SpyToDRE(keep_tokens=k))
         model(**inputs)
         assert model.vtc.report().final_tokens == k
         vtc.unwrap(model)

@@ -95,7 +95,7 @@ def test_a_row_alone_in_front_of_the_llm(name: str) -> None:
 def test_fixed_budgets_compile_without_a_graph_break(name: str) -> None:
     method, v = THREE[name](keep_tokens=2), features_view()
 
-    class View:
+    class BudgetView:
         count, total, grid, depth = v.count, v.total, v.grid, v.depth
         index, row, crops = v.index, v.cls_attention(1), None
 
@@ -112,7 +112,7 @@ def test_fixed_budgets_compile_without_a_graph_break(name: str) -> None:
             return self.row.mean(1)
 
     def step(features: Tensor) -> tuple[Tensor, Tensor]:
-        done = method.on_features(View(features))
+        done = method.on_features(BudgetView(features))
         return done.keep, done.group
 
     torch._dynamo.reset()

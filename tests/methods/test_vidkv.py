@@ -12,7 +12,7 @@ from naive_in_cache import (
     CASES,
     ROWS,
     VIDKV,
-    Row,
+    NaiveRow,
     decode,
     packed_by_hand,
     positioned,
@@ -84,7 +84,7 @@ def test_vidkv_after_pruning() -> None:
     cache = cache_left(model(**inputs, use_cache=True))
     ask = Packing(keys=MixedKeys(), values=Ternary(), window=8, group=8)
     for layer in cache.layers:
-        Row(layer.keys[0], layer.values[0], 8, ask).pack(8)
+        NaiveRow(layer.keys[0], layer.values[0], 8, ask).pack(8)
     torch.testing.assert_close(got, decode(model, inputs, cache, tokens), atol=1e-4, rtol=1e-4)
     vtc.unwrap(model)
 
@@ -126,7 +126,7 @@ def test_second_turn_reads_the_codes() -> None:
     cache = cache_left(model(**one, use_cache=True))
     ask = Packing(keys=MixedKeys(), values=Ternary(), window=8, group=8)
     for layer in cache.layers:
-        Row(layer.keys[0], layer.values[0], 8, ask).pack(8)
+        NaiveRow(layer.keys[0], layer.values[0], 8, ask).pack(8)
     want = model(**two, **giving(model, cache), use_cache=True).logits
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 

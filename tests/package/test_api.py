@@ -68,7 +68,7 @@ def snapshot() -> str:
 
 
 def test_the_public_api_is_the_recorded_one():
-    """What changes here breaks somebody's code: see the deprecation policy in CONTRIBUTING.md."""
+    """A change here breaks somebody's code: see the deprecation policy in CONTRIBUTING.md."""
     recorded, now = SNAPSHOT.read_text("utf-8").splitlines(), snapshot().splitlines()
     gone = [line for line in recorded if line not in now]
     new = [line for line in now if line not in recorded]

@@ -227,8 +227,7 @@ def test_the_worked_example_of_an_adapter_is_one(monkeypatch):
 
 
 def test_adapters_are_short():
-    """What docs/extending.md promises of a family of LLMs: what takes more belongs into the
-    engine."""
+    """Adapters of LLMs are as short as docs/extending.md promises: more belongs into the engine."""
     for name in adapters.LANGUAGE_MODELS:
         lines = (ROOT / f"adapters/{name}.py").read_text("utf-8").splitlines()
         assert len(lines) <= 170, name
@@ -275,7 +274,7 @@ def test_the_quick_start_of_the_docs_runs(capsys):
 
 
 def test_every_method_has_a_page_from_its_docstring():
-    """What `make docs` builds; here without a site, as text."""
+    """Pages that `make docs` builds; here without a site, as text."""
     pytest.importorskip("mkdocs")
     spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
     hooks = importlib.util.module_from_spec(spec)

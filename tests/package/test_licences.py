@@ -61,8 +61,7 @@ def required() -> dict[str, metadata.Distribution]:
 
 
 def licence(distribution: metadata.Distribution) -> str:
-    """What the metadata says of the licence: expression, classifiers, the first line of the
-    text."""
+    """Licence in the metadata: expression, classifiers, the first line of the text."""
     facts = distribution.metadata
     named = [c for c in facts.get_all("Classifier") or [] if c.startswith("License ::")]
     text = (facts.get("License") or "").strip().splitlines()[:1]

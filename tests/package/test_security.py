@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What SECURITY.md says: nothing runs that should not, nothing connects, odd files are refused."""
+"""Promises of SECURITY.md: nothing runs or connects that should not, odd files are refused."""
 
 from __future__ import annotations
 
@@ -420,14 +420,14 @@ def test_parquet_cells_that_unpack_to_much_are_bad_items(tmp_path: Path) -> None
 @few(10)
 @given(st.text(min_size=1))
 def test_files_of_a_task_stay_in_their_folder(name: str) -> None:
-    base = runner.stem(name)
+    base = runner.file_stem(name)
     path = Path("/out") / f"{base}.json"
     assert os.path.dirname(os.path.normpath(path)) == "/out" and "\0" not in base
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/x", "..\\x", "a/b", "..", "\0"])
 def test_names_lead_nowhere_else(name: str) -> None:
-    assert not set("/\\\0") & set(runner.stem(name))
+    assert not set("/\\\0") & set(runner.file_stem(name))
 
 
 # ---- images that make work -----------------------------------------------------------------------

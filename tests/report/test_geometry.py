@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where tokens lie in an image, by experiment: a spot of the image is repainted, and the features
-that change are those of the tokens whose boxes lie on it.
+"""Places of tokens in an image, by experiment: features that change with a spot have boxes on it.
 
 Real image processors and real model code, with random weights and without attention in the encoder,
 so that a feature depends on its own patches alone.

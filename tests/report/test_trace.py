@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What became of each token: stages and scores of a report against what else is known of the
-run."""
+"""Fate of each token: stages and scores of a report against what else is known of the run."""
 
 from __future__ import annotations
 

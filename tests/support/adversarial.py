@@ -108,7 +108,7 @@ def model(dtype: torch.dtype) -> Any:
 
 
 def features(pattern: Pattern | None, seed: int, like: Tensor) -> Tensor:
-    """What takes the place of the features ``like`` (n, c) of one image; None leaves them."""
+    """Substitute for the features ``like`` (n, c) of one image; None leaves them."""
     if pattern is None:
         return like
     made = pattern(torch.Generator().manual_seed(seed), *like.shape)

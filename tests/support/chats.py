@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of chat share."""
+"""Chat template, pictures, models and processors for tests of chat models."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What methods choose, in a form that runs can be compared by, in one process or in two.
+"""Choices of methods, in a form that runs can be compared by, in one process or in two.
 
 python tests/support/choices.py    prints the digest of all methods
 """

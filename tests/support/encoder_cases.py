@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of encoders share."""
+"""Recorder of what the views of one kind of stage show."""
 
 from __future__ import annotations
 

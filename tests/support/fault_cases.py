@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of faults share."""
+"""Answers and reports of a model, and their comparison, for tests of faults."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 import vtc
 
 METHODS: dict[str, Any] = {**STYLES, "zipvl": vtc.methods()["zipvl"](keep_ratio=0.5)}
-"""One of each stage and mechanism: those of test_styles.py, and one that tokens jump over."""
+"""One of each stage and mechanism: those of test_styles.py, and one with a bypass."""
 
 
 def facts(model: Any) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of golden share."""
+"""Files of reference outputs, as parameters of tests."""
 
 from __future__ import annotations
 

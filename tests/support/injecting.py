@@ -25,11 +25,11 @@ FORWARD = (
     *(str(STOCK / part) for part in ("cache_utils.py", "masking_utils.py", "integrations/sdpa")),
     str(STOCK / "models"),
 )
-"""Where lines are counted: vtc, and what transformers runs in the forward of a model."""
+"""Folders whose lines are counted: vtc, and what transformers runs in the forward of a model."""
 
 
 class Place(NamedTuple):
-    """Where a line is."""
+    """Place of a line."""
 
     file: str
     function: str
@@ -87,7 +87,7 @@ def crossings(run: Callable[[], Any]) -> list[Place]:
 
 
 def fault(run: Callable[[], Any], at: int, error: BaseException) -> BaseException | None:
-    """What reaches the caller when ``error`` is raised in front of line number ``at`` that runs."""
+    """Exception at the caller when ``error`` is raised in front of line number ``at`` that runs."""
     count = -1
 
     def note(place: Place) -> None:
@@ -105,12 +105,12 @@ def fault(run: Callable[[], Any], at: int, error: BaseException) -> BaseExceptio
 
 
 def entries(places: list[Place]) -> list[int]:
-    """Where each function is entered the first time, and the last: in prefill and decoding."""
+    """First and last entry of each function: in prefill and decoding."""
     return _ends([place[:2] for place in places])
 
 
 def lines(places: list[Place]) -> list[int]:
-    """Where each line runs the first time, and the last."""
+    """First and last run of each line."""
     return _ends(places)
 
 

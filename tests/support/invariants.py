@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the test files of all families ask of a wrapped model, written once."""
+"""Invariants of a wrapped model that the test files of all families check."""
 
 from __future__ import annotations
 

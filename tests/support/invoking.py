@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of cli share."""
+"""Caller of the command line."""
 
 from __future__ import annotations
 

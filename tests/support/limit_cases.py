@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of limits share."""
+"""Methods, mini models and counts of work for tests of limits."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of llava share."""
+"""Methods and budgets for tests of LLaVA."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ PROCESSOR = mini_processor(MODEL)
 WORDS = ("is there a red circle ?", "what shape ?", "is there a blue square ?", "what colour ?")
 METRIC = Metric("odd", lambda prediction, references: float(len(prediction) % 2))
 """Random weights never answer; any rule will do."""
-SETTINGS = runner.Settings(
+SETTINGS = runner.BenchSettings(
     methods=("fastv", "random", "pitome"),
     keep=(Fraction(1, 2), 4),
     batch_size=4,
@@ -172,7 +172,7 @@ def slow_bench(out: Path, seconds: float) -> dict:
 
 
 def shared_bench(out: Path, seconds: float = 0.0, fatal: tuple[int, ...] = ()) -> dict | str:
-    """What a process of several gives: its result, or its error."""
+    """Result of a process of several, or its error."""
     with distributed.joined("cpu") as world:
         try:
             return bench(out, Toy(fatal=fatal), world=world, progress=slow(seconds))

@@ -46,7 +46,7 @@ def vision(kind: str, **kwargs: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Family:
+class GenericFamily:
     """One class: its configuration, whether patches and tokens are one to one, and its pixels.
 
     Attributes:
@@ -117,12 +117,12 @@ def _axes(**kwargs: Any) -> dict[str, Any]:
 
 
 FAMILIES = (
-    Family(
+    GenericFamily(
         "VipLlavaForConditionalGeneration",
         lambda: hf.VipLlavaConfig(**clip_llama(vision_feature_layers=[-2, -3, 1])),
         pixels=_square,
     ),
-    Family(
+    GenericFamily(
         "DeepseekVLForConditionalGeneration",
         lambda: hf.DeepseekVLConfig(
             vision_config=vision("siglip_vision_model", vision_use_head=False),
@@ -132,7 +132,7 @@ FAMILIES = (
         one_to_one=True,
         pixels=_square,
     ),
-    Family(
+    GenericFamily(
         "GotOcr2ForConditionalGeneration",
         lambda: hf.GotOcr2Config(
             vision_config=dict(
@@ -151,7 +151,7 @@ FAMILIES = (
         ),
         pixels=lambda n: {"pixel_values": torch.randn(n, 3, 256, 256)},
     ),
-    Family(
+    GenericFamily(
         "Cohere2VisionForConditionalGeneration",
         lambda: hf.Cohere2VisionConfig(
             vision_config=vision("siglip_vision_model", vision_use_head=False),
@@ -163,7 +163,7 @@ FAMILIES = (
         pixels=_square,
         tokens=4,
     ),
-    Family(
+    GenericFamily(
         "Cohere2VisionForConditionalGeneration",  # with layers that look back 64 tokens
         lambda: hf.Cohere2VisionConfig(
             vision_config=vision("siglip_vision_model", vision_use_head=False),
@@ -175,7 +175,7 @@ FAMILIES = (
         pixels=_square,
         tokens=4,
     ),
-    Family(
+    GenericFamily(
         "Ovis2ForConditionalGeneration",
         lambda: hf.Ovis2Config(
             vision_config=dict(
@@ -189,7 +189,7 @@ FAMILIES = (
         pixels=_square,
         tokens=4,
     ),
-    Family(
+    GenericFamily(
         "JanusForConditionalGeneration",
         lambda: hf.JanusConfig(
             vision_config=dict(VISION, projection_dim=48, num_image_tokens=16, mlp_ratio=2.0),
@@ -209,7 +209,7 @@ FAMILIES = (
         ),
         stacked=True,
     ),
-    Family(
+    GenericFamily(
         "DeepseekVLHybridForConditionalGeneration",
         lambda: hf.DeepseekVLHybridConfig(
             vision_config=vision("siglip_vision_model", vision_use_head=False),
@@ -230,7 +230,7 @@ FAMILIES = (
         ),
         stacked=True,
     ),
-    Family(
+    GenericFamily(
         "PerceptionLMForConditionalGeneration",
         lambda: hf.PerceptionLMConfig(
             vision_config=dict(
@@ -243,12 +243,12 @@ FAMILIES = (
         ),
         stacked=True,
     ),
-    Family(
+    GenericFamily(
         "VideoLlavaForConditionalGeneration",
         lambda: hf.VideoLlavaConfig(**clip_llama(video_token_index=4)),
         stacked=True,
     ),
-    Family(
+    GenericFamily(
         "FastVlmForConditionalGeneration",
         lambda: hf.FastVlmConfig(
             vision_config=dict(
@@ -262,7 +262,7 @@ FAMILIES = (
         ),
         stacked=True,
     ),
-    Family(
+    GenericFamily(
         "Lfm2VlForConditionalGeneration",
         lambda: hf.Lfm2VlConfig(
             vision_config=dict(VISION, num_patches=16, model_type="siglip2_vision_model"),
@@ -272,7 +272,7 @@ FAMILIES = (
         ),
         ahead=False,
     ),
-    Family(
+    GenericFamily(
         "LightOnOcrForConditionalGeneration",
         lambda: hf.LightOnOcrConfig(
             vision_config=vision("pixtral"),
@@ -280,7 +280,7 @@ FAMILIES = (
             image_token_id=IMAGE,
         ),
     ),
-    Family(
+    GenericFamily(
         "Idefics2ForConditionalGeneration",
         lambda: hf.Idefics2Config(
             vision_config=VISION,
@@ -296,7 +296,7 @@ FAMILIES = (
             image_token_id=IMAGE,
         ),
     ),
-    Family(
+    GenericFamily(
         "QianfanOCRForConditionalGeneration",
         lambda: hf.QianfanOCRConfig(
             vision_config=dict(VISION, image_size=[32, 32], patch_size=[8, 8]),
@@ -305,7 +305,7 @@ FAMILIES = (
         ),
         stacked=True,
     ),
-    Family(
+    GenericFamily(
         "VideoLlama3ForConditionalGeneration",
         lambda: hf.VideoLlama3Config(
             vision_config={k: v for k, v in VISION.items() if k != "image_size"},
@@ -314,7 +314,7 @@ FAMILIES = (
             video_token_id=4,
         ),
     ),
-    Family(
+    GenericFamily(
         "Molmo2ForConditionalGeneration",
         lambda: hf.Molmo2Config(
             vision_config=dict(VISION, image_size=[32, 32]),
@@ -328,7 +328,7 @@ FAMILIES = (
             image_token_id=IMAGE,
         ),
     ),
-    Family(
+    GenericFamily(
         "Glm4vForConditionalGeneration",
         lambda: hf.Glm4vConfig(
             vision_config=dict(depth=2, out_hidden_size=48, **VISION, num_heads=2),
@@ -336,7 +336,7 @@ FAMILIES = (
             image_token_id=IMAGE,
         ),
     ),
-    Family(
+    GenericFamily(
         "Glm4vMoeForConditionalGeneration",
         lambda: hf.Glm4vMoeConfig(
             vision_config=dict(depth=2, out_hidden_size=48, **VISION, num_heads=2),
@@ -351,7 +351,7 @@ FAMILIES = (
             image_token_id=IMAGE,
         ),
     ),
-    Family(
+    GenericFamily(
         "PaddleOCRVLForConditionalGeneration",
         lambda: hf.PaddleOCRVLConfig(
             vision_config=VISION,
@@ -359,7 +359,7 @@ FAMILIES = (
             image_token_id=IMAGE,
         ),
     ),
-    Family(
+    GenericFamily(
         "GlmOcrForConditionalGeneration",
         lambda: hf.GlmOcrConfig(
             vision_config=dict(depth=2, out_hidden_size=48, **VISION, num_heads=2),
@@ -367,7 +367,7 @@ FAMILIES = (
             image_token_id=IMAGE,
         ),
     ),
-    Family(
+    GenericFamily(
         "HyperCLOVAXVisionV2ForConditionalGeneration",
         lambda: hf.HyperCLOVAXVisionV2Config(
             vision_config=dict(depth=2, hidden_size=32, num_heads=2, out_hidden_size=48),
@@ -375,7 +375,7 @@ FAMILIES = (
             image_token_id=IMAGE,
         ),
     ),
-    Family(
+    GenericFamily(
         "Exaone4_5_ForConditionalGeneration",
         lambda: hf.Exaone4_5_Config(
             vision_config=dict(depth=2, hidden_size=32, num_heads=2, out_hidden_size=48),
@@ -384,7 +384,7 @@ FAMILIES = (
         ),
         ahead=False,
     ),
-    Family(
+    GenericFamily(
         "MiniMaxM3SparseForConditionalGeneration",
         lambda: hf.MiniMaxM3VLConfig(
             vision_config=VISION,
@@ -398,7 +398,7 @@ FAMILIES = (
             **IDS,
         ),
     ),
-    Family(
+    GenericFamily(
         "Cosmos3EdgeForConditionalGeneration",
         lambda: hf.Cosmos3EdgeConfig(
             vision_config=VISION,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of in cache share."""
+"""Naive loops of methods in the KV cache, row by row."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def mixed_by_hand(x: Tensor, share: float) -> Tensor:
     return out
 
 
-class Row:
+class NaiveRow:
     """One row of one layer by hand: a list of tokens, those packed so far replaced by their
     codes."""
 
@@ -260,13 +260,13 @@ def by_codec(codec: Any, x: Tensor) -> Tensor:
 def packed_by_hand(
     stock: Any, row: dict[str, Tensor], tokens: Tensor, ask: Packing, due: int,
     important: Callable[[int], tuple[set[int], list[float]]],
-) -> tuple[Tensor, list[Row]]:  # fmt: skip
+) -> tuple[Tensor, list[NaiveRow]]:  # fmt: skip
     """Step logits (S, V) of one row on a stock cache whose old tokens are replaced by their
     codes."""
     cache = cache_left(stock(**row, use_cache=True))
     layers, out = [], []
     for i, layer in enumerate(cache.layers):
-        layers.append(Row(layer.keys[0], layer.values[0], ask.group, ask))
+        layers.append(NaiveRow(layer.keys[0], layer.values[0], ask.group, ask))
         layers[-1].pack(ask.group, *important(i))
     for token in tokens:
         out.append(stock(input_ids=token.view(1, 1), **giving(stock, cache)).logits[0, -1])

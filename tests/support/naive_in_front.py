@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of in front share."""
+"""Naive formulas and runs of methods in front of the LLM."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of in llm share."""
+"""Naive density peaks for methods in the LLM."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of two places share."""
+"""Views and runs for methods that act in two places."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of geometry share."""
+"""Image processors, and mini models whose encoder has no attention, for tests of geometry."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class RandomPrompt:
     """Rows of (words in front, ((image size, words behind it), ...)), and the padding side."""
 
     rows: tuple[tuple[int, tuple[tuple[Any, int], ...]], ...]
@@ -75,7 +75,7 @@ class Case:
     """A model, a prompt, methods with budgets in order, and how the answer is decoded."""
 
     model: Geometry
-    prompt: Prompt
+    prompt: RandomPrompt
     methods: tuple[tuple[str, int | Fraction | None], ...]
     style: str
 
@@ -234,7 +234,7 @@ NAMES = sorted(
 EXACT = [m for m in NAMES if m != "vidkv"]
 """All that drop tokens; VidKV packs the KV cache into fewer bits."""
 BUDGETED = [m for m in EXACT if m not in ("mod", "mod-heuristic")]
-"""Those that leave a prompt alone when all of it may stay; MoD lets a share of tokens jump."""
+"""Those that leave a prompt alone when all of it may stay; MoD lets a share of tokens bypass layers."""
 
 
 # ---- strategies ----------------------------------------------------------------------------------
@@ -277,12 +277,12 @@ def sizes(family: str) -> st.SearchStrategy[Any]:
 
 
 @st.composite
-def prompts(draw: Any, family: str) -> Prompt:
+def prompts(draw: Any, family: str) -> RandomPrompt:
     few = st.integers(0, 5)
     image = st.tuples(sizes(family), few)
     row = st.tuples(few, st.lists(image, max_size=3).map(tuple)).filter(lambda r: r[0] or r[1])
     rows = draw(st.lists(row, min_size=1, max_size=4))
-    return Prompt(tuple(rows), draw(st.sampled_from(("left", "right"))))
+    return RandomPrompt(tuple(rows), draw(st.sampled_from(("left", "right"))))
 
 
 budgets = st.one_of(

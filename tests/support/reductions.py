@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of reduction share."""
+"""Checks that a `Reduction` is well-formed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def valid_of(r):
 
 
 def well_formed(r):
-    """What the docstring of Reduction promises."""
+    """Check the promises of Reduction's docstring."""
     assert r.group.shape == (r.batch, r.source_count) and r.keep.shape == (r.batch, r.count)
     for keep, group, alive in zip(r.keep, r.group, valid_of(r), strict=True):
         survivors = keep[alive]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What older transformers releases lack: the one list of tests that must not pass there.
+"""Gaps of older transformers releases: the one list of tests that must not pass there.
 
 Each entry is expected to fail with the named error, which for `UnsupportedError` is the refusal
 that docs/limits.md documents; nothing is skipped, and any other error is a failure.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What shipped code must not call: read from its syntax trees."""
+"""Calls that shipped code must not make, read from its syntax trees."""
 
 from __future__ import annotations
 

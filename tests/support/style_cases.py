@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of styles share."""
+"""Runs of calling styles, and their comparison with the stock model and the oracle."""
 
 from __future__ import annotations
 

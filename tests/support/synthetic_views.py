@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of all share."""
+"""Views with random contents, for every stage."""
 
 from __future__ import annotations
 

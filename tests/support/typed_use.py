@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a type checker sees of the public API; checked by mypy (make lint), never run."""
+"""Uses of the public API with their types; checked by mypy (make lint), never run."""
 
 from __future__ import annotations
 

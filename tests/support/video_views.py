@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of video share."""
+"""Videos, and methods that note what they see of each frame."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def work(run: Callable[[], Any], place: str = PLACE) -> Counter[str]:
 
 
 def growth(small: Counter[str], large: Counter[str], most: float) -> list[str]:
-    """What grew more than ``most`` times, but for a few steps."""
+    """Counts that grew more than ``most`` times, but for a few steps."""
     return [
         f"{name}: {small[name]} -> {n}"
         for name, n in sorted(large.items())

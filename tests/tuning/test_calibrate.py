@@ -142,13 +142,13 @@ def test_agreement_is_that_of_free_answers(model: Any, samples: Any) -> None:
 
 
 def test_an_answer_ends_with_its_end_token(model: Any, samples: Any) -> None:
-    """What `generate` writes behind it is not compared; the end itself is."""
+    """Tokens that `generate` writes behind it are not compared; the end itself is."""
     with torch.no_grad():
         model.lm_head.weight.mul_(4)
     first = model.generate(**samples[0], max_new_tokens=4, do_sample=False)[:, -4:]
     end = first[0, 1].item()  # the first row ends at its second token, if not before
     model.generation_config.eos_token_id = [end]
-    answer = divergence.Answer.of(model, samples[0], 4)
+    answer = divergence.StockAnswer.of(model, samples[0], 4)
     for row, written in zip(answer.tokens.tolist(), answer.written.tolist()):
         length = row.index(end) + 1 if end in row else len(row)
         assert written == [i < length for i in range(len(row))]
@@ -259,7 +259,7 @@ def search_on(monkeypatch: pytest.MonkeyPatch, bound: Any, refuse: int = 0) -> l
     """Let `calibrate` search a made-up curve of 576 tokens; gives the counts that it asks for."""
     asked: list[int] = []
 
-    class Fake(calibrating._Search):
+    class Fake(calibrating._CurveSearch):
         def __init__(self, *_: Any) -> None:
             self.members, self.tune, self.tokens = (Uniform(),), -1, 576
             self.calls = self.prompts = 1000
@@ -274,7 +274,7 @@ def search_on(monkeypatch: pytest.MonkeyPatch, bound: Any, refuse: int = 0) -> l
                     high = bound(k)
                     self.points[k] = Point(k / 576, k, k / 576, high / 2, 0.0, high, 1.0, 0.1, 0.1)
 
-    monkeypatch.setattr(calibrating, "_Search", Fake)
+    monkeypatch.setattr(calibrating, "_CurveSearch", Fake)
     return asked
 
 
@@ -425,7 +425,7 @@ def test_bad_arguments(model: Any, samples: Any, arguments: dict, message: str) 
 
 
 def test_enough_prompts_are_enough(model: Any) -> None:
-    """What the message asks for: fewer could not pass even with the stock model itself."""
+    """The number in the message suffices; fewer could not pass even with the stock model itself."""
     assert CAP * share_bound(0, 26) < 0.22 < CAP * share_bound(0, 25)
     with pytest.raises(ValueError, match="at least 26"):
         calibrate(model, [mini_llava.prompt(batch=25)], "uniform", 0.22)
@@ -526,7 +526,7 @@ def toy() -> tuple[Any, Any]:
 
 def test_the_benchmark_measures_what_was_lost(toy: Any) -> None:
     net, processor = toy
-    settings = calibration.Settings(
+    settings = calibration.CalibrationSettings(
         methods=("fastv", "pitome", "mod"),
         samples=8,
         held_out=9,
@@ -556,7 +556,7 @@ def test_the_benchmark_measures_what_was_lost(toy: Any) -> None:
 
 def test_sharing_the_encoder_changes_nothing(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     net, processor = toy
-    settings = calibration.Settings(
+    settings = calibration.CalibrationSettings(
         methods=("fastv",),
         samples=8,
         held_out=9,

@@ -179,7 +179,7 @@ def from_spectrum(x: Tensor) -> Tensor:
 
 @dataclass
 class Packing:
-    """What `Method.on_cache` returns to have a layer's tokens packed rather than dropped.
+    """Answer of `Method.on_cache` that packs a layer's tokens rather than dropping them.
 
     Attributes:
         keys, values: how.

@@ -127,7 +127,7 @@ def bench(
     budgets = valid(lambda: tuple(parse_keep(k) for k in keep.split(",") if k.strip()))
     for name in names:
         valid(functools.partial(seeded, name, None, seed))
-    settings = runner.Settings(
+    settings = runner.BenchSettings(
         methods=names,
         keep=budgets,
         flops=flops,
@@ -142,9 +142,9 @@ def bench(
         count = samples or (usual if spec in TASKS else None)
         chosen = functools.partial(open_task, spec, n=count, seed=seed)
         task = valid(functools.partial(chosen, metric=metric, data_dir=data_dir))
-        if runner.stem(task.name) in opened:
+        if runner.file_stem(task.name) in opened:
             raise Mistake(f'two tasks are called "{task.name}"; run each with an --out of its own')
-        opened[runner.stem(task.name)] = task
+        opened[runner.file_stem(task.name)] = task
 
     loaded: dict[str, tuple[Any, Any]] = {}
     results: list[dict[str, Any]] = []
@@ -157,7 +157,7 @@ def bench(
                 loaded[which] = load(model, which, place, dtype)
             net, processor = loaded[which]
             try:
-                with ProgressBar(task.name, quiet=not world.main) as progress:
+                with ProgressBar(task.name, quiet=not world.is_main) as progress:
                     result = runner.run(
                         *(net, processor, task.name, task, find_metric(task.metric)),
                         *(settings, progress),
@@ -170,12 +170,12 @@ def bench(
                     )
             except (JournalError, BadItem, distributed.LostError) as error:
                 raise Mistake(str(error)) from None
-            if world.main and result["questions"]:
+            if world.is_main and result["questions"]:
                 results.append(result)
                 complete &= _show(net, processor, result, task, settings, out_dir, as_json)
             if world.stopped:
                 break
-    if not world.main:
+    if not world.is_main:
         raise typer.Exit(130 if world.stopped else 0)
     if complete and not world.stopped:
         for name in opened:
@@ -209,7 +209,7 @@ def _show(
     as_json: bool,
 ) -> bool:
     """Print a result and draw its pictures; whether all its files could be written."""
-    from ..benchmarks.accuracy.run import stem
+    from ..benchmarks.accuracy.run import file_stem
     from ..benchmarks.accuracy.tables import COLUMNS, caption, failures, notes
 
     if not as_json:
@@ -219,7 +219,7 @@ def _show(
         out.print(caption(result), style="dim", highlight=False, soft_wrap=True)
     for text in notes(result):
         _say(text)
-    base = stem(result["task"])
+    base = file_stem(result["task"])
     written = [folder / f"{base}.json", folder / f"{base}.predictions.jsonl"]
     lost = [entry["where"] for entry in result["unwritten"]]
     if result["finished"]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands share: the app, its errors, loading a model, a progress bar."""
+"""Parts that the commands share: the app, its errors, loading a model, a progress bar."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ EXTRAS = {
     "timm": "timm",
     "torchvision": "bench",
 }
-"""Which extra installs a module that a command may miss."""
+"""Extra that installs a module, for those that a command may miss."""
 
 
 # Options of more than one command.
@@ -211,7 +211,7 @@ def print_rows(rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> Non
 
 
 def print_written(paths: Iterable[Path | str]) -> None:
-    """Where the files of a command are."""
+    """Print the paths of a command's files."""
     out.print(f"written: {', '.join(map(str, paths))}", style="dim", soft_wrap=True)
 
 

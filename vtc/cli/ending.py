@@ -45,7 +45,7 @@ def print_traceback() -> None:
 
 
 def sentences(error: Exception) -> list[str]:
-    """What happened, what of the environment does not fit, and how to report it."""
+    """Sentences on the error, on what of the environment does not fit, and on how to report it."""
     what = named(error)
     if isinstance(error, ImportError) and error.__cause__ is not None:
         # Libraries that import lazily say "could not import" of whatever it was.
@@ -77,7 +77,7 @@ def named(error: BaseException) -> str:
 
 
 def misfits() -> list[str]:
-    """What is missing, or is installed in a release that vtc or one of its libraries excludes.
+    """Libraries that are missing, or installed in a release that vtc or one of them excludes.
 
     The ranges are those of the installed distributions, for vtc itself what pyproject.toml says.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vtc knows: ``vtc methods``, ``vtc models``, ``vtc inspect``, ``vtc version``."""
+"""Commands on what vtc knows: ``vtc methods``, ``vtc models``, ``vtc inspect``, ``vtc version``."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def speed(
     if model is not None and shapes is not None:
         raise Mistake("give --model or --shapes, not both")
     settings = valid(
-        lambda: harness.Settings(
+        lambda: harness.SpeedSettings(
             device=where,
             dtype=getattr(torch, kind),
             shapes=_names(shapes),

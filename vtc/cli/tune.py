@@ -182,7 +182,7 @@ def calibrate(
     from ..benchmarks.shared.files import write_json
     from ..benchmarks.tasks.registry import open_task
 
-    settings = calibration.Settings(
+    settings = calibration.CalibrationSettings(
         methods=_names(methods),
         samples=samples,
         held_out=held_out,

@@ -18,7 +18,7 @@ from ..transformers_contract import ATTENTION_FUNCTIONS, AttentionInterface
 
 
 class _Config:
-    """What stands in for ``stock``: the same, but for the implementation."""
+    """Stand-in for the config ``stock``: the same, but for the implementation."""
 
     def __init__(self, stock: Any, prefix: str, around: Callable[..., Any]) -> None:
         self.stock, self.prefix, self.around = stock, prefix, around

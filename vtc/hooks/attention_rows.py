@@ -42,7 +42,7 @@ def partners(attn: Any) -> Tensor | None:
 
 
 class Tap(Threaded):
-    """What the attention module of one decoder layer was last called with.
+    """Tensors that the attention module of one decoder layer was last called with.
 
     Attributes:
         partners: as the function of that name says.

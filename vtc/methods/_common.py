@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several methods share: scores, pseudo-random numbers, merge targets and clusters."""
+"""Functions of several methods: scores, pseudo-random numbers, merge targets and clusters."""
 
 from __future__ import annotations
 

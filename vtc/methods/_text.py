@@ -17,7 +17,7 @@ from ._common import unit
 
 @dataclass(frozen=True, eq=False)
 class TextQuery:
-    """What the prompts ask for, in a space that patches can be compared in.
+    """Embedding of the prompts, in a space that patches can be compared in.
 
     Attributes:
         embedding: (1, P), the same for every image, or (images, P) for the images of a forward, in

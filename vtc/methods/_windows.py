@@ -29,7 +29,7 @@ def merge_windows(
     most: int | None = None,
     coupled: bool = False,
 ) -> Tensor:
-    """Where each token folds, (B, N) int64: the last of its window, or itself.
+    """Token that each one folds into, (B, N) int64: the last of its window, or itself.
 
     Args:
         x: (B, N, C); place: (B, N) patch of the grid that each stands at, outside of it for none.

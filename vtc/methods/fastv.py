@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..hyperparameters import check_count
-from ..method import Scorer, Stage
+from ..method import Scorer, StageName
 from ..registry import register
 from ..views.decoder import DecoderView
 from ._common import attended
@@ -36,7 +36,7 @@ class FastV(Scorer):
 
     name = "fastv"
     summary = "Keeps what the last prompt token attends to after LLM layer 2 (FastV, ECCV 2024)"
-    stage: ClassVar[Stage] = "decoder"
+    stage: ClassVar[StageName] = "decoder"
     needs = frozenset({"ran"})
     default_ratio = 0.5
     presets: ClassVar[dict[tuple[str, int], dict[str, Any]]] = {

@@ -7,7 +7,7 @@ Computation, NeurIPS 2024, arXiv 2408.16730. In every other layer, for each fram
     score_j = w . x_j                       w: the router of the layer, trained with the model
     the best 20 % of the visual tokens run attention and MLP; the others keep x_j
 
-Tokens that jump over a layer have no keys and values there and come back behind it. "mod" runs
+Tokens that bypass a layer have no keys and values there and come back behind it. "mod" runs
 given routers; it has nothing to offer without. "mod-heuristic" is ours and not the paper's: for the
 router it takes the attention of the last prompt token in the layer before, or the token transition
 variation of TransPrune. None of the paper's results apply to it.

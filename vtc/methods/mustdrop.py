@@ -40,7 +40,7 @@ from torch import Tensor
 
 from ..budgets import geometric_counts, relative_layers
 from ..hyperparameters import check_count, check_layers, check_range, check_shares, waive
-from ..method import Method, Stage
+from ..method import Method, StageName
 from ..reduction import Reduction, marked, ranks, top_k
 from ..registry import register
 from ..views.cache import CacheView
@@ -145,7 +145,7 @@ class MustDrop(Method):
         return self.budget_given or self.theta_global is None
 
     @property
-    def stages(self) -> frozenset[Stage]:
+    def stages(self) -> frozenset[StageName]:
         idle = {"vision"} if self.merge_threshold is None else set()
         return super().stages - idle - (set() if self.output_aware else {"cache"})
 

@@ -43,7 +43,7 @@ Matching = Literal["pitome", "pitome_bsm", "bsm"]
 
 
 def match_energy(x: Tensor, energy: Tensor, r: int, protect: bool = True) -> Tensor:
-    """Where each token folds, (B, T) int64; itself where it stays.
+    """Token that each one folds into, (B, T) int64; itself where it stays.
 
     Args:
         x: (B, T, C), compared by their cosines; energy: (B, T), high in large homogeneous regions.
@@ -77,7 +77,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "proportional_attention": False,
     },
 }
-"""What the published code does for each backbone; "timm" is DeiT, "blip2" the EVA encoder."""
+"""Choices of the published code for each backbone; "timm" is DeiT, "blip2" the EVA encoder."""
 
 
 @register

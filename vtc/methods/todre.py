@@ -44,7 +44,7 @@ from torch import Tensor
 
 from ..budgets import relative_layers
 from ..hyperparameters import check_choice, check_count, check_range, waive
-from ..method import Method, Stage
+from ..method import Method, StageName
 from ..reduction import Reduction
 from ..registry import register
 from ..views.decoder import DecoderView
@@ -131,7 +131,7 @@ class ToDRE(Method):
         return self.threshold == 0.0
 
     @property
-    def stages(self) -> frozenset[Stage]:
+    def stages(self) -> frozenset[StageName]:
         return frozenset({"features"}) if self.has_budget else frozenset({"features", "decoder"})
 
     def captures(self, depth: int) -> tuple[int, ...]:

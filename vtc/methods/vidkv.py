@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ..cache.codecs import Affine, MixedKeys, Packing, Ternary, check_group
 from ..hyperparameters import check_range
-from ..method import Method, Stage
+from ..method import Method, StageName
 from ..reduction import Reduction, ranks
 from ..registry import register
 from ..views.cache import CacheView
@@ -97,7 +97,7 @@ class VidKV(Method):
         return False
 
     @property
-    def stages(self) -> frozenset[Stage]:
+    def stages(self) -> frozenset[StageName]:
         return super().stages if self.protect else frozenset({"cache"})
 
     def decoder_layers(self, depth: int) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ random positions), with a_j the attention that token j gets from them there, mea
     a~_j = a_j / |{c in P : c >= j}|                          how often j could be seen at all
     T   = the p tokens with the largest a~_j
 
-Tokens outside T jump over the attention on the residual and keep their MLP (``kv="drop"``, the
+Tokens outside T bypass the attention on the residual and keep their MLP (``kv="drop"``, the
 later version: their keys and values are not held in this layer). ``kv="mixed"`` is the first
 version's cache: attention of the prompt is complete, every key and value is held, those of T at 4
 bits and the others at 2.
@@ -38,7 +38,7 @@ from torch import Tensor
 
 from ..cache.codecs import Affine, Packing, check_group
 from ..hyperparameters import check_choice, check_count, check_no_budget, check_range, waive
-from ..method import Method, Stage
+from ..method import Method, StageName
 from ..reduction import Reduction, ranks
 from ..registry import register
 from ..views.cache import CacheView
@@ -138,7 +138,7 @@ class ZipVL(Method):
         return self.budget_given
 
     @property
-    def stages(self) -> frozenset[Stage]:
+    def stages(self) -> frozenset[StageName]:
         return frozenset({"bypass" if self.kv == "drop" else "cache"})
 
     def on_bypass(self, v: DecoderView) -> Reduction | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a forward costs. "FLOPs" follow the literature: one multiply-add counts as one."""
+"""Cost of a forward. "FLOPs" follow the literature: one multiply-add counts as one."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Patches:
-    """Where the N visual tokens of an image lie.
+    """Places of the N visual tokens of an image.
 
     Attributes:
         boxes: (N, 4) left, top, right, bottom in pixels of the image, in the order of the prompt;
@@ -38,7 +38,7 @@ class Patches:
 
 
 def patch_boxes(report: Report, image: Image.Image, processor: Any, index: int = 0) -> Patches:
-    """Where the visual tokens of an image lie in it.
+    """Places of the visual tokens of an image in it.
 
     Args:
         report: of a forward on this image; image: what the processor got.
@@ -121,7 +121,7 @@ def _of_tile(report: Report, part: Tile, entry: int) -> np.ndarray:
 
 
 def index_map(boxes: np.ndarray, size: tuple[int, int], order: np.ndarray) -> np.ndarray:
-    """Which box covers the centre of each pixel of an image of ``size`` (width, height).
+    """Index of the box over the centre of each pixel of an image of ``size`` (width, height).
 
     Args:
         boxes: (N, 4) in pixels; order: (N,) in which they are painted, one over the other.

@@ -22,7 +22,7 @@ View = Literal["all", "crops", "thumbnail"]
 LONGER_SIDE = 480, 1600
 """At least and at most, in pixels, of a picture whose size is not asked for."""
 DIMMED = (70, 76, 88)
-"""What dropped patches fade to: neither black nor the white of paper."""
+"""Colour that dropped patches fade to: neither black nor the white of paper."""
 VIRIDIS = np.array(
     [
         (68, 1, 84),

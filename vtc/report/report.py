@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ran: tokens of every layer, FLOPs, KV bytes and milliseconds of the last forward."""
+"""Report of the last forward: tokens of every layer, FLOPs, KV bytes and milliseconds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Report:
             LLM layers.
         tokens_per_layer: visual tokens each LLM layer processed (encoder alone: tokens after each
             block, prefix included).
-        attended_per_layer: those in each LLM layer's attention; fewer where tokens jump over it.
+        attended_per_layer: those in each LLM layer's attention; fewer where tokens bypass it.
         kv_tokens: visual tokens in the KV cache after prefill, mean over the layers.
         flops, flops_full: the literature's formula for one row, with and without compression.
         flops_all, flops_all_full: all tokens, encoder and projector included.
@@ -100,7 +100,7 @@ class Report:
         return [(s.label, int(s.kept.sum())) for s in stages if s.changed]
 
     def scores(self, index: int = 0, layer: int | str | None = None) -> Tensor | None:
-        """What the tokens of an image were ranked by, (N,) fp32, NaN where one was gone before.
+        """Scores that ranked the tokens of an image, (N,) fp32, NaN where one was gone before.
 
         Args:
             index: as in `stages`.
@@ -116,7 +116,7 @@ class Report:
         return self.stage(index, layer).scores
 
     def stage(self, index: int = 0, layer: int | str | None = None) -> Stage:
-        """Where each token of an image is, at the end or at ``layer`` of `vtc.overlay`.
+        """Place of each token of an image, at the end or at ``layer`` of `vtc.overlay`.
 
         Raises:
             ValueError: there is no such image or layer.
@@ -159,5 +159,5 @@ class Report:
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        """What `print` shows: tensors are left to their fields."""
+        """Text that `print` shows: tensors are left to their fields."""
         return str(self)

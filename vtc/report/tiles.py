@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where visual tokens lie in an image, found by asking the processor itself.
+"""Places of visual tokens in an image, found by asking the processor itself.
 
 Processors resize, crop, pad and cut tiles, each by rules of its own that change from release to
 release. So none of those rules stands here: the processor is run on three images of the same size,
@@ -68,7 +68,7 @@ def grid_boxes(box: Box, rows: int, columns: int) -> np.ndarray:
 
 
 def _runner(processor: Any) -> tuple[Callable[[Image.Image], Any], Any]:
-    """What turns an image into pixel values as for a prompt, and the image processor or None."""
+    """Function from an image to pixel values as for a prompt, and the image processor or None."""
     from ..transformers_contract import required  # imports transformers
 
     ours = "vtc/report/geometry.py"
@@ -151,7 +151,7 @@ def _line(place: np.ndarray, seen: np.ndarray, length: int) -> tuple[float, floa
 
 
 def _box(ramp: np.ndarray, full: np.ndarray, size: tuple[int, int]) -> Box:
-    """What a tile shows of an image of ``size``.
+    """Box of an image of ``size`` that a tile shows.
 
     Args:
         ramp: (3, H, W) the tile of the third image over that of the black one; full: the same of

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What became of each visual token of a forward, step by step, from what the engines left."""
+"""Fate of each visual token of a forward, step by step, from what the engines left."""
 
 from __future__ import annotations
 
@@ -108,16 +108,16 @@ def encoded(history: History, image: int, behind: str) -> list[Stage]:
     return out
 
 
-def _cropped(packed: Packed, i: int) -> list[Stage]:
+def _cropped(flat: Packed, i: int) -> list[Stage]:
     """Stages inside the encoder of an image in crops, over the patches of its layout."""
-    layout, first = packed.layouts[i], sum(1 + prod(lay.crops) for lay in packed.layouts[:i])
+    layout, first = flat.layouts[i], sum(1 + prod(lay.crops) for lay in flat.layouts[:i])
     n, crops = prod(layout.side), 1 + prod(layout.crops)
     code = layout.crop * n + layout.place
     number = torch.full((crops * n + 1,), -1)  # of padding -1, too
     number[code] = torch.arange(len(code))
     start = (torch.arange(crops) * n)[:, None]
     out = []
-    for parts in zip(*(encoded(packed.history, first + c, "") for c in range(crops)), strict=True):
+    for parts in zip(*(encoded(flat.history, first + c, "") for c in range(crops)), strict=True):
         owner = torch.stack([p.owner for p in parts])
         owner = number[(owner + start).where(owner >= 0, -1).flatten()[code]]
         scores = None
@@ -127,20 +127,20 @@ def _cropped(packed: Packed, i: int) -> list[Stage]:
     return out
 
 
-def packed_stages(packed: Packed, i: int) -> list[Stage]:
-    """Stages on the encoder side of one image of a model that packs them."""
-    layout = packed.layouts[i]
+def flat_stages(flat: Packed, i: int) -> list[Stage]:
+    """Stages on the encoder side of one image of a model with flat images."""
+    layout = flat.layouts[i]
     crops = hasattr(layout, "crops")
-    out = _cropped(packed, i) if crops and not layout.resampled else []
+    out = _cropped(flat, i) if crops and not layout.resampled else []
     n = len(layout.rows) if crops else layout.tokens
     owner = out[-1].owner if out else torch.arange(n)
-    if packed.image is None or packed.order is None:
+    if flat.image is None or flat.order is None:
         return out
-    ids = packed.order.cpu().where(packed.image.cpu() == i, -1)
-    ranked = packed.scores()
+    ids = flat.order.cpu().where(flat.image.cpu() == i, -1)
+    ranked = flat.scores()
     scores = None if ranked is None else spread(n, ids, ranked)
-    if packed.reduction is not None:
-        owner = moved(owner, ids, packed.reduction.row(0))
+    if flat.reduction is not None:
+        owner = moved(owner, ids, flat.reduction.row(0))
     return [*out, Stage(BEFORE, owner, scores)]
 
 
@@ -154,7 +154,7 @@ class Trace:
 
     def __init__(self, record: Record, history: History | None, depth: int) -> None:
         # Taken one by one: the next forward puts new ones into the record.
-        self.history, self.depth, self.packed = history, depth, dict(record.packed)
+        self.history, self.depth, self.flat = history, depth, dict(record.packed)
         self.images, self.kinds, self.base = record.images, record.kinds, record.base
         self.start, self.entered, self.final = record.start, record.entered, record.final
         self.processed, self.attended = record.processed, record.attended
@@ -177,7 +177,7 @@ class Trace:
         if index not in self.known:
             row, j = self.units[index]
             if self.depth:
-                every = _Row(self, row).stages()
+                every = _RowTokens(self, row).stages()
             else:
                 assert self.history is not None  # or there would be no images
                 stages = _marked(encoded(self.history, row, "after the encoder"))
@@ -221,11 +221,11 @@ class Trace:
             kind: "image" or "video"; place: among those of its kind.
             entered: (n,) bool, which of its tokens entered the LLM.
         """
-        packed, history = self.packed.get(kind), self.history
-        count = len(packed.layouts) if packed else history.images if history else 0
+        flat, history = self.flat.get(kind), self.history
+        count = len(flat.layouts) if flat else history.images if history else 0
         for i in sorted(range(count), key=lambda i: i != place):
-            if packed is not None:
-                stages = packed_stages(packed, i)
+            if flat is not None:
+                stages = flat_stages(flat, i)
             else:
                 assert history is not None  # or there would be none to count
                 stages = encoded(history, i, BEFORE)
@@ -234,7 +234,7 @@ class Trace:
         return [Stage(BEFORE, torch.arange(len(entered)).where(entered, -1))]
 
 
-class _Row:
+class _RowTokens:
     """The n visual tokens of one row of the batch, counted through its images."""
 
     def __init__(self, trace: Trace, row: int) -> None:

@@ -52,7 +52,7 @@ from ..registry import resolve
 from ..report.report import Report
 from ..session import Session, compressing, observe
 from .bounds import LEVEL, mean_bound, share_bound
-from .divergence import Answer, generate
+from .divergence import StockAnswer, generate
 from .match import at_ratio, check_tune, label, largest_image
 
 GRID = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
@@ -62,7 +62,7 @@ CAP = 2.0
 
 @dataclass(frozen=True)
 class Point:
-    """What one budget does to the answers; bounds are one-sided, at 95 %.
+    """Effects of one budget on the answers; bounds are one-sided, at 95 %.
 
     Attributes:
         keep_ratio: the budget; final_tokens: visual tokens in the last LLM layer, mean over the
@@ -95,7 +95,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` found.
+    """Findings of `calibrate`.
 
     Attributes:
         method: ready for `vtc.wrap`, with the chosen keep_ratio.
@@ -187,7 +187,7 @@ def calibrate(
         raise ValueError(f"grid holds budgets in (0, 1]; got {tuple(grid)}")
     members = resolve(method)
     check_tune(members, tune)
-    search = _Search(model, samples, members, tune, max_new_tokens, seed, progress)
+    search = _CurveSearch(model, samples, members, tune, max_new_tokens, seed, progress)
     least = ceil(log(1 - LEVEL) / log1p(-max_divergence / CAP))
     if search.prompts < least:
         raise ValueError(
@@ -219,7 +219,7 @@ def calibrate(
     )
 
 
-class _Search:
+class _CurveSearch:
     """Points of the curve of one method or chain, by the tokens of an image that it keeps."""
 
     def __init__(
@@ -269,7 +269,7 @@ class _Search:
         taken: dict[int, list[_Facts]] = {k: [] for k in counts}
         prompts = 0
         for i, sample in enumerate(self.samples):
-            stock = Answer.of(self.model, sample, self.max_new_tokens)
+            stock = StockAnswer.of(self.model, sample, self.max_new_tokens)
             self._tick("uncompressed")
             prompts += len(stock.written)
             for k in counts:
@@ -287,7 +287,7 @@ class _Search:
             if k not in self.refused:
                 self.points[k] = _point(k / self.tokens, taken[k], self.budgets, self.seed)
 
-    def _compare(self, sample: Any, stock: Answer, i: int, k: int) -> _Facts | None:
+    def _compare(self, sample: Any, stock: StockAnswer, i: int, k: int) -> _Facts | None:
         """One sample at one budget; None where the method cannot keep so few."""
         with compressing(self.model, self.at(k)) as session:
             try:

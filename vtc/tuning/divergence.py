@@ -19,7 +19,7 @@ LogitsProcessorList: Any = required(
 
 
 @dataclass(frozen=True)
-class Answer:
+class StockAnswer:
     """The stock model's greedy answer to one sample.
 
     Attributes:
@@ -32,8 +32,8 @@ class Answer:
     logits: Sequence[Tensor]
 
     @classmethod
-    def of(cls, model: Any, sample: Mapping[str, Any], max_new_tokens: int) -> Answer:
-        """What the model answers, at most so many tokens."""
+    def of(cls, model: Any, sample: Mapping[str, Any], max_new_tokens: int) -> StockAnswer:
+        """Let the model answer, with at most so many tokens."""
         out = generate(model, sample, max_new_tokens)
         tokens = out.sequences[:, -len(out.logits) :]
         ends = model.generation_config.eos_token_id

@@ -77,7 +77,7 @@ def match(
     out: dict[str, Method | Chain] = {}
     for name, members in zip(names, chosen, strict=True):
         try:
-            found = _Search(members, tune, model, inputs, which, tokens).find(flops, tolerance)
+            found = _FlopsSearch(members, tune, model, inputs, which, tokens).find(flops, tolerance)
         except UnsupportedError as error:
             if strict:
                 raise
@@ -87,7 +87,7 @@ def match(
     return out
 
 
-class _Search:
+class _FlopsSearch:
     """Shares of the FLOPs of one method or chain, by the tokens of an image that it keeps."""
 
     def __init__(

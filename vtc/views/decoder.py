@@ -93,7 +93,7 @@ class DecoderView:
         return self.within(method.budget)
 
     def noted(self, name: str) -> Tensor:
-        """What this method noted in its scratch while images were encoded, (B, N, ...).
+        """Notes that this method took while images were encoded, (B, N, ...).
 
         Raises:
             UnsupportedError: nothing on some of them, which were encoded without it.

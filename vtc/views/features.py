@@ -26,7 +26,7 @@ class FeaturesView:
     an image into crops, the thumbnail and the part of each crop that is not padding are images here
     and share the budget of the image by their patches; ``grid``, ``index`` and ``total`` are of
     that part. A method with ``joint = True`` gets all patches of one image instead (B = 1), in the
-    order in which the model packs them, and `crops` says where they lie. The frames of a video are
+    flat order of the model, and `crops` says where they lie. The frames of a video are
     images here too, and share the video's budget by their tokens; a method with ``joint = True``
     gets all of them, and `frame` says which each token lies in.
 

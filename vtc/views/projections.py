@@ -47,7 +47,7 @@ def fold(reduction: Reduction | None, x: Tensor, how: How) -> Tensor:
 
 
 Watched = tuple[dict[str, Tensor], Tensor | None]
-"""What a method chooses among, tensors (B, T, ...) by name; (B, T) bool, the tokens that count."""
+"""Candidates of a choice, tensors (B, T, ...) by name; (B, T) bool, the tokens that count."""
 
 
 @dataclass
