@@ -209,7 +209,7 @@ def test_patches_that_are_no_squares_are_refused() -> None:
 def test_blocks_with_a_part_missing_are_refused() -> None:
     model = ENCODERS["hf-clip"]()
     del locate_vision(model).blocks[1].module.layer_norm2
-    with pytest.raises(UnsupportedError, match=r"CLIPEncoderLayer .*has other parts than expected"):
+    with pytest.raises(UnsupportedError, match=r"CLIPEncoderLayer has other parts than"):
         vtc.wrap(model, "tome")
 
 

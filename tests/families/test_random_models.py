@@ -107,7 +107,7 @@ def decode(model: Any, inputs: dict, style: str) -> tuple:
         for name, fill in (("attention_mask", 1), ("token_type_ids", 0), ("mm_token_type_ids", 0)):
             if name in inputs:
                 more[name] = pad(inputs[name], room, value=fill)
-        logits += generate(more, **giving(more, cache_left(one))).logits
+        logits += generate(more, **giving(model, cache_left(one))).logits
     return out.logits, torch.stack(logits, 1), lengths
 
 
