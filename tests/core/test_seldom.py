@@ -130,7 +130,7 @@ def test_padding_of_images_joins_any_mask_of_a_reader() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bypass(Depths):
+class BypassByNorm(Depths):
     """Lets the tokens of largest norm into layer 1."""
 
     name: ClassVar[str] = "test-bypass"
@@ -162,7 +162,7 @@ def test_attention_that_cannot_be_gathered(config: dict[str, Any], why: str) -> 
 
 
 def test_two_with_a_bypass() -> None:
-    both = vtc.chain(Bypass(), vtc.methods()["mod-heuristic"]())
+    both = vtc.chain(BypassByNorm(), vtc.methods()["mod-heuristic"]())
     with pytest.raises(vtc.UnsupportedError, match=r"test-bypass and mod.* both let tokens jump"):
         vtc.wrap(mini_llava.build(), both)
 
