@@ -19,7 +19,7 @@ from .engine.handoff import Handoff
 from .engine.llm.engine import DecoderEngine
 from .engine.parts import Parts
 from .engine.record import Recording, Records
-from .engine.refusals import check_shared
+from .engine.refusals import check_shared, check_stages
 from .engine.vision.boundary import EncoderBoundary
 from .engine.vision.crops import CropEngine
 from .engine.vision.engine import VisionEngine
@@ -28,7 +28,7 @@ from .engine.vision.image_features import PackedEngine
 from .errors import UnsupportedError
 from .hooks.per_thread import Threaded
 from .method import Chain, Method
-from .registry import known_methods, resolve
+from .registry import resolve
 from .report.build import build_report
 from .report.report import Report
 
@@ -46,7 +46,8 @@ class Session(Recording):
         self.sites: Sites = locate(model)
         self.records = Records()
         self.handoff = Handoff()
-        self._check()
+        transformers_contract.check(model, self.sites)
+        check_stages(model, self.sites, methods)
         self.vision = self._vision_engine()
         self.decoder = self._decoder_engine()
         behind = self._features_engines()
@@ -55,32 +56,6 @@ class Session(Recording):
         llm = [] if self.decoder is None else [self.decoder]
         self.engines: list[Any] = [Parts(model, self.sites), boundary, *behind, *llm]
         """In the order in which their hooks run."""
-
-    def _check(self) -> None:
-        """Refuse what cannot work, before anything is computed."""
-        transformers_contract.check(self.model, self.sites)
-        available = {"pixels", "vision", "features"}
-        if self.sites.decoder is not None:
-            available |= {"decoder", "bypass", "cache"}
-        available -= set(self.sites.missing)
-        for method in self.methods:
-            method.check(self.sites)
-            absent = sorted(method.stages & set(self.sites.missing))
-            if absent:
-                usable = [n for n, m in known_methods().items() if _stages(m) <= available]
-                raise UnsupportedError(
-                    f'"{method.name}" has a {" and a ".join(absent)} stage, and in '
-                    f"{type(self.model).__name__} {self.sites.missing[absent[0]]}; methods that "
-                    f"work here: {', '.join(usable)}"
-                )
-            missing = method.stages - available
-            if missing:
-                usable = [n for n, m in known_methods().items() if _stages(m) <= available]
-                raise UnsupportedError(
-                    f'"{method.name}" acts in the language model '
-                    f"({', '.join(sorted(missing))} stage) and {type(self.model).__name__} is an "
-                    f"encoder alone; methods for encoders: {', '.join(usable)}"
-                )
 
     def _vision_engine(self) -> VisionEngine | None:
         """The engine inside the encoder, if a method acts on the encoder side."""
@@ -156,10 +131,6 @@ class Session(Recording):
 
     def __repr__(self) -> str:
         return f"<vtc: {' + '.join(map(str, self.methods))} on {self.sites.family}>"
-
-
-def _stages(cls: type[Method]) -> frozenset[str]:
-    return cls().stages
 
 
 def _inside(model: Any) -> nn.Module:

@@ -70,6 +70,30 @@ def behind_encoder(sites: VisionSites, alone: bool) -> str:
 # ---- encoders ------------------------------------------------------------------------------------
 
 
+def check_stages(model: nn.Module, sites: Sites, methods: Iterable[Method]) -> None:
+    """Refuse methods that act where this model has nothing to act on."""
+    available = set(ENCODER_SIDE)
+    if sites.decoder is not None:
+        available |= {"decoder", "bypass", "cache"}
+    available -= set(sites.missing)
+    usable = _listed([name for name, m in known_methods().items() if m().stages <= available])
+    kind = type(model).__name__
+    for method in methods:
+        method.check(sites)
+        absent = sorted(method.stages & set(sites.missing))
+        if absent:
+            raise UnsupportedError(
+                f'"{method.name}" has a {" and a ".join(absent)} stage, and in {kind} '
+                f"{sites.missing[absent[0]]}; methods that work here: {usable}"
+            )
+        missing = method.stages - available
+        if missing:
+            raise UnsupportedError(
+                f'"{method.name}" acts in the language model ({", ".join(sorted(missing))} stage) '
+                f"and {kind} is an encoder alone; methods for encoders: {usable}"
+            )
+
+
 def check_encoder(
     sites: VisionSites,
     methods: Sequence[Method],
@@ -338,43 +362,6 @@ def check_recomputing(decoder: nn.Module, layers: Sequence[nn.Module], on_bypass
 
 
 # ---- whole models, and graphs --------------------------------------------------------------------
-
-
-Edge = tuple[nn.Module, str, nn.Module]
-"""(parent, name, child) of a module tree."""
-
-
-def edges(model: nn.Module, sites: Sites) -> list[Edge]:
-    """The module tree above all that gets hooks."""
-    hooked = [sites.vision.tower]
-    for block in sites.vision.blocks:
-        hooked += [block.module, block.attn, block.norm2, block.mlp]
-    if sites.decoder is not None:
-        llm = sites.decoder
-        hooked += [llm.base, llm.decoder, llm.projector, *llm.decoder.layers]
-    wanted, known = set(map(id, hooked)), {}
-    for path in [name for name, module in model.named_modules() if id(module) in wanted]:
-        parent = model
-        for name in path.split(".") if path else ():
-            child = parent.get_submodule(name)
-            known[id(parent), name] = parent, name, child
-            parent = child
-    return list(known.values())
-
-
-def check_parts(model: nn.Module, edges: list[Edge]) -> None:
-    """Refuse a model of which a part with hooks has been taken out since.
-
-    Raises:
-        UnsupportedError: it is neither in its place nor inside a wrapper there.
-    """
-    for parent, name, child in edges:
-        if parent._modules.get(name) is child or any(child is m for m in model.modules()):
-            continue
-        raise UnsupportedError(
-            f"{type(child).__name__} ({name}) of the wrapped model is gone or has been replaced, "
-            "and compression acted on it; call vtc.unwrap(model), then vtc.wrap(...) the new model"
-        )
 
 
 def check_shared(model: nn.Module, owners: tuple[type, ...]) -> None:
