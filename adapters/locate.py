@@ -23,9 +23,11 @@ LANGUAGE_MODELS = (
     "mistral3",
     "qwen_vl",
     "aya_vision",
-    "generic",
 )
 """Adapter files whose ``locate(model)`` gives `Sites` with a language model."""
+
+GENERIC = "generic"
+"""The one that is asked when none of them knows the model."""
 
 ENCODERS = ("hf_vision", "timm_vit", "open_clip_vit", "blip")
 """Adapter files whose ``locate(model)`` gives `VisionSites`."""
@@ -105,7 +107,7 @@ def locate(model: nn.Module) -> Sites:
     Raises:
         UnsupportedError: no adapter knows this model, or it has no images to compress.
     """
-    sites = _try(LANGUAGE_MODELS, model)
+    sites = _try((*LANGUAGE_MODELS, GENERIC), model)
     if sites is not None:
         return sites
     vision = _try(ENCODERS, model)

@@ -199,7 +199,7 @@ def _refusal(model: nn.Module, methods: tuple[Method, ...]) -> str | None:
 
 
 def _adapter(model: nn.Module) -> str:
-    names = (*adapters.LANGUAGE_MODELS, *adapters.ENCODERS)
+    names = (*adapters.LANGUAGE_MODELS, adapters.GENERIC, *adapters.ENCODERS)
     modules = {n: importlib.import_module(f"{adapters.__package__}.{n}") for n in names}
     return next(name for name, module in modules.items() if module.locate(model) is not None)
 

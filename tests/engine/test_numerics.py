@@ -205,7 +205,9 @@ def agreement(name: str, half: str, n: int, textured: bool) -> float:
 
 
 def test_the_table_has_all_methods() -> None:
-    assert sorted(FLOORS) == sorted(TOGETHER)
+    assert sorted(FLOORS) == sorted(TOGETHER), (
+        "give a new method its floors; `pytest --soak -s -k half_precision` prints its overlaps"
+    )
 
 
 @pytest.mark.parametrize("name", FLOORS)
