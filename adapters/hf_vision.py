@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ..transformers_contract import way_out
+from ..transformers_contract import moved, way_out
 from .base import BlockSites, Call, VisionSites, is_a, mlp_width
 
 BLOCKS = {
@@ -31,6 +31,18 @@ BLOCKS = {
 
 NATIVE = ("Idefics3EncoderLayer", "SmolVLMEncoderLayer")
 """Blocks of encoders that take images padded to the largest, with a mask of the padding."""
+
+TOWERS = (
+    "CLIPVisionModel",
+    "SiglipVisionModel",
+    "Dinov2Model",
+    "Dinov2WithRegistersModel",
+    "ViTModel",
+    "InternVLVisionModel",
+    "Idefics3VisionTransformer",
+    "SmolVLMVisionTransformer",
+)
+"""Models that have such blocks."""
 
 MEAN_HEADS = (
     "CLIPForImageClassification",
@@ -121,7 +133,9 @@ def _block(block: Any) -> BlockSites:
     query, key = _first(attn, *QUERY), _first(attn, *KEY)
     norm2 = _first(block, "layer_norm2", "norm2", "layernorm_after")
     mlp = _first(block, "mlp", "intermediate")
-    if any(part is None for part in (attn, query, key, norm2, mlp)):
+    norms = {n for n, m in attn.named_children() if "norm" in type(m).__name__.lower()}
+    known = norms <= {"q_norm", "k_norm"}
+    if not known or any(part is None for part in (attn, query, key, norm2, mlp)):
         raise UnsupportedError(
             f"{type(block).__name__} has other parts than in the releases of transformers that vtc "
             f"knows; {way_out()}"
@@ -158,6 +172,12 @@ def locate(model: Any) -> VisionSites | None:
     if not is_a(model, "transformers.modeling_utils.PreTrainedModel"):
         return None
     found = _tower(model)
+    if found is None and is_a(model, *TOWERS):
+        raise moved(
+            type(model).__name__,
+            "no encoder.layers (or layer) beside embeddings",
+            "adapters/hf_vision.py",
+        )
     if found is None or not is_a(found[1][0], *BLOCKS):
         return None
     tower, blocks = found

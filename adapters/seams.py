@@ -11,12 +11,8 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError
-from ..transformers_contract import CACHE
+from ..transformers_contract import CACHE, LAYER_ARGUMENTS
 
-LAYER_ARGUMENTS = {
-    *("hidden_states", "attention_mask", "position_ids", *CACHE.names, "use_cache"),
-    *("position_embeddings", "output_attentions", "output_router_logits", "kwargs"),
-}
 DECODER_ARGUMENTS = {
     *("input_ids", "attention_mask", "position_ids", *CACHE.names, "inputs_embeds"),
     *("use_cache", "output_attentions", "output_hidden_states", "output_router_logits"),
@@ -79,7 +75,7 @@ def check(model: Any, tower: Any, decoder: Any) -> None:
                 f"{type(layer.self_attn).__name__} has other parts than attention in Llama "
                 f"({', '.join(parts)})",
             )
-        others = unknown_arguments(layer.forward, LAYER_ARGUMENTS)
+        others = unknown_arguments(layer.forward, LAYER_ARGUMENTS | {"kwargs"})
         if others or "position_embeddings" not in inspect.signature(layer.forward).parameters:
             what = f"get {', '.join(others)}" if others else "get no rotary tables"
             raise refusal(

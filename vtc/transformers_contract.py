@@ -101,8 +101,11 @@ class Name:
 
     def replace(self, output: Any, value: Any) -> None:
         """Replace it in an output, which need not list all that it holds among its keys."""
-        name = next(n for n in self.names if getattr(output, n, None) is not None)
-        setattr(output, name, value)
+        for name in self.names:
+            if getattr(output, name, None) is not None:
+                setattr(output, name, value)
+                return
+        raise moved(type(output).__name__, self.absent("field"), ENGINE)
 
     def absent(self, kind: str) -> str:
         """That it is not there, in words."""
@@ -244,9 +247,10 @@ SEAMS: tuple[Seam, ...] = (
     *_at("base model", "attribute", ENGINE, EMBEDDINGS),
     *_at("image features", "argument", FEATURES_STAGE, PIXELS),
     *_at("encoded images", "field", FEATURES_STAGE, FEATURES),
-    *_at("encoder", "argument", "vtc/session.py", PIXELS),
+    *_at("encoder", "argument", "vtc/engine/vision/boundary.py", PIXELS),
     *_at("encoder attention", "argument", "adapters/*.py", HIDDEN),
-    *_at("language model", "argument", ENGINE, EMBEDS, MASK, POSITIONS, CACHE),
+    *_at("language model", "argument", ENGINE, EMBEDS, MASK, CACHE),
+    *_at("language model", "argument", TABLES_AND_MASKS, POSITIONS),
     *_at("language model", "attribute", ENGINE, LAYERS, CONFIG),
     *_at("language model with DeepStack", "argument", ENGINE, DEEPSTACK, DEEPSTACK_MASK),
     *_at("decoder layer", "argument", ENGINE, HIDDEN, CACHE),
@@ -263,6 +267,29 @@ SEAMS: tuple[Seam, ...] = (
 )
 """All that a wrapped model is read by. What the adapters read of one family is theirs: `reading`
 turns an attribute that is missing there into the same refusal."""
+
+
+LAYER_ARGUMENTS = {
+    *HIDDEN.names,
+    *MASK.names,
+    *POSITIONS.names,
+    *TABLES.names,
+    *CACHE.names,
+    *("use_cache", "output_attentions", "output_router_logits", "cache_position"),
+}
+"""Arguments of a decoder layer as in Llama, in any tested release."""
+
+BASE_ARGUMENTS = {
+    *(n for name in (IDS, EMBEDS, MASK, POSITIONS, CACHE, PIXELS, VIDEOS) for n in name.names),
+    *("pixel_attention_mask", "image_hidden_states", "image_sizes", "image_sizes_videos"),
+    *("batch_num_images", "vision_feature_layer", "vision_feature_select_strategy"),
+    *("vision_aspect_ratio", "image_grid_thw", "video_grid_thw", "second_per_grid_ts"),
+    *("rope_deltas", "token_type_ids", "mm_token_type_ids", "labels", "use_cache"),
+    *("output_attentions", "output_hidden_states", "return_dict", "cache_position"),
+    *("logits_to_keep", "video_hidden_states"),
+}
+"""Arguments of a multimodal model in any tested release, images encoded beforehand left out: 5.17
+and older do not take those."""
 
 
 def _is_stock(module: Any) -> bool:
@@ -346,6 +373,17 @@ def check(model: Any, sites: Any) -> None:
             seam.check(there)
     if sites.decoder is not None:
         _check_masks()
+        for layer in _layers(model, sites):
+            _check_others(layer.forward, POSITIONS, LAYER_ARGUMENTS, TABLES_AND_MASKS)
+        if sites.decoder.crops is not None or sites.decoder.grids is not None:
+            _check_others(sites.decoder.base.forward, ENCODED, BASE_ARGUMENTS, ENGINE)
+
+
+def _check_others(forward: Any, name: Name, known: set[str], reader: str) -> None:
+    """Refuse a forward that does not take a name, and takes one that nobody knows instead."""
+    there = _arguments(forward)
+    if name.among(there) is None and not known.issuperset(there):
+        raise moved(_title(forward), name.absent("argument"), reader, ", ".join(there))
 
 
 def _check_masks() -> None:
@@ -468,6 +506,39 @@ def encoded_images(module: Any, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     return {}
 
 
+def check_call(module: Any, kwargs: Mapping[str, Any], length: int) -> None:
+    """Refuse a call of a decoder layer with tensors for each token that vtc would not shorten.
+
+    Args:
+        length: of the whole prompt.
+
+    Raises:
+        UnsupportedError: there are some under names that nobody knows, or no rotary tables.
+    """
+    title = f"{type(module).__name__}.forward"
+    if TABLES.of(kwargs) is None:
+        raise moved(title, TABLES.absent("argument"), TABLES_AND_MASKS, ", ".join(kwargs))
+    for name, value in kwargs.items():
+        tensors = value if isinstance(value, tuple) else (value,)
+        shapes = [getattr(x, "shape", ()) for x in tensors]
+        if name not in LAYER_ARGUMENTS and any(length in shape for shape in shapes):
+            raise moved(title, f"an argument {name} with a row for each token", TABLES_AND_MASKS)
+
+
+def check_tap(module: Any, query: Any) -> None:
+    """Refuse to read the attention of a layer that has run without its attention being seen.
+
+    Raises:
+        UnsupportedError: it was called by another way than the interface of its configuration.
+    """
+    if query is None:
+        raise moved(
+            type(module).__name__,
+            "no call of the function that its configuration names (_attn_implementation)",
+            ATTENTION_PATCH,
+        )
+
+
 def features_of(output: Any, module: Any) -> Any:
     """The features of a call that encodes images, one (N, D) for each or all of them (B, N, D).
 
@@ -481,7 +552,7 @@ def features_of(output: Any, module: Any) -> Any:
     raise moved(
         f"{type(output).__name__} of {type(module).__name__}",
         FEATURES.absent("field"),
-        "vtc/precompute.py",
+        FEATURES_STAGE,
     )
 
 

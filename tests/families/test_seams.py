@@ -8,6 +8,7 @@ first part with a message that says what moved and who reads it.
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import re
 import subprocess
@@ -364,6 +365,102 @@ def test_an_output_with_its_cache_elsewhere(monkeypatch: pytest.MonkeyPatch) -> 
     vtc.wrap(model, "fastv", keep_ratio=0.5)
     with pytest.raises(vtc.UnsupportedError, match="field kv"):
         model(**mini.prompt(1), use_cache=True)
+
+
+@torch.no_grad()
+def test_an_output_without_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache that the layers were given is the one that methods evict from."""
+    model, inputs = mini.build(), mini.prompt(1)
+    vtc.wrap(model, "prefixkv", keep_ratio=0.5)
+    want, got = DynamicCache(), DynamicCache()
+    model(**inputs, **contract.giving(model, want), use_cache=True)
+    cls = type(model.model.language_model)
+    forward = cls.forward
+
+    def other(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return ModelOutput(last_hidden_state=forward(self, *args, **kwargs)[0])
+
+    monkeypatch.setattr(cls, "forward", other)
+    with contextlib.suppress(AttributeError):  # the model itself misses it
+        model(**inputs, **contract.giving(model, got), use_cache=True)
+    lengths = [[layer.keys.shape[2] for layer in cache.layers] for cache in (want, got)]
+    assert lengths[0] == lengths[1] and min(lengths[0]) < inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("name", [contract.TABLES, contract.MASK], ids=lambda name: name.names[0])
+@pytest.mark.parametrize("method", ["fastv", "divprune"])
+@torch.no_grad()
+def test_layers_that_are_called_otherwise(
+    method: str, name: contract.Name, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a signature does not say: a renamed argument reaches layers that pass all on."""
+    model, inputs = mini.build(), mini.prompt([1, 1], pad="left")
+    cls = type(model.model.language_model.layers[0])
+    call, forward = cls.__call__, cls.forward
+
+    def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs[ELSEWHERE] = name.take(kwargs)
+        return call(self, *args, **kwargs)
+
+    def back(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs[name.names[0]] = kwargs.pop(ELSEWHERE)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(cls, "__call__", changed)
+    monkeypatch.setattr(cls, "forward", back)
+    vtc.wrap(model, method, keep_ratio=0.5)
+    with pytest.raises(vtc.UnsupportedError, match=re.escape(contract.RELEASES)):
+        model(**inputs)
+
+
+@torch.no_grad()
+def test_attention_that_is_called_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name of the implementation that is read elsewhere: nothing is seen, and that is said."""
+    model = mini.build()
+    stock = property(lambda self: self.stock._attn_implementation)
+    monkeypatch.setattr("vtc.hooks.attention_patch._Config._attn_implementation", stock)
+    for method in ("fastv", "prefixkv"):
+        with (
+            vtc.compressing(model, method, keep_ratio=0.5),
+            pytest.raises(vtc.UnsupportedError, match="_attn_implementation"),
+        ):
+            model(**mini.prompt(1), use_cache=True)
+
+
+def test_norms_under_another_name() -> None:
+    """A norm that is not found must not be left out."""
+    for family, method, part in (("Qwen3-VL", "zipvl", "decoder"), ("InternVL", "tome", "vision")):
+        model = families.build(family)
+        sites = locate(model)
+        blocks = [b.attn for b in sites.vision.blocks]
+        layers = [layer.self_attn for layer in sites.decoder.decoder.layers]
+        for attn in layers if part == "decoder" else blocks:
+            attn._modules["key_norm"] = attn._modules.pop("k_norm")
+        refused(model, method)
+
+
+def test_names_that_stand_for_others() -> None:
+    """An argument nobody knows in place of one that not every release has."""
+    for family, place, name, known in (
+        (FIRST, "decoder layer", contract.POSITIONS, contract.LAYER_ARGUMENTS),
+        ("LLaVA-NeXT", "base model", contract.ENCODED, contract.BASE_ARGUMENTS),
+    ):
+        model = families.build(family)
+        for there in PLACES[place](model, locate(model)):
+            if name.among(inspect.signature(there.forward).parameters) is None:
+                continue  # 5.17 and older encode no images beforehand
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(type(there), "forward", renamed(type(there).forward, name.names))
+                assert name.names[0] in refused(model)
+        assert not known & {ELSEWHERE}
+
+
+@pytest.mark.parametrize("part", ["encoder", "embeddings"])
+def test_a_tower_without_its_parts(part: str) -> None:
+    tower = mini.build("clip").model.vision_tower
+    inside = getattr(tower, "vision_model", tower)
+    inside._modules[ELSEWHERE] = inside._modules.pop(part)
+    assert "adapters/hf_vision.py" in refused(tower, "tome")
 
 
 def test_names_that_only_a_call_shows() -> None:

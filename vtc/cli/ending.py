@@ -7,7 +7,6 @@ be named.
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 import traceback
@@ -22,6 +21,9 @@ def main() -> None:
     """Run the command; anything unexpected ends it with exit code 1 and a few lines."""
     if sys.version_info < (3, 10):  # noqa: UP036 (a checkout that nobody installed)
         sys.exit("error: vtc needs Python 3.10 or newer, this is " + sys.version.split()[0])
+    if "--traceback" in sys.argv[1:]:  # wherever it stands
+        os.environ["VTC_TRACEBACK"] = "1"
+        sys.argv[1:] = [word for word in sys.argv[1:] if word != "--traceback"]
     try:
         from . import app
 
@@ -33,9 +35,8 @@ def main() -> None:
 
 
 def traceback_wanted() -> bool:
-    """Whether VTC_TRACEBACK is set, or --traceback stands before the command."""
-    options = itertools.takewhile(lambda word: word.startswith("-"), sys.argv[1:])
-    return os.environ.get("VTC_TRACEBACK", "0") not in ("", "0") or "--traceback" in options
+    """Whether VTC_TRACEBACK is set, by the caller or for --traceback."""
+    return os.environ.get("VTC_TRACEBACK", "0") not in ("", "0")
 
 
 def print_traceback() -> None:

@@ -35,6 +35,7 @@ def version() -> None:
     for name in ("torch", "torchvision", "transformers"):
         if name != "torchvision" or importlib.util.find_spec(name):
             importlib.import_module(name)
+    importlib.import_module("vtc.transformers_contract")  # classes that a release may have moved
     found = {}
     for name in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

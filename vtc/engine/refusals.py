@@ -14,6 +14,7 @@ from ..errors import UnsupportedError
 from ..hooks import attention_rows
 from ..method import Method
 from ..registry import known_methods
+from ..transformers_contract import ENGINE, moved, way_out
 
 Acting = Sequence[tuple[int, Method, frozenset[int]]]
 """Methods, each with its place in the chain and the layers it acts on."""
@@ -304,11 +305,13 @@ def check_layers(layers: Sequence[nn.Module], on_decoder: Acting, on_bypass: Act
                 f"reads the next layer, such as {_a_few(other)}"
             )
     for _, method, _ in (*on_decoder, *on_bypass):
+        if "sublayers" in method.needs and not all(hasattr(layer, "mlp") for layer in layers):
+            raise moved(type(layers[0]).__name__, "no attribute mlp (its MLP)", ENGINE)
         if "ahead" in method.needs and not all(map(attention_rows.Ahead.fits, layers)):
             raise UnsupportedError(
                 f"{method.name} ranks by the attention of a layer that has not run yet, and "
                 f"{type(layers[0]).__name__} does not have the parts of a Llama layer "
-                "(input_layernorm, q_proj, k_proj, rotary embedding)"
+                f"(input_layernorm, q_proj, k_proj, q_norm, rotary embedding); {way_out()}"
             )
 
 

@@ -125,8 +125,14 @@ class Ahead:
         """Whether a decoder layer has the parts this class reads."""
         attn = getattr(layer, "self_attn", None)
         parts = ("q_proj", "k_proj", "head_dim", "scaling")
+        norms = [
+            n
+            for n, m in getattr(attn, "_modules", {}).items()
+            if "norm" in type(m).__name__.lower()
+        ]
         return (
-            hasattr(layer, "input_layernorm")
+            {"q_norm", "k_norm"}.issuperset(norms)
+            and hasattr(layer, "input_layernorm")
             and all(hasattr(attn, p) for p in parts)
             and any(hasattr(sys.modules[type(attn).__module__], f"apply_{r}") for r in ROTATIONS)
         )

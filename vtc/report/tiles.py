@@ -71,7 +71,7 @@ def _runner(processor: Any) -> tuple[Callable[[Image.Image], Any], Any]:
     """Function from an image to pixel values as for a prompt, and the image processor or None."""
     from ..transformers_contract import required  # imports transformers
 
-    ours = "vtc/report/geometry.py"
+    ours = "vtc/report/tiles.py"
     ProcessorMixin = required("transformers", "ProcessorMixin", ours)
     ImageProcessingMixin = required(
         "transformers.image_processing_base", "ImageProcessingMixin", ours

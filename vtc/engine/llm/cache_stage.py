@@ -14,6 +14,7 @@ from ...cache.quantized import pack_layer
 from ...hooks import attention_rows
 from ...method import Method
 from ...reduction import gather_tokens
+from ...transformers_contract import check_tap
 from ...views.cache import CacheView
 from ..finite import Finite
 from ..record import Eviction, Recording, Records
@@ -71,6 +72,8 @@ class CacheStage(Recording):
                     asked, device=layer.keys.device
                 )
         for index, method in self.noting:
+            if t is not None:
+                check_tap(layer, t.query)
             if st is None and not method.while_decoding:
                 continue
             method.note_cache(self._view(index, i, layer, mask, t))

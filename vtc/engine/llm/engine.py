@@ -36,6 +36,7 @@ from ...transformers_contract import (
     ModelOutput,
     cache_given,
     cache_left,
+    check_call,
     check_filled,
     encoded_images,
     features_of,
@@ -276,6 +277,7 @@ class DecoderEngine(Recording, Threaded):
         cache = cache_left(output) if named else CACHE.of(kwargs)
         if self.methods and not torch.compiler.is_compiling():
             check_filled(module, cache, self.filling)
+            cache = self.filling if cache is None else cache  # an output need not tell it
         if cache is not None and self.cache_stage.acts(st):
             with self.record.clock.measure("method"):
                 self.cache_stage.run(st, cache, self.mask)
@@ -336,6 +338,8 @@ class DecoderEngine(Recording, Threaded):
         active = st
         if st is not None:
             hidden = self._deepstack(i, st, hidden)
+            if i == 0 and not torch.compiler.is_compiling():
+                check_call(module, kwargs, st.length)
             with self.record.clock.measure("method"):
                 given, local = hidden, st.local
                 hidden = self._reduce(i, st, hidden, cache, kwargs)

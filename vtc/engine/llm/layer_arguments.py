@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...errors import UnsupportedError
 from ...hooks import attention_rows
 from ...hooks.per_thread import PerThread, Threaded
-from ...transformers_contract import MASK, POSITIONS, TABLES
+from ...transformers_contract import MASK, POSITIONS, TABLES, TABLES_AND_MASKS, moved
 from .forward import Forward, arange
 
 
@@ -53,7 +53,11 @@ class Arguments(Threaded):
             _take_rows(st, st.local.to(hidden.device), kwargs)
         shift = self._shift(st, layer, hidden.device, commit)
         if shift is not None:
-            positions = POSITIONS.of(kwargs) - shift
+            positions = POSITIONS.of(kwargs)
+            if positions is None:
+                title = f"a layer of {type(self.decoder).__name__}"
+                raise moved(title, POSITIONS.absent("argument"), TABLES_AND_MASKS)
+            positions = positions - shift
             POSITIONS.put(kwargs, positions)
             rotary, kind = self.decoder.rotary_emb, {}
             if "layer_type" in inspect.signature(rotary.forward).parameters:  # Gemma 3

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...cache import pruned as kv
 from ...hooks import attention_rows
-from ...transformers_contract import MASK, TABLES
+from ...transformers_contract import MASK, TABLES, check_tap
 from ...views.decoder import DecoderView
 from .forward import Forward
 from .layer_arguments import Arguments
@@ -77,6 +77,8 @@ class ViewFactory:
         other = visual if separator is None else visual | separator
         index, valid = st.visual_places(hidden.device)
         readable = bool(self.taps) and layer >= 0 and layer not in st.partial
+        if readable:
+            check_tap(self.layers[layer].self_attn, self.taps[layer].query)
         return DecoderView(
             hidden=hidden,
             layer=layer,
