@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from .adapters.base import Sites
 from .adapters.locate import locate
 from .engine.handoff import Handoff
 from .engine.llm.engine import DecoderEngine
-from .engine.parts import Parts
+from .engine.parts import OfModel, Parts
 from .engine.record import Recording, Records
 from .engine.refusals import check_shared, check_stages
 from .engine.vision.boundary import EncoderBoundary
@@ -37,7 +36,7 @@ M = TypeVar("M", bound=nn.Module)
 ATTRIBUTE = "vtc"
 
 
-class Session(Recording):
+class Session(Recording, OfModel):
     """Compression installed on one model; reached as ``model.vtc``."""
 
     def __init__(self, model: nn.Module, methods: tuple[Method, ...]) -> None:
@@ -52,7 +51,9 @@ class Session(Recording):
         self.decoder = self._decoder_engine()
         behind = self._features_engines()
         hands_over = self.decoder is not None and "image" not in {e.modality for e in behind}
-        boundary = EncoderBoundary(self.sites, self.vision, hands_over, self.handoff, self.records)
+        boundary = EncoderBoundary(
+            model, self.sites, self.vision, hands_over, self.handoff, self.records
+        )
         llm = [] if self.decoder is None else [self.decoder]
         self.engines: list[Any] = [Parts(model, self.sites), boundary, *behind, *llm]
         """In the order in which their hooks run."""
@@ -96,18 +97,6 @@ class Session(Recording):
         """Register all hooks."""
         for engine in self.engines:
             engine.install()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        """Copied with the whole model only: hooks on a part would work on a copy of everything."""
-        if id(self.model) not in memo:
-            raise UnsupportedError(
-                "a part of a wrapped model was copied, and its hooks cannot be (PEFT's "
-                "modules_to_save does this): change the model first and wrap the result, "
-                "vtc.wrap(get_peft_model(model, ...), method)"
-            )
-        new = memo[id(self)] = object.__new__(type(self))
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return new
 
     def remove(self) -> None:
         """Remove all hooks; the model is exactly what it was."""

@@ -25,7 +25,6 @@ from vtc.benchmarks.support.masked_oracle import (
     compare,
     logits_and_steps,
     masked,
-    noting_parts,
     recording,
 )
 from vtc.engine.llm.prompt import split_lengths
@@ -240,12 +239,12 @@ def test_bypassing_is_masked(method: str, family: str, pad: str) -> None:
     stock = model(**inputs).logits
     vtc.wrap(model, chosen)
     engine = model.vtc.decoder
-    with noting_parts(engine) as parts:
+    with recording(engine) as seen:
         got, steps, _ = result(model, inputs)
-    assert any(not part.all() for part in parts.values())
+    assert any(not part.all() for part in seen.parts.values())
     layers = model.model.language_model.layers
     engine.remove()
-    with bypassing(layers, parts, chosen.bypass):
+    with bypassing(layers, seen.parts, chosen.bypass):
         want, want_steps, _ = result(model, inputs)
     engine.install()
     real = inputs["attention_mask"].bool()
@@ -461,16 +460,16 @@ def test_second_turn(family: str, image: bool) -> None:
         return greedy_loop(model, second, 3, cache)[0]
 
     engine = model.vtc.decoder
-    with recording(engine) as alive_first:
+    with recording(engine) as seen_first:
         _, cache = greedy_loop(model, first, 2)
-    with recording(engine) as alive_second:
+    with recording(engine) as seen_second:
         got = second_turn(cache)
     layers = model.model.language_model.layers
     engine.remove()
-    with masked(layers, alive_first):
+    with masked(layers, seen_first.alive):
         _, cache = greedy_loop(model, first, 2)
         if image:
-            with masked(layers, alive_second, start=length + 2):
+            with masked(layers, seen_second.alive, start=length + 2):
                 want = second_turn(cache)
         else:
             want = second_turn(cache)

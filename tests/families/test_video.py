@@ -356,8 +356,8 @@ def test_frames_are_pooled_as_the_model_does(family: str, edge: int) -> None:
     layer = model.config.vision_feature_layer
     prefix = int(family == "next-video")
     features = hidden[layer][:, prefix:]
-    features = model.get_video_features(pixels)
-    features = getattr(features, "pooler_output", features)[0].flatten(0, -2)
+    rows_of_video = model.get_video_features(pixels)
+    projected = getattr(rows_of_video, "pooler_output", rows_of_video)[0].flatten(0, -2)
 
     attn = [m for m in tower.modules() if type(m).__name__.endswith("Attention")][1]
     x = [m for m in tower.modules() if hasattr(m, "layer_norm1")][1].layer_norm1(hidden[1])
@@ -390,7 +390,7 @@ def test_frames_are_pooled_as_the_model_does(family: str, edge: int) -> None:
         assert view["grid"] == (side, side) and view["frame"] is None
         n = side * side
         torch.testing.assert_close(view["features"], pooled(features)[t], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(view["projected"], features[t * n : (t + 1) * n])
+        torch.testing.assert_close(view["projected"], projected[t * n : (t + 1) * n])
         torch.testing.assert_close(view["key"], pooled(keys)[t], atol=1e-5, rtol=1e-5)
         want = pooled(weights[..., None])[t, :, 0] * area
         torch.testing.assert_close(view["received"], want, atol=1e-6, rtol=1e-5)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -48,7 +49,25 @@ def check_parts(model: nn.Module, edges: list[Edge]) -> None:
         )
 
 
-class Parts:
+class OfModel:
+    """Base of what is copied with the whole model only: hooks on a part would work on a copy of
+    everything."""
+
+    model: nn.Module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self.model) not in memo:
+            raise UnsupportedError(
+                "a part of a wrapped model was copied, and its hooks cannot be (PEFT's "
+                "modules_to_save does this): change the model first and wrap the result, "
+                "vtc.wrap(get_peft_model(model, ...), method)"
+            )
+        new = memo[id(self)] = object.__new__(type(self))
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+
+class Parts(OfModel):
     """Refuses to run a model of which a part with hooks has been replaced.
 
     Args:

@@ -11,15 +11,16 @@ from ...adapters.base import Sites
 from ...errors import UnsupportedError
 from ...transformers_contract import PIXELS
 from ..handoff import Handoff
+from ..parts import OfModel
 from ..record import Recording, Records
 from .engine import VisionEngine
 
 
-class EncoderBoundary(Recording):
+class EncoderBoundary(Recording, OfModel):
     """Hooks around those of the vision engine: the clock, the grid, and what is handed over.
 
     Args:
-        sites: of the model.
+        model: what was wrapped; sites: where things are in it.
         vision: the engine of the encoder side, None where no method acts there.
         hands_over: whether what the projector makes is what goes to the LLM.
         handoff: takes it.
@@ -28,12 +29,14 @@ class EncoderBoundary(Recording):
 
     def __init__(
         self,
+        model: nn.Module,
         sites: Sites,
         vision: VisionEngine | None,
         hands_over: bool,
         handoff: Handoff,
         records: Records,
     ) -> None:
+        self.model = model
         self.sites, self.vision, self.hands_over = sites, vision, hands_over
         self.handoff, self.records = handoff, records
         self.handles: list[Any] = []
