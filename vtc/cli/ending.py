@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How ``vtc`` ends when something unexpected happens: in sentences, the traceback on request.
+"""Endings of ``vtc`` where something unexpected happens: sentences, the traceback on request.
 
 Nothing but the standard library is imported here, so that a library that is missing or broken can
 be named.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What arrives in front of the LLM: the image features that are left, and notes taken on them."""
+"""Arrival in front of the LLM: the image features that are left, and notes taken on them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Hugging Face hands to every decoder layer, for the tokens that are left."""
+"""Arguments of decoder layers, gathered for the tokens that are left."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which placeholder of a prompt is which token of which image."""
+"""Layouts of prompts: of which image, and which of its tokens, each placeholder is."""
 
 from __future__ import annotations
 
