@@ -111,15 +111,11 @@ class DecoderEngine(Recording, Threaded):
         self.views = ViewFactory(self.layers, self.arguments)
         self.bypass_stage = BypassStage(methods, depth, records, self.finite, self.views)
         self.handles: list[Any] = []
+        self.taps: list[attention_rows.Tap] = []  # of each layer, where a method may read any
         self.around: Around | None = None
         check_language_model(sites, self.renumbers)
         check_layers(self.layers, self.on_decoder, self.bypass_stage.methods)
         check_packs([m for _, m in self.cache_stage.methods])
-
-    @property
-    def taps(self) -> list[attention_rows.Tap]:
-        """Of each layer's attention, where a method may read it."""
-        return self.views.taps
 
     # ---- lifetime --------------------------------------------------------------------------------
 
@@ -146,7 +142,8 @@ class DecoderEngine(Recording, Threaded):
         acting = self.on_decoder + self.bypass_stage.methods
         if acting or self.cache_stage.noting:
             attentions = [layer.self_attn for layer in self.layers]
-            self.views.taps, self.around = attention_rows.install(attentions)
+            self.taps, self.around = attention_rows.install(attentions)
+            self.views.taps = self.taps
         if any("sublayers" in m.needs for _, m, _ in acting):
             for layer, t in zip(self.layers, self.taps, strict=True):
                 for name, module in (("attention", layer.self_attn), ("mlp", layer.mlp)):
@@ -160,7 +157,8 @@ class DecoderEngine(Recording, Threaded):
         if self.around is not None:
             attention_rows.remove(self.around)
         self._forget()
-        self.views.taps, self.around = [], None
+        self.taps = self.views.taps = []
+        self.around = None
         self.handoff.forget()
 
     def _forget(self) -> None:
